@@ -1,0 +1,221 @@
+"""Frozen dataclasses that describe a model, and their JSON form in a model folder's ``config.json``.
+
+The defaults are the released DeepGen 1.0: Qwen2.5-VL-3B-Instruct, the stacked channel bridge and
+UniPic2-SD3.5M-Kontext-2B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from deepgen_jax.errors import DeepGenError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Qwen2.5-VL language model (decoder only, M-RoPE, grouped-query attention)."""
+
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_layers: int = 36
+    num_heads: int = 16
+    num_kv_heads: int = 2
+    vocab_size: int = 151936
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_sections: tuple[int, ...] = (16, 24, 24)
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 128000
+    pad_token_id: int = 151643
+    eos_token_id: int = 151645
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Qwen2.5-VL vision tower (window attention with a few full-attention blocks, 2-D rotary positions)."""
+
+    depth: int = 32
+    hidden_size: int = 1280
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    out_hidden_size: int = 2048
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one flattened patch, (channels, time, height, width) order."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """Think tokens, stacked-channel projector, connector encoder and the two output heads."""
+
+    num_queries: int = 128
+    hidden_size: int = 2048
+    intermediate_size: int = 11946
+    num_layers: int = 6
+    num_heads: int = 32
+    layer_norm_eps: float = 1e-6
+    #: Every how many decoder layers, counted back from the last one used, a hidden state is selected.
+    selection_stride: int = 6
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """SD3.5-Medium multimodal diffusion transformer."""
+
+    num_layers: int = 24
+    num_heads: int = 24
+    head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: int = 2
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1536
+    pooled_projection_dim: int = 2048
+    dual_attention_layers: tuple[int, ...] = tuple(range(13))
+    pos_embed_max_size: int = 384
+    sample_size: int = 128
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """AutoencoderKL with a spatial factor of ``2 ** (len(block_out_channels) - 1)``."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 1.5305
+    shift_factor: float = 0.0609
+    sample_size: int = 1024
+    force_upcast: bool = True
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Flow-match Euler schedule; field names follow ``scheduler_config.json``."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 3.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters kept beside the base weights; the update is ``alpha / rank * B A``."""
+
+    rank: int = 64
+    alpha: float = 128.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class DeepGenConfig:
+    """A whole model. ``lora`` is set where adapters are stored apart from the base weights."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    lora: LoRAConfig | None = None
+    #: Longest prompt in tokens, think tokens and image tokens not counted (training cuts from the left).
+    max_prompt_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("bridge.hidden_size", self.bridge.hidden_size, "text.hidden_size", self.text.hidden_size),
+            ("vision.out_hidden_size", self.vision.out_hidden_size, "text.hidden_size", self.text.hidden_size),
+            ("mmdit.hidden_size", self.mmdit.hidden_size, "mmdit.caption_projection_dim",
+             self.mmdit.caption_projection_dim),
+            ("mmdit.in_channels", self.mmdit.in_channels, "vae.latent_channels", self.vae.latent_channels),
+        ]
+        for name, value, other, expected in checks:
+            if value != expected:
+                raise DeepGenError(f"config: {name} is {value}, but {other} is {expected}; they must be equal")
+
+    @property
+    def image_multiple(self) -> int:
+        """Image sides in pixels are multiples of this (latent patches and 28/32 VLM patches both come out whole)."""
+        return 2 * self.vae.downscale * self.mmdit.patch_size
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A JSON-ready dict of a config dataclass."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config.json") -> T:
+    """Builds dataclass ``cls`` from parsed JSON; unknown or missing names are errors, never defaults.
+
+    Raises:
+      DeepGenError: a name is unknown, missing, or its value has the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+    if unknown or missing:
+        detail = "; ".join(
+            f"{label}: {', '.join(items)}" for label, items in (("unknown", unknown), ("missing", missing)) if items
+        )
+        raise DeepGenError(f"{where}: fields of {cls.__name__} do not match ({detail}); convert the model again")
+    return cls(**{k: _parse(hints[k], v, f"{where}: {k}") for k, v in values.items()})
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise DeepGenError(f"{where} is {value!r}, expected {hint.__name__}")
+    return value

@@ -1,0 +1,5 @@
+"""Training data."""
+
+from deepgen_jax.data import transforms
+
+__all__ = ["transforms"]

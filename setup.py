@@ -1,0 +1,48 @@
+"""Packaging. `convert/`, `configs/` and `launch/` stand at the top of the tree and install inside `deepgen_jax`."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "jax>=0.10",
+    "flax>=0.12",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "transformers>=4.55",
+    "numpy>=2.0",
+    "einops>=0.8",
+    "safetensors>=0.5",
+    "huggingface_hub>=0.30",
+    "tyro>=0.9.20",
+    "pillow>=11.0",
+    "tqdm>=4.66",
+]
+CONVERT = ["torch>=2.6"]
+REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27"]
+EXTRAS = {
+    "convert": CONVERT,
+    "rewards": REWARDS,
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+    "data": ["grain>=0.2.10", "tensorflow-datasets>=4.9", "array_record>=0.8"],
+    "log": ["matplotlib>=3.9", "tensorboardX>=2.6", "wandb>=0.19"],
+    "test": [*CONVERT, *REWARDS, "diffusers>=0.35", "pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.9", "mypy>=1.14"],
+}
+
+SUBPACKAGES = {"deepgen_jax.convert": "convert"}
+
+setup(
+    name="deepgen-jax",
+    version="0.1.0",
+    description="DeepGen 1.0, a unified image generation and editing model, in JAX and Flax",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
+    package_dir=SUBPACKAGES,
+    package_data={"deepgen_jax": ["py.typed"]},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["deepgen = deepgen_jax.cli.main:main"]},
+)
