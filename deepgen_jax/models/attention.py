@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepgen_jax.models.layers import precision_of
 
-Implementation = Literal["auto", "xla", "cudnn"]
+Implementation = Literal["xla", "loop", "cudnn"]
 
-#: Queries are processed in blocks of about this many rows of scores, so that a block stays in cache (CPU) and the whole
-#: score matrix is never held.
-_BLOCK_SCORES = 1 << 20
+
+def choose_implementation(devices: Sequence[jax.Device], dtype: DTypeLike) -> Implementation:
+    """The fastest implementation for programs that run on ``devices`` in ``dtype``.
+
+    "loop" on a single CPU device, cuDNN flash attention on NVIDIA GPUs in 16-bit types, "xla" elsewhere.
+    """
+    if devices[0].platform == "cpu" and len(devices) == 1:
+        return "loop"
+    if devices[0].platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "xla"
 
 
 def attention(
@@ -24,19 +35,97 @@ def attention(
     key_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
-    implementation: Implementation = "auto",
+    implementation: Implementation = "xla",
 ) -> jax.Array:
     """Scaled dot-product attention, softmax statistics in float32.
 
     Args:
       query: [B, Q, H, D].
-      key, value: [B, K, G, D]; G divides H (grouped-query attention).
+      key: [B, K, G, D]; G divides H (grouped-query attention).
+      value: [B, K, G, D].
       key_mask: [B, K] bool, True where a key may be attended. A query with no key to attend gets zeros.
       segment_ids: [B, S] int32 for self-attention (Q == K == S): tokens attend within their own segment.
       causal: query i attends keys 0..i (Q == K).
-      implementation: "xla" anywhere, "cudnn" for flash attention on NVIDIA GPUs, "auto" chooses by platform.
+      implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
+        through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
+        attention on NVIDIA GPUs.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
     """
-    raise NotImplementedError
+    mask = _mask(query, key, key_mask, segment_ids, causal)
+    if implementation == "cudnn":
+        return _cudnn(query, key, value, mask)
+    if implementation == "loop":
+        return _loop(query, key, value, mask)
+    return _xla(query, key, value, mask)
+
+
+def _mask(
+    query: jax.Array,
+    key: jax.Array,
+    key_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+    causal: bool,
+) -> jax.Array | None:
+    """Combined mask, [B, 1 or Q, K] bool; None where everything is visible."""
+    mask = None if key_mask is None else key_mask[:, None, :]
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = same if mask is None else mask & same
+    if causal:
+        lower = jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))[None]
+        mask = lower if mask is None else mask & lower
+    return mask
+
+
+def _softmax_parts(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Unnormalised probabilities and their sums over the last axis; rows without a visible key give zeros."""
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(highest), highest, 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, jnp.where(total > 0, total, 1)
+
+
+def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    batch, length, heads, dim = query.shape
+    groups = key.shape[2]
+    precision = precision_of(query.dtype)
+    grouped = query.reshape(batch, length, groups, heads // groups, dim)
+    scores = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, key, precision=precision, preferred_element_type=jnp.float32)
+    wide = None if mask is None else mask[:, None, None]
+    weights, total = _softmax_parts(scores / math.sqrt(dim), wide)
+    weights = (weights / total).astype(query.dtype)
+    return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value, precision=precision).reshape(query.shape)
+
+
+def _loop(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    batch, length, heads, dim = query.shape
+    repeats = heads // key.shape[2]
+    precision = precision_of(query.dtype)
+
+    def pairs(x: jax.Array, repeat: int = 1) -> jax.Array:
+        x = jnp.repeat(x.transpose(0, 2, 1, 3), repeat, axis=1)
+        return x.reshape(batch * heads, -1, dim)
+
+    @jax.checkpoint
+    def one(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q = q * (1 / math.sqrt(dim))
+        scores = jnp.matmul(q, k.T, precision=precision, preferred_element_type=jnp.float32)
+        visible = None if mask is None else mask[jnp.minimum(index // heads, mask.shape[0] - 1)]
+        weights, total = _softmax_parts(scores, visible)
+        return jnp.matmul(weights.astype(q.dtype), v, precision=precision) / total.astype(q.dtype)
+
+    operands = (jnp.arange(batch * heads), pairs(query), pairs(key, repeats), pairs(value, repeats))
+    out = jax.lax.map(lambda x: one(*x), operands)
+    return out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
+
+
+def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if mask is None:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    wide = jnp.broadcast_to(mask[:, None], (mask.shape[0], 1, query.shape[1], key.shape[1]))
+    out = jax.nn.dot_product_attention(query, key, value, mask=wide, implementation="cudnn")
+    return jnp.where(jnp.any(wide, axis=-1)[:, 0, :, None, None], out, 0)

@@ -1,0 +1,91 @@
+"""The stacked channel bridge (paper, section 3.1): think tokens, projector, connector, output heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from deepgen_jax.config import BridgeConfig
+from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.layers import LayerNorm, Linear
+from deepgen_jax.models.stack import Remat, rematerialised, scanned
+
+
+class ConnectorLayer(nn.Module):
+    """Pre-norm encoder layer of the SigLIP kind: bidirectional attention, GELU-tanh MLP, biases everywhere."""
+
+    config: BridgeConfig
+    dtype: DTypeLike
+    attention: Implementation
+
+    @nn.compact
+    def __call__(self, x: jax.Array, visible: jax.Array) -> tuple[jax.Array, None]:
+        cfg = self.config
+
+        def heads(name: str, h: jax.Array) -> jax.Array:
+            y = Linear(cfg.hidden_size, dtype=self.dtype, name=name)(h)
+            return rearrange(y, "b l (h d) -> b l h d", h=cfg.num_heads)
+
+        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm1")(x)
+        query, key, value = (heads(name, h) for name in ("q_proj", "k_proj", "v_proj"))
+        h = attention(query, key, value, key_mask=visible, implementation=self.attention)
+        x = x + Linear(cfg.hidden_size, dtype=self.dtype, name="out_proj")(h.reshape(x.shape))
+
+        h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm2")(x)
+        h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, name="fc1")(h), approximate=True)
+        return x + Linear(cfg.hidden_size, dtype=self.dtype, name="fc2")(h), None
+
+
+class Bridge(nn.Module):
+    """Selected hidden states of the VLM -> pooled and sequence condition of the MMDiT.
+
+    Both output heads start at zero, so training starts from the unconditional MMDiT.
+    """
+
+    config: BridgeConfig
+    pooled_dim: int
+    sequence_dim: int
+    dtype: DTypeLike = jnp.float32
+    remat: Remat = "none"
+    attention: Implementation = "xla"
+
+    def setup(self) -> None:
+        cfg = self.config
+        init = nn.initializers.normal(cfg.hidden_size**-0.5)
+        self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, cfg.hidden_size))
+        self.projector_in = Linear(cfg.hidden_size, dtype=self.dtype)
+        zeros = nn.initializers.zeros
+        self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
+        self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros)
+        layers = scanned(rematerialised(ConnectorLayer, self.remat), cfg.num_layers, 1)
+        self.layers = layers(cfg, self.dtype, self.attention)
+
+    def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:
+        """[B, L, hidden] -> [B, L + num_queries, hidden]."""
+        shape = (embeddings.shape[0], *self.meta_queries.shape)
+        think = jnp.broadcast_to(self.meta_queries.astype(embeddings.dtype), shape)
+        return jnp.concatenate([embeddings, think], axis=1)
+
+    def connect(self, hidden_states: jax.Array, visible: jax.Array) -> jax.Array:
+        """Stacks the selected states [n, B, L, hidden] on channels, projects and encodes them: [B, L, hidden]."""
+        stacked = rearrange(hidden_states, "n b l d -> b l (n d)")
+        x, _ = self.layers(self.projector_in(stacked), visible)
+        return x
+
+    def __call__(self, hidden_states: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Condition of a batch of prompts.
+
+        Args:
+          hidden_states: [n, B, L, hidden], deepest first.
+          visible: [B, L] bool, True on tokens (pads among them, if they are to be seen) that the result may depend on.
+
+        Returns:
+          pooled [B, pooled_dim], the mean over visible tokens projected, and sequence [B, L, sequence_dim].
+        """
+        x = self.connect(hidden_states, visible)
+        weight = visible[..., None].astype(jnp.float32)
+        mean = jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
+        return self.projector_pooled(mean), self.projector_sequence(x)

@@ -1,0 +1,119 @@
+"""The Qwen2.5-VL language model, as far as DeepGen runs it: the selected hidden states, not the words.
+
+With ``h_0`` the embeddings and ``h_i`` the output of i decoder layers, DeepGen reads ``h_{L-1}, h_{L-7}, ...``. The
+last decoder layer and the final norm never run, so they are no part of this module.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from deepgen_jax.config import TextConfig
+from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.layers import Embedding, Linear, RMSNorm
+from deepgen_jax.models.rope import mrope_angles, rotate
+from deepgen_jax.models.stack import Remat, rematerialised, scanned
+
+
+def selected_layers(num_layers: int, stride: int) -> tuple[int, ...]:
+    """Indices of the hidden states that are read, deepest first: L-1, L-1-stride, ... > 0."""
+    return tuple(range(num_layers - 1, 0, -stride))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer with grouped-query attention and a SiLU-gated MLP."""
+
+    config: TextConfig
+    dtype: DTypeLike
+    attention: Implementation
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        cfg = self.config
+
+        def linear(name: str, features: int, bias: bool = False) -> Linear:
+            return Linear(features, bias, self.dtype, lora_dropout=self.lora_dropout, name=name)
+
+        def heads(y: jax.Array, count: int) -> jax.Array:
+            return y.reshape(*y.shape[:-1], count, cfg.head_dim)
+
+        h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_norm")(x)
+        query = rotate(heads(linear("q_proj", cfg.hidden_size, True)(h), cfg.num_heads), angles)
+        key = rotate(heads(linear("k_proj", cfg.num_kv_heads * cfg.head_dim, True)(h), cfg.num_kv_heads), angles)
+        value = heads(linear("v_proj", cfg.num_kv_heads * cfg.head_dim, True)(h), cfg.num_kv_heads)
+        h = attention(query, key, value, key_mask=mask, causal=True, implementation=self.attention)
+        x = x + linear("o_proj", cfg.hidden_size)(h.reshape(x.shape))
+
+        h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x)
+        gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(h))
+        h = gate * linear("up_proj", cfg.intermediate_size)(h)
+        return x + linear("down_proj", cfg.hidden_size)(h), None
+
+
+class _LayerGroup(nn.Module):
+    """``stride`` decoder layers; hands out the hidden state after the last of them."""
+
+    config: TextConfig
+    dtype: DTypeLike
+    attention: Implementation
+    lora_dropout: float
+    remat: Remat
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        layers = scanned(rematerialised(DecoderLayer, self.remat), self.stride, 2)
+        layer = layers(self.config, self.dtype, self.attention, self.lora_dropout)
+        nn.share_scope(self, layer)
+        x, _ = layer(x, angles, mask)
+        return x, x
+
+
+class QwenText(nn.Module):
+    """Token embeddings and decoder layers 1 .. L-1."""
+
+    config: TextConfig
+    stride: int = 6
+    dtype: DTypeLike = jnp.float32
+    remat: Remat = "none"
+    attention: Implementation = "xla"
+    lora_dropout: float = 0.0
+
+    def setup(self) -> None:
+        cfg = self.config
+        if cfg.num_layers < 2:
+            raise ValueError(f"text.num_layers is {cfg.num_layers}, but hidden states need at least 2 layers")
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, self.dtype)
+        options = (cfg, self.dtype, self.attention, self.lora_dropout)
+        first = selected_layers(cfg.num_layers, self.stride)[-1]
+        self.first_layers = scanned(rematerialised(DecoderLayer, self.remat), first, 2)(*options)
+        groups = (cfg.num_layers - 1 - first) // self.stride
+        self.layer_groups = scanned(_LayerGroup, groups, 2)(*options, self.remat, self.stride) if groups else None
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Token ids [B, L] int32 -> [B, L, hidden]."""
+        return self.embed_tokens(input_ids)
+
+    def __call__(self, embeddings: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """Runs the decoder.
+
+        Args:
+          embeddings: [B, L, hidden] of left-padded prompts with think tokens at the end.
+          positions: [3, B, L] int32 M-RoPE indices.
+          mask: [B, L] bool, True on real tokens. Pads are no keys, and attention gives zeros at pad queries.
+
+        Returns:
+          [n, B, L, hidden], the selected hidden states, deepest first.
+        """
+        cfg = self.config
+        angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_sections)
+        x, _ = self.first_layers(embeddings, angles, mask)
+        selected = x[None]
+        if self.layer_groups is not None:
+            _, deeper = self.layer_groups(x, angles, mask)
+            selected = jnp.concatenate([selected, deeper])
+        return selected[::-1]

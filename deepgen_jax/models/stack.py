@@ -1,0 +1,39 @@
+"""Stacks of equal layers run as one `nn.scan`, so that a program's size does not grow with depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import linen as nn
+
+from deepgen_jax.models.layers import LORA
+
+Remat = Literal["none", "full", "dots"]
+
+
+def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
+    """``layer`` with activations recomputed in the backward pass.
+
+    "none" keeps everything, "full" keeps only each layer's input, "dots" also keeps the results of products with
+    weights (no batch dimensions), which are the dearest to recompute.
+    """
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return nn.remat(layer, prevent_cse=False, policy=policy)
+
+
+def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]:
+    """A module class like ``body``, repeated ``length`` times with parameters stacked on a new first axis.
+
+    ``body.__call__`` takes (carry, *inputs) and returns (carry, output or None); the inputs are the same for each layer.
+    """
+    return nn.scan(
+        body,
+        variable_axes={"params": 0, LORA: 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast,) * broadcast_inputs,
+        length=length,
+    )
