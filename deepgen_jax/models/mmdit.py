@@ -1,0 +1,301 @@
+"""MMDiT of Stable Diffusion 3.5 Medium, with reference images as further image tokens.
+
+Two streams of tokens, image patches and the condition, have weights of their own and meet in the joint attention of
+every layer (Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 4).
+The first layers attend a second time, over the image tokens alone (dual attention). The timestep and the pooled
+condition modulate every layer (adaLN-Zero). The last layer only reads the condition, as nothing follows that would
+use its update.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from deepgen_jax.config import MMDiTConfig
+from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.layers import Linear, RMSNorm, layer_norm
+from deepgen_jax.models.patches import sincos_table
+from deepgen_jax.models.stack import Remat, rematerialised, scanned
+
+_EPS = 1e-6
+#: Channels of the sinusoidal timestep embedding.
+_TIMESTEP_CHANNELS = 256
+
+
+class BlockRun(NamedTuple):
+    """Consecutive layers of equal structure; parameters of the i-th run are stacked under ``blocks_{i}``.
+
+    Attributes:
+      start: index of the first layer.
+      length: number of layers.
+      dual: the layers have a second attention over the image tokens alone.
+      context_pre_only: the layers read the context without updating it (the last layer).
+    """
+
+    start: int
+    length: int
+    dual: bool
+    context_pre_only: bool
+
+
+def block_runs(config: MMDiTConfig) -> tuple[BlockRun, ...]:
+    """The layers of ``config`` in order, as runs of equal structure; the last layer is a run by itself."""
+    runs: list[BlockRun] = []
+    for layer in range(config.num_layers):
+        kind = (layer in config.dual_attention_layers, layer == config.num_layers - 1)
+        if runs and (runs[-1].dual, runs[-1].context_pre_only) == kind:
+            runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+        else:
+            runs.append(BlockRun(layer, 1, *kind))
+    return tuple(runs)
+
+
+def timestep_embedding(timestep: jax.Array, channels: int) -> jax.Array:
+    """Sinusoids of timesteps [B] on the 0..1000 scale, cosines first: float32 [B, channels]."""
+    half = channels // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """Shifts and scales normalised tokens [B, N, D] by [B, 1, D]."""
+    return normed * (1 + scale) + shift
+
+
+def _project(x: jax.Array, config: MMDiTConfig, dtype: DTypeLike, name: str, norm: str | None = None) -> jax.Array:
+    """Linear layer ``name`` of the calling module, split into heads [B, N, H, D], each RMS-normalised if ``norm``."""
+    y = Linear(config.hidden_size, dtype=dtype, name=name)(x)
+    y = rearrange(y, "b n (h d) -> b n h d", h=config.num_heads)
+    return y if norm is None else RMSNorm(_EPS, dtype, name=norm)(y)
+
+
+class JointAttention(nn.Module):
+    """Attention over image and context tokens at once, each stream with projections of its own."""
+
+    config: MMDiTConfig
+    context_pre_only: bool
+    dtype: DTypeLike
+    attention: Implementation
+
+    @nn.compact
+    def __call__(
+        self, image: jax.Array, context: jax.Array, key_mask: jax.Array | None, num_queries: int
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Image [B, N, D] and context [B, L, D] -> image [B, num_queries, D], context [B, L, D] (or None).
+
+        Keys and values come from all tokens, queries from the first ``num_queries`` image tokens and, unless
+        ``context_pre_only``, from the context.
+        """
+        cfg, dtype = self.config, self.dtype
+        query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
+        key = _project(image, cfg, dtype, "to_k", "norm_k")
+        value = _project(image, cfg, dtype, "to_v")
+        if not self.context_pre_only:
+            query = jnp.concatenate([query, _project(context, cfg, dtype, "add_q", "norm_added_q")], axis=1)
+        key = jnp.concatenate([key, _project(context, cfg, dtype, "add_k", "norm_added_k")], axis=1)
+        value = jnp.concatenate([value, _project(context, cfg, dtype, "add_v")], axis=1)
+
+        out = attention(query, key, value, key_mask=key_mask, implementation=self.attention)
+        out = rearrange(out, "b n h d -> b n (h d)")
+        image_out = Linear(cfg.hidden_size, dtype=dtype, name="to_out")(out[:, :num_queries])
+        if self.context_pre_only:
+            return image_out, None
+        return image_out, Linear(cfg.hidden_size, dtype=dtype, name="add_out")(out[:, num_queries:])
+
+
+class ImageAttention(nn.Module):
+    """The second attention of dual layers, over the image tokens alone."""
+
+    config: MMDiTConfig
+    dtype: DTypeLike
+    attention: Implementation
+
+    @nn.compact
+    def __call__(self, image: jax.Array, key_mask: jax.Array | None, num_queries: int) -> jax.Array:
+        """Image [B, N, D] -> [B, num_queries, D]."""
+        cfg, dtype = self.config, self.dtype
+        query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
+        key = _project(image, cfg, dtype, "to_k", "norm_k")
+        value = _project(image, cfg, dtype, "to_v")
+        out = attention(query, key, value, key_mask=key_mask, implementation=self.attention)
+        return Linear(cfg.hidden_size, dtype=dtype, name="to_out")(rearrange(out, "b n h d -> b n (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU (tanh) between, four times as wide inside."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.gelu(Linear(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x), approximate=True)
+        return Linear(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+
+
+class MMDiTBlock(nn.Module):
+    """One layer. Streams are held in ``dtype``; norms, modulation and residual sums are float32.
+
+    With ``context_pre_only`` only the first ``num_targets`` image tokens are updated, since nothing reads the others
+    after the last layer.
+    """
+
+    config: MMDiTConfig
+    dual: bool
+    context_pre_only: bool
+    num_targets: int
+    dtype: DTypeLike
+    attention: Implementation
+
+    @nn.compact
+    def __call__(
+        self,
+        streams: tuple[jax.Array, jax.Array],
+        conditioning: jax.Array,
+        key_mask: jax.Array | None,
+        patch_mask: jax.Array | None,
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        """Streams are (image [B, N, D], context [B, L, D]); conditioning is [B, D] with its SiLU applied."""
+        image, context = streams
+        num_queries = self.num_targets if self.context_pre_only else image.shape[1]
+
+        def modulation(name: str, chunks: int) -> list[jax.Array]:
+            x = Linear(chunks * conditioning.shape[-1], dtype=self.dtype, name=name)(conditioning)
+            return jnp.split(x.astype(jnp.float32)[:, None], chunks, axis=-1)
+
+        def feed_forward(name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
+            y = FeedForward(self.dtype, name=name)(modulate(layer_norm(x, _EPS), shift, scale))
+            return (x + gate * y).astype(self.dtype)
+
+        shift, scale, gate, *mlp_modulation = modulation("norm1", 9 if self.dual else 6)
+        normed = layer_norm(image, _EPS)
+        if self.context_pre_only:
+            context_scale, context_shift = modulation("norm1_context", 2)
+        else:
+            context_shift, context_scale, context_gate, *context_mlp_modulation = modulation("norm1_context", 6)
+
+        attended, context_attended = JointAttention(
+            self.config, self.context_pre_only, self.dtype, self.attention, name="attn"
+        )(
+            modulate(normed, shift, scale),
+            modulate(layer_norm(context, _EPS), context_shift, context_scale),
+            key_mask,
+            num_queries,
+        )
+        updated = image[:, :num_queries] + gate * attended
+        if self.dual:
+            shift, scale, gate = mlp_modulation[3:]
+            attention2 = ImageAttention(self.config, self.dtype, self.attention, name="attn2")
+            updated = updated + gate * attention2(modulate(normed, shift, scale), patch_mask, num_queries)
+        updated = feed_forward("ff", updated.astype(self.dtype), *mlp_modulation[:3])
+        image = jnp.concatenate([updated, image[:, num_queries:]], axis=1)
+
+        if context_attended is not None:
+            context = (context + context_gate * context_attended).astype(self.dtype)
+            context = feed_forward("ff_context", context, *context_mlp_modulation)
+        return (image, context), None
+
+
+class MMDiT(nn.Module):
+    """Velocity of the target images' patches given noisy targets, references, timestep and condition.
+
+    Attributes:
+      config: sizes.
+      dtype: computation in the layers; norms, modulation, the conditioning MLPs and the output projection are float32.
+      remat: what the layers recompute in the backward pass (see :func:`deepgen_jax.models.stack.rematerialised`).
+      attention: implementation of the attention.
+    """
+
+    config: MMDiTConfig
+    dtype: DTypeLike = jnp.float32
+    remat: Remat = "none"
+    attention: Implementation = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        patches: jax.Array,
+        position_ids: jax.Array,
+        timestep: jax.Array,
+        pooled: jax.Array,
+        context: jax.Array,
+        *,
+        patch_mask: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        num_targets: int | None = None,
+    ) -> jax.Array:
+        """Velocity at a timestep.
+
+        Args:
+          patches: [B, N, p * p * C] normalised latents as patches (see :mod:`deepgen_jax.models.patches`), the target
+            image's first, then the references'.
+          position_ids: [B, N] int32 rows of the position table.
+          timestep: [B] sigma * 1000.
+          pooled: [B, P] pooled condition.
+          context: [B, L, J] condition tokens.
+          patch_mask: [B, N] bool, False at padding, which nothing attends to; None where there is none.
+          context_mask: [B, L] bool, False at condition tokens that nothing attends to; None where there are none.
+          num_targets: number of leading tokens that belong to the target images; None: all.
+
+        Returns:
+          float32 [B, num_targets, p * p * C_out].
+        """
+        cfg = self.config
+        num_targets = patches.shape[1] if num_targets is None else num_targets
+
+        conditioning = nn.silu(self._conditioning(timestep, pooled))
+        image = Linear(cfg.hidden_size, dtype=self.dtype, name="patch_embed")(patches)
+        image = (image + self._positions(position_ids)).astype(self.dtype)
+        context = Linear(cfg.caption_projection_dim, dtype=self.dtype, name="context_embedder")(context)
+
+        key_mask = _join_masks(patch_mask, context_mask, image, context)
+        streams = (image, context)
+        for i, run in enumerate(block_runs(cfg)):
+            layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
+            streams, _ = layers(
+                cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention, name=f"blocks_{i}"
+            )(streams, conditioning, key_mask, patch_mask)
+
+        target = layer_norm(streams[0][:, :num_targets], _EPS)
+        scale, shift = jnp.split(
+            Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")(conditioning)[:, None], 2, axis=-1
+        )
+        features = cfg.patch_size**2 * cfg.out_channels
+        return Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
+
+    def _conditioning(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
+        """Embeddings of the timestep and of the pooled condition, added: float32 [B, D]."""
+
+        def mlp(x: jax.Array, name: str) -> jax.Array:
+            x = nn.silu(Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc1")(x))
+            return Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc2")(x)
+
+        return mlp(timestep_embedding(timestep, _TIMESTEP_CHANNELS), "timestep") + mlp(pooled, "text")
+
+    def _positions(self, position_ids: jax.Array) -> jax.Array:
+        """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D]."""
+        cfg = self.config
+        size = cfg.pos_embed_max_size
+        table = self.param(
+            "pos_embed", lambda _: jnp.asarray(sincos_table(size, cfg.sample_size // cfg.patch_size, cfg.hidden_size))
+        )
+        return jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
+
+
+def _join_masks(
+    patch_mask: jax.Array | None, context_mask: jax.Array | None, image: jax.Array, context: jax.Array
+) -> jax.Array | None:
+    """Key mask [B, N + L] of the joint attention; None where everything is visible."""
+    if patch_mask is None and context_mask is None:
+        return None
+    masks = [
+        jnp.ones(tokens.shape[:2], bool) if mask is None else mask
+        for mask, tokens in ((patch_mask, image), (context_mask, context))
+    ]
+    return jnp.concatenate(masks, axis=1)
