@@ -1,5 +1,7 @@
 """Packaging. `convert/`, `configs/` and `launch/` stand at the top of the tree and install inside `deepgen_jax`."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -25,7 +27,16 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "data": ["grain>=0.2.10", "tensorflow-datasets>=4.9", "array_record>=0.8"],
     "log": ["matplotlib>=3.9", "tensorboardX>=2.6", "wandb>=0.19"],
-    "test": [*CONVERT, *REWARDS, "diffusers>=0.35", "pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.9", "mypy>=1.14"],
+    "test": [
+        *CONVERT,
+        *REWARDS,
+        "diffusers>=0.35",
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.120",
+        "ruff>=0.9",
+        "mypy>=1.14",
+    ],
 }
 
 SUBPACKAGES = {"deepgen_jax.convert": "convert"}
@@ -34,7 +45,7 @@ setup(
     name="deepgen-jax",
     version="0.1.0",
     description="DeepGen 1.0, a unified image generation and editing model, in JAX and Flax",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

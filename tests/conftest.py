@@ -41,7 +41,7 @@ def goldens() -> Callable[[str], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def tolerance() -> Callable[[str, str], float]:
-    """``tolerance("dit", "noref/base/velocity/0")`` -> the absolute tolerance stated in ``GOLDENS.md`` (0 for exact)."""
+    """``tolerance("dit", "noref/base/velocity/0")`` -> its absolute tolerance in ``GOLDENS.md`` (0 for exact)."""
     table: dict[tuple[str, str], float] = {}
     part = ""
     for line in (DATA / "GOLDENS.md").read_text(encoding="utf-8").splitlines():

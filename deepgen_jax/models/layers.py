@@ -67,7 +67,7 @@ class Embedding(nn.Module):
         y = jnp.take(table, ids, axis=0).astype(self.dtype)
         if self.has_variable(LORA, "a"):
             low = jnp.take(self.get_variable(LORA, "a"), ids, axis=0).astype(self.dtype)
-            b = self.get_variable(LORA, "b").astype(self.dtype)
+            b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)
             y = y + jnp.matmul(low, b, precision=precision_of(self.dtype))
         return y
 

@@ -16,7 +16,7 @@ from deepgen_jax.config import VisionConfig
 from deepgen_jax.models.attention import Implementation, attention
 from deepgen_jax.models.layers import Linear, RMSNorm
 from deepgen_jax.models.rope import rotate, vision_angles
-from deepgen_jax.models.stack import Remat, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, rematerialised
 
 
 def patch_layout(grid_height: int, grid_width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

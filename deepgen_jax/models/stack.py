@@ -28,7 +28,8 @@ def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
 def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]:
     """A module class like ``body``, repeated ``length`` times with parameters stacked on a new first axis.
 
-    ``body.__call__`` takes (carry, *inputs) and returns (carry, output or None); the inputs are the same for each layer.
+    ``body.__call__`` takes (carry, *inputs) and returns (carry, output or None); every layer sees the same
+    inputs.
     """
     return nn.scan(
         body,

@@ -1,0 +1,349 @@
+"""`DeepGenPipeline`: a model folder as a function from prompts and pictures to pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from PIL import Image
+
+from deepgen_jax.config import DeepGenConfig, SchedulerConfig
+from deepgen_jax.data.tokens import Padding, PromptTokenizer
+from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.flow.schedule import make_sigmas
+from deepgen_jax.inference import programs
+from deepgen_jax.inference.conditioning import PromptEncoder
+from deepgen_jax.inference.requests import ImageArgument, Requests, collect
+from deepgen_jax.models import patches as grids
+from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.vae import normalise, sample_posterior
+from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple
+
+OutputType = Literal["pil", "np", "latent"]
+Posterior = Literal["mean", "sample"]
+
+#: Reference tokens of the MMDiT are padded to a multiple of this.
+REFERENCE_BUCKET = 64
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call gives.
+
+    Attributes:
+      images: PIL images, uint8 [B, H, W, 3], or None for ``output_type="latent"``.
+      latents: float32 [B, C, H/8, W/8], normalised.
+    """
+
+    images: list[Image.Image] | np.ndarray | None
+    latents: np.ndarray
+
+
+class DeepGenPipeline:
+    """Generates and edits images; see :meth:`from_pretrained` and :meth:`__call__`."""
+
+    def __init__(
+        self,
+        config: DeepGenConfig,
+        scheduler: SchedulerConfig,
+        params: programs.Params,
+        tokenizer: PromptTokenizer,
+        mesh: Mesh,
+        dtype: DTypeLike,
+    ) -> None:
+        """Takes parameters that already lie on the mesh in their dtypes; most users want :meth:`from_pretrained`."""
+        implementation = choose_implementation(list(mesh.devices.flat), dtype)
+        self.config = config
+        self.scheduler = scheduler
+        self.mesh = mesh
+        self.params = params
+        self.model = DeepGen(config, dtype=jnp.dtype(dtype), attention=implementation)
+        self._prompts = PromptEncoder(self.model, params, tokenizer, mesh)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], dtype: DTypeLike = "float32", mesh: Mesh | str | None = None
+    ) -> DeepGenPipeline:
+        """Loads a model folder (made by ``deepgen convert``).
+
+        Args:
+          folder: the model folder.
+          dtype: dtype of weights and computation, "float32" or "bfloat16"; the VAE stays float32 where its config says
+            so. Adapters stored beside the weights are merged on loading.
+          mesh: a mesh with the axes ("data", "fsdp", "tensor"), its sizes as text ("fsdp=8"), or None for one device.
+
+        Raises:
+          DeepGenError: no such folder, not a model folder, damaged weights, unusable dtype or mesh.
+        """
+        from deepgen_jax.inference.loading import load_model
+
+        return cls(*load_model(Path(folder), dtype, mesh))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: ImageArgument = None,
+        negative_prompt: str | Sequence[str] = "",
+        height: int = 512,
+        width: int = 512,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        seed: int | Sequence[int] = 0,
+        latents: np.ndarray | jax.Array | None = None,
+        padding: Padding = "reference",
+        reference_posterior: Posterior = "mean",
+        output_type: OutputType = "pil",
+        reference_noise: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> PipelineOutput:
+        """Generates images from prompts, or edits reference images where ``image`` is given.
+
+        An image depends on its own prompt, references, seed and the settings, never on the rest of the batch (but see
+        ``padding="batch"``) or on the mesh.
+
+        Args:
+          prompt: one prompt or B of them.
+          image: None for text-to-image; one PIL image; a list, the references of the one prompt; or a list of lists,
+            the references of each prompt. Any number of any size whose sides are multiples of 32 pixels.
+          negative_prompt: one for all, or one each. In editing it is seen with the same references.
+          height, width: of the result in pixels, multiples of 32.
+          num_inference_steps: Euler steps.
+          guidance_scale: g in ``v_neg + g (v - v_neg)``; 1 runs without the negative prompt.
+          seed: image i draws its noise from (seed, i); or a list, image i draws from (seed[i], 0).
+          latents: initial noise [B, C, H/8, W/8] in place of the seed's.
+          padding: "reference" gives the released system's result for each prompt run alone, "batch" its result for
+            this very batch, "masked" hides all padding.
+          reference_posterior: references enter the MMDiT as the VAE posterior's "mean" or a "sample" of it.
+          output_type: "pil", "np" or "latent".
+          reference_noise: posterior noise [C, h, w] of each reference in place of the seed's.
+
+        Raises:
+          DeepGenError: arguments that do not fit the model or each other.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise DeepGenError(f"output_type is {output_type!r}; choose pil, np or latent")
+        if num_inference_steps < 1:
+            raise DeepGenError(f"num_inference_steps is {num_inference_steps}; use at least 1")
+        self._check_size(height, width)
+        requests = self._requests(prompt, image, negative_prompt, seed)
+        latent_shape = (
+            self.config.vae.latent_channels,
+            *(side // self.config.vae.downscale for side in (height, width)),
+        )
+        noise = self._initial_noise(requests, latent_shape, latents)
+        guidance = None if guidance_scale == 1.0 else jnp.float32(guidance_scale)
+        condition = self._condition(requests, padding, guided=guidance is not None)
+        references = self._references(requests, reference_posterior, reference_noise)
+        tokens = latent_shape[1] * latent_shape[2] // self.config.mmdit.patch_size**2
+        sigmas = jnp.asarray(make_sigmas(self.scheduler, num_inference_steps, tokens))
+        mmdit = {"mmdit": self.params["mmdit"]}
+        final = programs.denoise(self.model, mmdit, noise, references, condition, sigmas, guidance)
+        count = requests.count
+        images: list[Image.Image] | np.ndarray | None = None
+        if output_type != "latent":
+            pixels = programs.vae_decode(self.model, self._vae, final, one_by_one=self.mesh.size == 1)
+            images = to_uint8(np.asarray(pixels)[:count])
+            if output_type == "pil":
+                images = [Image.fromarray(array) for array in images]
+        return PipelineOutput(images, np.asarray(final)[:count])
+
+    def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
+        """Tokens of one plain prompt text, the template applied inside.
+
+        Args:
+          prompt: the user's words.
+          image_sizes: (width, height) in pixels of each reference; None for text-to-image.
+
+        Returns:
+          ``input_ids`` int32 [L] and ``position_ids`` int32 [3, L + think tokens].
+        """
+        return self._prompts.tokenize(prompt, image_sizes)._asdict()
+
+    def encode_image(self, image: Image.Image) -> np.ndarray:
+        """Vision tower's output for one picture: float32 [tokens, hidden]."""
+        tokens, counts = self._prompts.encode_images(self._checked([image]))
+        return np.asarray(tokens[0, : counts[0]], np.float32)
+
+    def hidden_states(self, prompt: str, images: Sequence[Image.Image] | None = None) -> np.ndarray:
+        """Selected hidden states of one prompt with its think tokens: float32 [n, L + Q, hidden], deepest first."""
+        return self._prompts.hidden_states(prompt, None if images is None else self._checked(images))
+
+    def encode_prompt(
+        self,
+        prompts: str | Sequence[str],
+        images: ImageArgument = None,
+        padding: Padding = "reference",
+        pair_with: str | Sequence[str] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Condition of B prompts.
+
+        Args:
+          prompts, images: as ``prompt`` and ``image`` of :meth:`__call__`.
+          padding: as there; "reference" pads each prompt to the longer of its pair.
+          pair_with: the other prompts of each guidance pair.
+
+        Returns:
+          pooled float32 [B, P], sequence float32 [B, L, J] and mask bool [B, L]: True on real tokens, visible pads and
+          think tokens, which stand together at the end of the sequence.
+        """
+        requests = self._requests(prompts, images, "" if pair_with is None else pair_with, 0)
+        pairs = None if pair_with is None else requests.negative_prompts
+        condition = self._prompts.condition(requests.prompts, requests.images, padding, pairs)
+        pooled, sequence = (np.asarray(x, np.float32)[: requests.count] for x in condition[:2])
+        return pooled, sequence, np.asarray(condition.mask)[: requests.count]
+
+    def velocity(
+        self,
+        latents: Sequence[np.ndarray],
+        references: Sequence[Sequence[np.ndarray]] | None,
+        timestep: np.ndarray,
+        pooled: np.ndarray,
+        sequence: np.ndarray,
+        mask: np.ndarray | None = None,
+    ) -> list[np.ndarray]:
+        """The MMDiT's velocity for samples of any sizes.
+
+        Args:
+          latents: B noisy latents [C, h, w].
+          references: reference latents [C, h, w] of each sample; None for none.
+          timestep: [B] on the 0..1000 scale.
+          pooled: [B, P].
+          sequence: [B, L, J].
+          mask: [B, L] bool, condition tokens that are seen; None for all.
+
+        Returns:
+          B arrays [C, h, w], float32.
+        """
+        config = self.config.mmdit
+        none: list[list[np.ndarray]] = [[] for _ in latents]
+        sizes = {"patch_size": config.patch_size, "max_size": config.pos_embed_max_size}
+        packed = grids.pack(latents, none if references is None else references, **sizes)
+        seen = np.ones(np.shape(sequence)[:2], bool) if mask is None else np.asarray(mask, bool)
+        inputs = [packed.patches, packed.position_ids, np.asarray(timestep, np.float32), np.asarray(pooled)]
+        inputs += [np.asarray(sequence), packed.patch_mask, seen]
+        rows = -len(latents) % batch_size_multiple(self.mesh)
+        inputs = [np.concatenate([x, np.repeat(x[-1:], rows, axis=0)]) for x in inputs]
+        device_inputs = [self._split(x) for x in inputs]
+        mmdit = {"mmdit": self.params["mmdit"]}
+        out = programs.velocity(self.model, mmdit, *device_inputs, num_targets=packed.num_targets)
+        shapes = [np.shape(latent)[-2:] for latent in latents]
+        return grids.unpack(np.asarray(out)[: len(latents)], shapes, config.patch_size, config.out_channels)
+
+    def vae_encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels [B, 3, H, W] in -1..1 -> posterior mean and log variance, float32 [B, C, H/8, W/8]."""
+        moments = programs.vae_encode(self.model, self._vae, jnp.moveaxis(jnp.asarray(pixels), 1, -1))
+        mean, logvar = (np.moveaxis(np.asarray(x, np.float32), -1, 1) for x in moments)
+        return mean, logvar
+
+    def vae_decode(self, latents: np.ndarray) -> np.ndarray:
+        """Normalised latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w], about -1..1."""
+        pixels = programs.vae_decode(self.model, self._vae, jnp.asarray(latents), one_by_one=self.mesh.size == 1)
+        return np.moveaxis(np.asarray(pixels), -1, 1)
+
+    @property
+    def _vae(self) -> programs.Params:
+        return {"vae": self.params["vae"]}
+
+    def _split(self, array: Any) -> jax.Array:
+        return jax.device_put(array, batch_sharding(self.mesh, np.ndim(array)))
+
+    def _check_size(self, height: int, width: int) -> None:
+        unit = self.config.image_multiple
+        if height % unit or width % unit or height < unit or width < unit:
+            raise DeepGenError(f"size {width}x{height}: both sides must be multiples of {unit} pixels")
+        largest = self.config.mmdit.pos_embed_max_size * self.config.mmdit.patch_size * self.config.vae.downscale
+        if max(height, width) > largest:
+            raise DeepGenError(
+                f"image of {width}x{height} pixels: this model takes at most {largest} a side; shrink it"
+            )
+
+    def _checked(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        for image in images:
+            self._check_size(image.height, image.width)
+        return [image.convert("RGB") for image in images]
+
+    def _requests(
+        self,
+        prompt: str | Sequence[str],
+        image: ImageArgument,
+        negative_prompt: str | Sequence[str],
+        seed: int | Sequence[int],
+    ) -> Requests:
+        """The arguments as one entry an image: checked, RGB, padded to what the mesh splits evenly."""
+        requests = collect(prompt, image, negative_prompt, seed)
+        distinct = {id(image): image for refs in requests.images for image in refs or ()}
+        rgb = dict(zip(distinct, self._checked(list(distinct.values())), strict=True))
+        images: list[Sequence[Image.Image] | None]
+        images = [None if refs is None else [rgb[id(image)] for image in refs] for refs in requests.images]
+        return replace(requests, images=images).padded(batch_size_multiple(self.mesh))
+
+    def _initial_noise(
+        self, requests: Requests, shape: tuple[int, ...], latents: np.ndarray | jax.Array | None
+    ) -> jax.Array:
+        if latents is None:
+            seeds, indices = (self._split(np.asarray(x, np.uint32)) for x in (requests.seeds, requests.indices))
+            return programs.normal_noise(seeds, indices, shape, programs.INITIAL_NOISE)
+        given = np.asarray(latents, np.float32)
+        if given.shape != (requests.count, *shape):
+            raise DeepGenError(f"latents have shape {given.shape}, expected {(requests.count, *shape)}")
+        return self._split(given[requests.rows])
+
+    def _condition(self, requests: Requests, padding: Padding, guided: bool) -> programs.Condition:
+        """Condition of the batch; with guidance prompt and negative prompt of each sample side by side."""
+        if not guided:
+            return self._prompts.condition(requests.prompts, requests.images, padding)
+        pairs = list(zip(requests.prompts, requests.negative_prompts, strict=True))
+        prompts = [text for pair in pairs for text in pair]
+        partners = [text for pair in pairs for text in reversed(pair)]
+        doubled = [refs for refs in requests.images for _ in range(2)]
+        return self._prompts.condition(prompts, doubled, padding, partners)
+
+    def _references(
+        self, requests: Requests, posterior: Posterior, noise: Sequence[Sequence[np.ndarray]] | None
+    ) -> programs.References | None:
+        """Reference latents of the batch as padded MMDiT tokens."""
+        if posterior not in ("mean", "sample"):
+            raise DeepGenError(f"reference_posterior is {posterior!r}; choose mean or sample")
+        if not any(requests.images):
+            return None
+        moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        latents: list[list[np.ndarray]] = []
+        for i, refs in enumerate(requests.images):
+            row: list[np.ndarray] = []
+            for j, image in enumerate(refs or ()):
+                if id(image) not in moments:
+                    mean, logvar = self.vae_encode(np.moveaxis(to_pixels(image)[None], -1, 1))
+                    moments[id(image)] = (mean[0], logvar[0])
+                z, logvar = moments[id(image)]
+                if posterior == "sample":
+                    eps = (
+                        self._posterior_noise(requests, i, j, z.shape) if noise is None else noise[requests.rows[i]][j]
+                    )
+                    z = np.asarray(sample_posterior(jnp.asarray(z), jnp.asarray(logvar), jnp.asarray(eps)))
+                row.append(np.asarray(normalise(jnp.asarray(z), self.config.vae)))
+            latents.append(row)
+        config = self.config.mmdit
+        tokens = max(sum(z[0].size // config.patch_size**2 for z in row) for row in latents)
+        empty = [np.zeros((config.in_channels, 0, 0), np.float32)] * len(latents)
+        packed = grids.pack(
+            empty,
+            latents,
+            patch_size=config.patch_size,
+            max_size=config.pos_embed_max_size,
+            reference_tokens=-(-tokens // REFERENCE_BUCKET) * REFERENCE_BUCKET,
+        )
+        return programs.References(*(self._split(x) for x in packed[:3]))
+
+    def _posterior_noise(self, requests: Requests, row: int, column: int, shape: tuple[int, ...]) -> np.ndarray:
+        seed, index = (np.asarray([x[row]], np.uint32) for x in (requests.seeds, requests.indices))
+        purpose = programs.REFERENCE_POSTERIOR + column
+        return np.asarray(programs.normal_noise(seed, index, shape, purpose)[0])

@@ -1,0 +1,143 @@
+"""DeepGen as a whole: prompt and reference images -> condition -> velocity, and the VAE on both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.models.attention import Implementation
+from deepgen_jax.models.bridge import Bridge
+from deepgen_jax.models.mmdit import MMDiT
+from deepgen_jax.models.qwen_text import QwenText
+from deepgen_jax.models.qwen_vision import QwenVision
+from deepgen_jax.models.stack import Remat
+from deepgen_jax.models.vae import VAE
+
+
+class DeepGen(nn.Module):
+    """The five parts under one parameter tree: ``vision``, ``text``, ``bridge``, ``mmdit``, ``vae``.
+
+    ``dtype`` is the dtype of the computation, except in the VAE where ``vae.force_upcast`` asks for float32.
+    """
+
+    config: DeepGenConfig
+    dtype: DTypeLike = jnp.float32
+    remat: Remat = "none"
+    attention: Implementation = "xla"
+    lora_dropout: float = 0.0
+
+    def setup(self) -> None:
+        cfg = self.config
+        options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
+        self.vision = QwenVision(cfg.vision, lora_dropout=self.lora_dropout, **options)
+        self.text = QwenText(cfg.text, cfg.bridge.selection_stride, lora_dropout=self.lora_dropout, **options)
+        self.bridge = Bridge(cfg.bridge, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim, **options)
+        self.mmdit = MMDiT(cfg.mmdit, **options)
+        self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype)
+
+    def __call__(self) -> tuple[jax.Array, ...]:
+        """Runs every part once on the smallest input: what `init` needs to make all parameters."""
+        cfg = self.config
+        ids = jnp.zeros((1, 1), jnp.int32)
+        length = 1 + cfg.bridge.num_queries
+        positions, mask = jnp.zeros((3, 1, length), jnp.int32), jnp.ones((1, length), bool)
+        cell = jnp.zeros((1, cfg.vision.spatial_merge_size**2), jnp.int32)
+        image = self.encode_images(jnp.zeros((*cell.shape, cfg.vision.patch_dim)), cell, cell, cell)
+        pooled, sequence = self.condition(ids, positions, mask, mask, ids, image[0])
+        patch = jnp.zeros((1, 1, cfg.mmdit.in_channels * cfg.mmdit.patch_size**2))
+        velocity = self.velocity(patch, ids, jnp.zeros((1,)), pooled, sequence)
+        mean, _ = self.vae_encode(jnp.zeros((1, cfg.vae.downscale, cfg.vae.downscale, cfg.vae.in_channels)))
+        return velocity, self.vae_decode(mean)
+
+    def encode_images(self, patches: jax.Array, rows: jax.Array, columns: jax.Array, windows: jax.Array) -> jax.Array:
+        """Reference images -> VLM tokens [M, N / 4, hidden]; see :class:`QwenVision`."""
+        return self.vision(patches, rows, columns, windows)
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        position_ids: jax.Array,
+        real: jax.Array,
+        image_index: jax.Array | None = None,
+        image_tokens: jax.Array | None = None,
+    ) -> jax.Array:
+        """Selected hidden states of the language model.
+
+        Args:
+          input_ids: [B, L] int32, left-padded.
+          position_ids: [3, B, L + Q] int32.
+          real: [B, L + Q] bool, True on the prompt and the think tokens.
+          image_index: [B, L] int32, row of ``image_tokens`` that stands at each placeholder, -1 elsewhere.
+          image_tokens: [T, hidden] tokens of all reference images.
+
+        Returns:
+          [n, B, L + Q, hidden], deepest first.
+        """
+        x = self.text.embed(input_ids)
+        if image_index is not None and image_tokens is not None:
+            images = jnp.take(image_tokens, jnp.maximum(image_index, 0), axis=0).astype(x.dtype)
+            x = jnp.where(image_index[..., None] >= 0, images, x)
+        return self.text(self.bridge.append_think_tokens(x), position_ids, real)
+
+    def condition(
+        self,
+        input_ids: jax.Array,
+        position_ids: jax.Array,
+        real: jax.Array,
+        visible: jax.Array,
+        image_index: jax.Array | None = None,
+        image_tokens: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Prompts -> pooled [B, pooled_projection_dim] and sequence [B, L + Q, joint_attention_dim].
+
+        ``visible`` [B, L + Q] marks the tokens that the condition may depend on; the other arguments are those of
+        :meth:`hidden_states`.
+        """
+        states = self.hidden_states(input_ids, position_ids, real, image_index, image_tokens)
+        return self.bridge(states, visible)
+
+    def velocity(
+        self,
+        patches: jax.Array,
+        position_ids: jax.Array,
+        timestep: jax.Array,
+        pooled: jax.Array,
+        context: jax.Array,
+        patch_mask: jax.Array | None = None,
+        context_mask: jax.Array | None = None,
+        num_targets: int | None = None,
+    ) -> jax.Array:
+        """Velocity of the target's patches; see :class:`MMDiT`."""
+        return self.mmdit(
+            patches,
+            position_ids,
+            timestep,
+            pooled,
+            context,
+            patch_mask=patch_mask,
+            context_mask=context_mask,
+            num_targets=num_targets,
+        )
+
+    def vae_encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Pixels [B, H, W, 3] in -1..1 -> posterior mean and log variance [B, H/8, W/8, C]."""
+        return self.vae.encode(pixels)
+
+    def vae_decode(self, z: jax.Array) -> jax.Array:
+        """Latents [B, h, w, C], scale and shift undone -> pixels [B, 8h, 8w, 3]."""
+        return self.vae.decode(z)
+
+
+def init_params(config: DeepGenConfig, key: jax.Array) -> dict[str, Any]:
+    """Freshly initialised float32 parameters of all five parts."""
+    return nn.unbox(DeepGen(config).init(key)["params"])
+
+
+def abstract_params(config: DeepGenConfig) -> dict[str, Any]:
+    """Shapes of the parameters without making them: a tree of float32 ``ShapeDtypeStruct``."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,67 @@
+"""Device meshes with the axes ("data", "fsdp", "tensor")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deepgen_jax.errors import DeepGenError
+
+AXES = ("data", "fsdp", "tensor")
+#: Axes over which a batch is split.
+BATCH_AXES = ("data", "fsdp")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of the mesh axes from ``"data=2,fsdp=4"``; axes left out have size 1.
+
+    Raises:
+      DeepGenError: an unknown axis, a repeated one, or a size that is no positive number.
+    """
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in AXES or name in sizes or not value.isdecimal() or int(value) == 0:
+            raise DeepGenError(f"mesh {text!r}: {item.strip()!r} is not usable; write it like data=1,fsdp=8,tensor=1")
+        sizes[name] = int(value)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over ``devices`` (all devices by default); None is a single device.
+
+    Raises:
+      DeepGenError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    sizes = dict.fromkeys(AXES, 1) if spec is None else parse_mesh(spec)
+    needed = math.prod(sizes.values())
+    if spec is None:
+        devices = devices[:1]
+    elif needed != len(devices):
+        raise DeepGenError(f"mesh {spec!r} needs {needed} devices, but there are {len(devices)}; change its sizes")
+    shape = tuple(sizes[axis] for axis in AXES)
+    if len(devices) > 1 and devices[0].platform == "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_size_multiple(mesh: Mesh) -> int:
+    """Global batches must be multiples of this to be split evenly."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, ndim: int, axis: int = 0) -> NamedSharding:
+    """Splits dimension ``axis`` of an array over the batch axes of the mesh."""
+    spec: list[tuple[str, ...] | None] = [None] * ndim
+    spec[axis] = BATCH_AXES
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,97 @@
+"""The sharding table: one regular expression per kind of parameter -> how its last dimensions are split.
+
+Megatron's scheme over "tensor" (projections into heads and MLPs are split by column, those out of them by row), and the
+other large dimension over "fsdp". Leading axes of stacked layers are never split.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Spec = tuple[str | None, ...]
+
+_COLUMN = (
+    r"q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|qkv|to_q|to_k|to_v|add_q|add_k|add_v"
+    r"|projector_in|projector_pooled|projector_sequence|context_embedder|timestep_fc1|text_fc1|patch_embed|lm_head"
+)
+_ROW = r"o_proj|down_proj|out_proj|fc2|proj|to_out|add_out|timestep_fc2|text_fc2|proj_out"
+_CONV = r"conv_in|conv_out|conv1|conv2|shortcut|\w+_downsample|\w+_upsample"
+
+#: (pattern that the whole path must match, split of the last dimensions)
+RULES: tuple[tuple[str, Spec], ...] = (
+    (rf".*/({_COLUMN})/kernel", ("fsdp", "tensor")),
+    (rf".*/({_COLUMN})/bias", ("tensor",)),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/kernel", ("fsdp", "tensor")),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/bias", ("tensor",)),
+    (rf".*/({_ROW})/kernel", ("tensor", "fsdp")),
+    (rf".*/({_ROW})/bias", (None,)),
+    (r".*/embed_tokens/embedding", (None, "fsdp")),
+    (r"bridge/meta_queries", (None, "fsdp")),
+    (r"mmdit/pos_embed", (None, "fsdp")),
+    (rf"vae/.*/({_CONV})/kernel", (None, None, None, "fsdp")),
+    (rf"vae/.*/({_CONV})/bias", (None,)),
+    (r".*/scale", (None,)),
+    (r"(vae|bridge)/.*norm\w*/bias", (None,)),
+    (r".*/embed_tokens/a", ("fsdp", None)),
+    (r".*/embed_tokens/b", (None, "fsdp")),
+    (rf".*/({_COLUMN})/a", ("fsdp", None)),
+    (rf".*/({_COLUMN})/b", (None, "tensor")),
+    (rf".*/({_ROW})/a", ("tensor", None)),
+    (rf".*/({_ROW})/b", (None, "fsdp")),
+)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of a nested dict, paths joined by slashes."""
+    for name, child in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(child, Mapping):
+            yield from leaves(child, path)
+        else:
+            yield path, child
+
+
+def matching_rules(path: str) -> list[int]:
+    """Indices of the rules that match a parameter's path; a sound table gives exactly one."""
+    return [i for i, (pattern, _) in enumerate(RULES) if re.fullmatch(pattern, path)]
+
+
+def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How one parameter is split. A dimension that a mesh axis does not divide stays whole.
+
+    Raises:
+      ValueError: no rule, or more than one, matches the path.
+    """
+    matches = matching_rules(path)
+    if len(matches) != 1:
+        raise ValueError(f"sharding: {path} matches {len(matches)} rules of deepgen_jax.parallel.rules, expected 1")
+    spec = RULES[matches[0]][1]
+    leading = len(shape) - len(spec)
+    axes = [axis if axis and shape[leading + i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
+    return PartitionSpec(*(None,) * leading, *axes)
+
+
+def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
+    """A tree of ``NamedSharding`` for a tree of arrays or ``ShapeDtypeStruct``s."""
+    out: dict[str, Any] = {}
+    for name, child in tree.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(child, Mapping):
+            out[name] = shardings(child, mesh, path)
+        else:
+            out[name] = NamedSharding(mesh, partition_spec(path, child.shape, mesh))
+    return out
+
+
+def bytes_per_device(tree: Mapping[str, Any], mesh: Mesh) -> int:
+    """Bytes of a tree's arrays that one device of the mesh holds."""
+    total = 0
+    for path, leaf in leaves(tree):
+        shard = NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)).shard_shape(leaf.shape)
+        total += math.prod(shard) * leaf.dtype.itemsize
+    return total
