@@ -1,0 +1,171 @@
+"""Noise schedules of flow matching: inference sigmas, and noise levels for training.
+
+A sigma runs from 1 (pure noise) to 0 (clean); the model is given the timestep ``sigma * num_train_timesteps``. Both
+uses reproduce the flow-match Euler scheduler that ``scheduler_config.json`` describes, including its double shift: with
+a static shift the inference grid ends at the last value of the *shifted* training table and is then shifted once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.errors import DeepGenError
+
+_CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
+# What a scheduler_config.json that leaves a field out means by it, where SchedulerConfig (the released model) differs.
+_FILE_DEFAULTS = {"shift": 1.0}
+# Options that change the result and are not implemented, with the values at which they change nothing.
+_INERT_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "invert_sigmas": (False, None),
+    "shift_terminal": (None, 0, 0.0),
+    "stochastic_sampling": (False, None),
+    "time_shift_type": ("exponential", None),
+    "use_beta_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_karras_sigmas": (False, None),
+}
+
+
+def parse_config(config: SchedulerConfig | Mapping[str, Any]) -> SchedulerConfig:
+    """``SchedulerConfig`` of a parsed ``scheduler_config.json``; a ``SchedulerConfig`` is returned as it is.
+
+    Raises:
+      DeepGenError: the file is of another scheduler, or sets an option that changes the result and is not supported.
+    """
+    if isinstance(config, SchedulerConfig):
+        return config
+    class_name = config.get("_class_name", _CLASS_NAME)
+    if class_name != _CLASS_NAME:
+        raise DeepGenError(f"scheduler_config.json: scheduler {class_name} is not supported; use {_CLASS_NAME}")
+    fields = {field.name for field in dataclasses.fields(SchedulerConfig)}
+    for name, value in config.items():
+        if name in fields or name.startswith("_"):
+            continue
+        if value not in _INERT_OPTIONS.get(name, (False, None)):
+            raise DeepGenError(f"scheduler_config.json: option {name}={value!r} is not supported; remove it")
+    given = {name: config[name] for name in fields if config.get(name) is not None}
+    return SchedulerConfig(**{**_FILE_DEFAULTS, **given})
+
+
+def make_sigmas(
+    scheduler_config: SchedulerConfig | Mapping[str, Any], num_steps: int, image_seq_len: int | None = None
+) -> np.ndarray:
+    """Sigmas of an N-step sampler.
+
+    Args:
+      scheduler_config: the schedule, or a parsed ``scheduler_config.json``.
+      num_steps: N >= 1.
+      image_seq_len: patches of the target image; required by dynamic shifting, otherwise unused.
+
+    Returns:
+      float32 [N + 1], decreasing from 1 to 0.
+
+    Raises:
+      DeepGenError: ``num_steps`` < 1, ``image_seq_len`` is missing, or the configuration is not supported.
+    """
+    config = parse_config(scheduler_config)
+    if num_steps < 1:
+        raise DeepGenError(f"number of sampling steps is {num_steps}; give at least 1")
+    table = training_sigmas(config)
+    grid = np.linspace(float(table[0]), float(table[-1]), num_steps, dtype=np.float64)
+    shift = math.exp(dynamic_shift(config, image_seq_len)) if config.use_dynamic_shifting else config.shift
+    return np.append(_shifted(grid, shift), 0.0).astype(np.float32)
+
+
+def dynamic_shift(config: SchedulerConfig, image_seq_len: Any) -> Any:
+    """Logarithm mu of the dynamic shift: linear in the number of target patches, through the configured base and max.
+
+    ``image_seq_len`` is a number or an array, and so is the result.
+
+    Raises:
+      DeepGenError: ``image_seq_len`` is None.
+    """
+    if image_seq_len is None:
+        raise DeepGenError("this scheduler shifts by image size (use_dynamic_shifting); give image_seq_len")
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (image_seq_len - config.base_image_seq_len)
+
+
+def training_sigmas(config: SchedulerConfig | Mapping[str, Any]) -> np.ndarray:
+    """Table of training noise levels, float32 [num_train_timesteps], decreasing; unshifted under dynamic shifting."""
+    config = parse_config(config)
+    count = config.num_train_timesteps
+    table = np.arange(count, 0, -1, dtype=np.float32) / np.float32(count)
+    return table if config.use_dynamic_shifting else _shifted(table, config.shift)
+
+
+def sample_u(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    config: SchedulerConfig | Mapping[str, Any],
+    weighting: str = "auto",
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> jax.Array:
+    """Draws the positions u in [0, 1] from which ``sigma_from_u`` takes noise levels.
+
+    Args:
+      key: PRNG key.
+      shape: shape of the result.
+      config: the schedule.
+      weighting: "none" (uniform), "logit_normal" (sigmoid of a normal of ``mean`` and ``std``) or "auto" (logit-normal
+        under dynamic shifting, else uniform).
+
+    Returns:
+      float32 array of ``shape``.
+
+    Raises:
+      DeepGenError: unknown weighting, or uniform weighting with dynamic shifting, for which it is not meant.
+    """
+    config = parse_config(config)
+    if weighting == "auto":
+        weighting = "logit_normal" if config.use_dynamic_shifting else "none"
+    if weighting == "logit_normal":
+        return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape, jnp.float32))
+    if weighting != "none":
+        raise DeepGenError(f"timestep weighting {weighting!r} is unknown; use auto, none or logit_normal")
+    if config.use_dynamic_shifting:
+        raise DeepGenError("timestep weighting 'none' does not go with use_dynamic_shifting; use logit_normal")
+    return jax.random.uniform(key, shape, jnp.float32)
+
+
+def sigma_from_u(
+    u: ArrayLike, config: SchedulerConfig | Mapping[str, Any], image_seq_len: ArrayLike | None = None
+) -> jax.Array:
+    """Noise level of position ``u``: entry floor(u * num_train_timesteps) of the table, so u = 0 is the noisiest.
+
+    Under dynamic shifting there is no table: the level is u shifted for the sample's size, so u = 1 is the noisiest.
+
+    Args:
+      u: [...] in [0, 1].
+      config: the schedule.
+      image_seq_len: patches of each target image, scalar or of ``u``'s shape; required by dynamic shifting only.
+
+    Returns:
+      float32 of ``u``'s shape.
+
+    Raises:
+      DeepGenError: dynamic shifting without ``image_seq_len``.
+    """
+    config = parse_config(config)
+    u = jnp.asarray(u, jnp.float32)
+    if config.use_dynamic_shifting:
+        return _shifted(u, jnp.exp(jnp.asarray(dynamic_shift(config, image_seq_len), jnp.float32)))
+    count = config.num_train_timesteps
+    # A sigmoid can round to exactly 1, which lies one past the table.
+    index = jnp.clip((u * count).astype(jnp.int32), 0, count - 1)
+    return jnp.asarray(training_sigmas(config))[index]
+
+
+def _shifted(sigma: Any, shift: Any) -> Any:
+    """Moves noise levels towards 1 for shift > 1 and keeps 0 and 1 where they are."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
