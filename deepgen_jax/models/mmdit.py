@@ -282,9 +282,7 @@ class MMDiT(nn.Module):
         """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D]."""
         cfg = self.config
         size = cfg.pos_embed_max_size
-        table = self.param(
-            "pos_embed", lambda _: jnp.asarray(sincos_table(size, cfg.sample_size // cfg.patch_size, cfg.hidden_size))
-        )
+        table = self.param("pos_embed", lambda _: sincos_table(size, cfg.sample_size // cfg.patch_size, cfg.hidden_size))
         return jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
 
 

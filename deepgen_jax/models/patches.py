@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -71,7 +72,7 @@ def position_ids(height: int, width: int, patch_size: int, max_size: int) -> np.
     return ids.reshape(-1).astype(np.int32)
 
 
-def sincos_table(max_size: int, base_size: int, dim: int) -> np.ndarray:
+def sincos_table(max_size: int, base_size: int, dim: int) -> jax.Array:
     """The 2-D sine-cosine position table of a model trained from scratch: float32 [max_size ** 2, dim].
 
     The first half of the channels encodes the column, the second half the row, each as [sin, cos]; positions are in
@@ -81,10 +82,11 @@ def sincos_table(max_size: int, base_size: int, dim: int) -> np.ndarray:
     coordinates = np.arange(max_size, dtype=np.float64) * base_size / max_size
     frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim // 4))
     angles = coordinates[:, None] * frequencies
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+    # The table itself (a gigabyte at full size) is made by JAX, so that tracing for shapes alone does not make it.
     shape = (max_size, max_size, dim // 2)
-    table = np.concatenate([np.broadcast_to(axis[None], shape), np.broadcast_to(axis[:, None], shape)], axis=-1)
-    return table.reshape(max_size**2, dim).astype(np.float32)
+    table = jnp.concatenate([jnp.broadcast_to(axis[None], shape), jnp.broadcast_to(axis[:, None], shape)], axis=-1)
+    return table.reshape(max_size**2, dim)
 
 
 def pack(
