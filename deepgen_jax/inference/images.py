@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from deepgen_jax.data.transforms import target_size
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.notices import notify
 
@@ -83,14 +84,9 @@ def reference_size(width: int, height: int, multiple: int = 32, max_pixels: int 
     An area above ``max_pixels`` is reduced to it with the aspect kept and the sides rounded up to ``multiple``, as in
     training; a smaller image keeps its size, with each side rounded to the nearest multiple.
     """
-    scale = math.sqrt(max_pixels / (width * height))
-    if scale < 1:
-        # The epsilon keeps 512 * (512 / 512) from becoming 544 through rounding.
-        sides = (math.ceil(side * scale / multiple - 1e-6) for side in (width, height))
-    else:
-        sides = (_nearest(side, multiple) for side in (width, height))
-    new_width, new_height = (max(1, side) * multiple for side in sides)
-    return new_width, new_height
+    if width * height > max_pixels:
+        return target_size(width, height, math.isqrt(max_pixels), "fix_pixels")
+    return _nearest(width, multiple) * multiple, _nearest(height, multiple) * multiple
 
 
 def fit_reference(

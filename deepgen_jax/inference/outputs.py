@@ -1,0 +1,305 @@
+"""Image files that tell how they were made, written whole or not at all, and folders of them that can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import deepgen_jax
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.batch import Request, Settings
+from deepgen_jax.notices import notify
+
+#: Image formats by suffix.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+METADATA_FILE = "metadata.jsonl"
+
+_TEMPORARY = ".deepgen-tmp-"
+_KEY = "deepgen"
+_EXIF_DESCRIPTION = 0x010E
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What makes the images.
+
+    Attributes:
+      folder: the model folder.
+      dtype: of the computation.
+      fingerprint: digest of config.json (which names the weights' sources) and the schedule.
+    """
+
+    folder: Path
+    dtype: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, folder: Path, dtype: str) -> Model:
+        """The model in ``folder``, its fingerprint taken now."""
+        digest = hashlib.sha256()
+        for name in ("config.json", "scheduler_config.json"):
+            with contextlib.suppress(FileNotFoundError):
+                digest.update((folder / name).read_bytes())
+        return cls(folder, dtype, digest.hexdigest()[:32])
+
+
+def describe(request: Request, settings: Settings, model: Model) -> dict[str, Any]:
+    """Everything that is needed to make the image of ``request`` again, JSON-ready.
+
+    ``fingerprint`` is a digest of what decides the pixels: not of paths and versions, but of the contents of the
+    reference images and of the model's description.
+    """
+    what = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "width": request.width,
+        "height": request.height,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "padding": settings.padding,
+        "dtype": model.dtype,
+        "model_fingerprint": model.fingerprint,
+    }
+    if request.images:
+        what |= {
+            "image_sha256": [_file_digest(path) for path in request.images],
+            "reference_posterior": settings.reference_posterior,
+            "max_reference_pixels": settings.max_reference_pixels,
+        }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+    return {
+        "file": request.file,
+        **what,
+        "images": [str(path.absolute()) for path in request.images],
+        "model": str(model.folder.absolute()),
+        "deepgen_jax": deepgen_jax.__version__,
+        "jax": version("jax"),
+        "fingerprint": digest,
+    }
+
+
+def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes an image with ``metadata`` inside: a PNG text chunk, or the EXIF description of a JPEG or WebP.
+
+    The file appears whole or not at all: it is written beside its place under another name, flushed, and moved.
+
+    Raises:
+      DeepGenError: the suffix is unknown, or the file cannot be written.
+    """
+    check_format(path)
+    image_format = FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95}
+    if image_format == "PNG":
+        info = PngInfo()
+        info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
+        options = {"pnginfo": info}
+    else:
+        exif = Image.Exif()
+        exif[_EXIF_DESCRIPTION] = json.dumps(metadata)
+        options["exif"] = exif
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        image.save(file, image_format, **options)
+        _flush(file.fileno())
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata that `save_image` put into a file; None where there is none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(_KEY) or image.getexif().get(_EXIF_DESCRIPTION)
+        value = json.loads(text)
+    except (OSError, ValueError, TypeError, SyntaxError):
+        return None
+    return value if isinstance(value, dict) and "fingerprint" in value else None
+
+
+def check_format(path: Path) -> None:
+    """Raises a DeepGenError unless ``path`` has a suffix of `FORMATS`."""
+    if path.suffix.lower() not in FORMATS:
+        raise DeepGenError(f"{path} has the suffix {path.suffix!r}; use one of {', '.join(FORMATS)}")
+
+
+class OutputFolder:
+    """A folder of images and its ``metadata.jsonl``, held by one run at a time; a context manager.
+
+    On entry the folder is made, leftovers of a killed run are removed and a torn last line of ``metadata.jsonl`` is
+    dropped.
+
+    Raises:
+      DeepGenError: on entry, where the folder cannot be used or another run holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: dict[str, str] = {}
+        self._others: list[str] = []
+        self._handle: int | None = None
+
+    def __enter__(self) -> OutputFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+            for leftover in self.path.glob(f"{_TEMPORARY}*"):
+                leftover.unlink(missing_ok=True)
+            self._read()
+        except FileExistsError as error:
+            raise DeepGenError(f"{self.path} is a file; give a folder with --out") from error
+        except OSError as error:
+            raise DeepGenError(f"output folder {self.path} cannot be used: {error.strerror or error}") from error
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in (self._handle, self._lock):
+            if handle is not None:
+                os.close(handle)
+
+    def missing(self, wanted: Iterable[dict[str, Any]], overwrite: bool = False) -> list[str]:
+        """Files among ``wanted`` (from `describe`) that are still to be made.
+
+        A file is finished when it is a whole PNG made from the same request. One made from another request (a changed
+        prompt file, another model) is to be made again, with a notice.
+
+        Raises:
+          DeepGenError: a file is in the way that no run has made, and ``overwrite`` is not set.
+        """
+        missing: list[str] = []
+        changed = 0
+        for metadata in wanted:
+            file = metadata["file"]
+            path = self.path / file
+            if not path.exists():
+                self._lines.pop(file, None)
+                missing.append(file)
+                continue
+            # A run killed between the image and its line leaves the image without a line, but with what is inside it.
+            line = self._lines.get(file)
+            known = json.loads(line) if line is not None else read_metadata(path)
+            if known is None and not overwrite:
+                raise DeepGenError(
+                    f"{path} is in the way and is not from an earlier run; choose another --out or use --overwrite"
+                )
+            if known is not None and known.get("fingerprint") == metadata["fingerprint"] and _is_whole(path):
+                self._lines.setdefault(file, _line(known))
+            else:
+                self._lines.pop(file, None)
+                missing.append(file)
+                changed += known is not None and known.get("fingerprint") != metadata["fingerprint"]
+        if changed:
+            notify(f"{changed} of the images in {self.path} are of other requests or another model; made again")
+        self._rewrite()
+        return missing
+
+    def save(self, image: Image.Image, metadata: dict[str, Any]) -> Path:
+        """Writes the image, then its line of ``metadata.jsonl`` in one write."""
+        path = self.path / metadata["file"]
+        save_image(image, path, metadata)
+        try:
+            if self._handle is None:
+                self._handle = os.open(self.path / METADATA_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(self._handle, _line(metadata).encode())
+        except OSError as error:
+            raise DeepGenError(f"{self.path / METADATA_FILE} cannot be written: {error.strerror or error}") from error
+        return path
+
+    def _read(self) -> None:
+        """Lines of images by file, and whatever else a person keeps there."""
+        path = self.path / METADATA_FILE
+        self._lines, self._others = {}, []
+        if not path.exists():
+            return
+        for raw in path.read_bytes().splitlines():
+            try:
+                value = json.loads(raw)
+            except ValueError:
+                if raw.strip():
+                    notify(f"{path} has a damaged line, left by a run that was cut off; dropped")
+                continue
+            if isinstance(value, dict) and isinstance(value.get("file"), str) and "fingerprint" in value:
+                self._lines[value["file"]] = raw.decode() + "\n"
+            else:
+                self._others.append(raw.decode() + "\n")
+
+    def _rewrite(self) -> None:
+        """Brings ``metadata.jsonl`` to what is known now; untouched when it says that already."""
+        path = self.path / METADATA_FILE
+        content = "".join([*self._others, *self._lines.values()]).encode()
+        before = path.read_bytes() if path.exists() else b""
+        if content != before:
+            with _replacing(path) as temporary:
+                temporary.write_bytes(content)
+
+
+def _line(metadata: dict[str, Any]) -> str:
+    return json.dumps(metadata, ensure_ascii=False) + "\n"
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that becomes ``path`` at the end, or goes away on an error."""
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DeepGenError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(descriptor: int) -> None:
+    # After a power cut too the name must stand for a whole file. Some network file systems do not know fsync.
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+
+
+def _is_whole(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(_PNG_END)))
+        return file.read() == _PNG_END
+
+
+def _lock(folder: Path) -> int | None:
+    """Holds the folder for this process until it ends, however it ends; None where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise DeepGenError(f"another run is writing to {folder}; wait for it, or choose another --out") from None
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        status = path.stat()
+        return _digest(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise DeepGenError(f"image {path} cannot be read: {error.strerror or error}") from error
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, mtime: int) -> str:
+    """SHA-256 of a file's bytes; size and time are there for the cache, which must not outlive a change."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
