@@ -281,8 +281,8 @@ class MMDiT(nn.Module):
     def _positions(self, position_ids: jax.Array) -> jax.Array:
         """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D]."""
         cfg = self.config
-        size = cfg.pos_embed_max_size
-        table = self.param("pos_embed", lambda _: sincos_table(size, cfg.sample_size // cfg.patch_size, cfg.hidden_size))
+        sizes = (cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size, cfg.hidden_size)
+        table = self.param("pos_embed", lambda _: sincos_table(*sizes))
         return jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
 
 
