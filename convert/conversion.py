@@ -1,0 +1,335 @@
+"""``deepgen convert``: releases -> a model folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import deepgen_jax
+from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig, to_dict
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.model_folder import FORMAT, VERSION
+
+from . import configs
+from .detect import Folder, open_checkpoint, require_folder
+from .fresh import FreshBridge
+from .hparams import HParams, read_hparams
+from .leaves import Leaf
+from .names import MMDIT, VAE
+from .plan import Inventory, Plan, make_plan, take_inventory
+from .sources import BFLOAT16, Source, open_safetensors
+from .staging import require_space, staged
+from .writer import write_tree
+
+#: Prefix that gives the tensors of a Qwen2.5-VL folder their place in a checkpoint's key space.
+_VLM = "lmm."
+#: Files of a tokenizer; the others in a model's folder are not its business.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+DTYPES = {"bfloat16": BFLOAT16, "float32": np.dtype(np.float32)}
+
+
+@dataclass
+class Release:
+    """Open sources and parsed configurations of one conversion."""
+
+    sources: list[tuple[Source, str]]
+    config: DeepGenConfig
+    scheduler: SchedulerConfig
+    tokenizer: Path
+    inventory: Inventory
+    hparams: HParams
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, for people.
+
+    Attributes:
+      folder: the new model folder.
+      parameters: part -> count, bytes and dtypes.
+      provenance: as stored in ``config.json``.
+      merged: number of weights that adapters were folded into.
+      unused: source entries that were left out -> reason.
+    """
+
+    folder: Path
+    parameters: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+    merged: int
+    unused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{'part':<8} {'parameters':>15} {'size':>10}  dtypes"]
+        for part, summary in self.parameters.items():
+            dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in sorted(summary["dtypes"].items()))
+            lines.append(f"{part:<8} {summary['count']:>15,} {summary['bytes'] / 1e6:>7,.1f} MB  {dtypes}")
+        options = self.provenance["options"]
+        if self.merged:
+            lines.append(f"merged {self.merged} adapters in float32 (alpha {options['lora_alpha']:g})")
+        elif "lora" in self.parameters:
+            lines.append(f"kept the adapters apart (alpha {options['lora_alpha']:g})")
+        for source in self.provenance["sources"]:
+            if "seed" in source:
+                lines.append(f"the bridge is freshly initialised (seed {source['seed']}); train it before use")
+        for label, count in self.provenance["superseded"].items():
+            lines.append(f"superseded by the checkpoint: {count} tensors of {label}")
+        for reason in sorted(set(self.unused.values())):
+            names = sorted(name for name, why in self.unused.items() if why == reason)
+            lines.append(f"left out {len(names)} ({reason}): {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}")
+        return "\n".join([*lines, f"wrote {self.folder}"])
+
+
+def convert(
+    *,
+    out: str | Path,
+    qwen: str | Path | None = None,
+    sd3: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    diffusers: str | Path | None = None,
+    hparams: str | Path | None = None,
+    keep_lora: bool = False,
+    lora_alpha: float | None = None,
+    dtype: str | None = None,
+    member: str | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+) -> Report:
+    """Converts released weights to the model folder ``out``.
+
+    Args:
+      out: the folder to write; it appears when everything is written, or not at all.
+      qwen: Qwen2.5-VL folder. Needs ``sd3``.
+      sd3: diffusers folder with transformer/, vae/ and scheduler/.
+      checkpoint: stage checkpoint (a file, a folder or the first zip part). Without one, the bridge is freshly
+        initialised, as for the start of training.
+      diffusers: DeepGen diffusers release, instead of the three above.
+      hparams: JSON file of hyper-parameters that no checkpoint stores.
+      keep_lora: store adapters apart instead of merging them.
+      lora_alpha: numerator of the adapters' scale; 2 x rank where neither this nor ``hparams`` says.
+      dtype: "bfloat16" or "float32" for everything stored; None keeps each tensor's own.
+      member: part of the name of the checkpoint inside an archive that holds several.
+      overwrite: replace ``out``.
+      seed: of a fresh bridge.
+
+    Raises:
+      DeepGenError: anything is wrong with the sources; ``out`` is then as it was.
+    """
+    out = Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise DeepGenError(f"--dtype {dtype} is unknown; use {' or '.join(DTYPES)}")
+    if (diffusers is None) == (qwen is None and sd3 is None):
+        raise DeepGenError("give either --diffusers, or --qwen and --sd3 (with --checkpoint for trained weights)")
+    if diffusers is not None and checkpoint is not None:
+        raise DeepGenError("--checkpoint goes with --qwen and --sd3; a diffusers release is complete by itself")
+    with staged(out, overwrite=overwrite) as partial, contextlib.ExitStack() as stack:
+        given = read_hparams(_path(hparams))
+        if diffusers is not None:
+            release = _open_release(Path(diffusers), given, stack)
+        elif qwen is None or sd3 is None:
+            raise DeepGenError("--qwen and --sd3 go together; give both")
+        else:
+            release = _open_bases(Path(qwen), Path(sd3), _path(checkpoint), given, member, seed, stack)
+        lora = _lora_config(release.inventory, release.hparams, lora_alpha)
+        stored = None if dtype is None else DTYPES[dtype]
+        plan = make_plan(release.config, release.inventory, lora, keep_lora=keep_lora, dtype=stored)
+        options = {"keep_lora": keep_lora, "dtype": dtype, "lora_alpha": lora.alpha if lora else None}
+        return _write(partial, out, plan, release, options)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _open_bases(
+    qwen: Path, sd3: Path, checkpoint: Path | None, hparams: HParams, member: str | None, seed: int,
+    stack: contextlib.ExitStack,
+) -> Release:  # fmt: skip
+    require_folder(qwen, Folder.QWEN, "--qwen")
+    require_folder(sd3, Folder.SD3, "--sd3")
+    sources = [
+        (_opened(open_safetensors(qwen, "Qwen2.5-VL"), stack), _VLM),
+        *_diffusion_sources(sd3, stack),
+    ]
+    if checkpoint is not None:
+        sources.append((_opened(open_checkpoint(checkpoint, member), stack), ""))
+    inventory = take_inventory(sources)
+    release = _configure(qwen, sd3, sources, inventory, hparams, hparams.connector, hparams.where, qwen)
+    if checkpoint is None:
+        bridge = FreshBridge(release.config, seed)
+        release.sources.append((bridge, ""))
+        release.inventory = take_inventory(release.sources)
+    return release
+
+
+def _open_release(folder: Path, hparams: HParams, stack: contextlib.ExitStack) -> Release:
+    require_folder(folder, Folder.RELEASE, "--diffusers")
+    sources = [
+        (_opened(open_safetensors(folder / "vlm", "Qwen2.5-VL of a diffusers release"), stack), _VLM),
+        *_diffusion_sources(folder, stack),
+        (_opened(open_safetensors(folder / "connector", "bridge of a diffusers release"), stack), ""),
+    ]
+    connector_file = folder / "connector" / "config.json"
+    connector = configs.read_json(connector_file) if connector_file.is_file() else {}
+    where = str(connector_file)
+    if hparams.connector:
+        connector, where = {**connector, **hparams.connector}, hparams.where
+    inventory = take_inventory(sources)
+    tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder / "vlm"
+    return _configure(folder / "vlm", folder, sources, inventory, hparams, connector, where, tokenizer)
+
+
+def _diffusion_sources(folder: Path, stack: contextlib.ExitStack) -> list[tuple[Source, str]]:
+    return [
+        (_opened(open_safetensors(folder / "transformer", "diffusers SD3Transformer2DModel"), stack), MMDIT),
+        (_opened(open_safetensors(folder / "vae", "diffusers AutoencoderKL"), stack), VAE),
+    ]
+
+
+def _opened(source: Source, stack: contextlib.ExitStack) -> Source:
+    stack.callback(source.close)
+    return source
+
+
+def _configure(
+    vlm: Path,
+    diffusion: Path,
+    sources: list[tuple[Source, str]],
+    inventory: Inventory,
+    hparams: HParams,
+    connector: Mapping[str, Any],
+    connector_file: str,
+    tokenizer: Path,
+) -> Release:
+    """The model's configuration, from the releases' files and the shapes of the bridge."""
+
+    def parse(path: Path, parser: Callable[..., Any]) -> Any:
+        return parser(configs.read_json(path), str(path))
+
+    text, vision = parse(vlm / "config.json", configs.qwen_configs)
+    pad = _token_id(tokenizer, "<|endoftext|>")
+    if pad is not None:
+        text = dataclasses.replace(text, pad_token_id=pad)
+    shapes = {key: ref.shape for key, ref in inventory.weights.items()}
+    config = DeepGenConfig(
+        text=text,
+        vision=vision,
+        bridge=configs.bridge_config(shapes, connector, connector_file, text.hidden_size),
+        mmdit=parse(diffusion / "transformer" / "config.json", configs.mmdit_config),
+        vae=parse(diffusion / "vae" / "config.json", configs.vae_config),
+        max_prompt_tokens=hparams.max_prompt_tokens,
+    )
+    scheduler = parse(diffusion / "scheduler" / "scheduler_config.json", configs.scheduler_config)
+    return Release(sources, config, scheduler, tokenizer, inventory, hparams)
+
+
+def _token_id(folder: Path, token: str) -> int | None:
+    """The id of a special token, or None where the tokenizer's files do not tell."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    added = configs.read_json(path).get("added_tokens") or []
+    return next((entry["id"] for entry in added if entry.get("content") == token), None)
+
+
+def _lora_config(inventory: Inventory, hparams: HParams, alpha: float | None) -> LoRAConfig | None:
+    """Rank from the adapters' shapes; alpha as asked for, as the hyper-parameters say, or 2 x rank."""
+    rank = inventory.lora_rank
+    if rank is None:
+        return None
+    if hparams.lora_rank not in (None, rank):
+        raise DeepGenError(
+            f"{hparams.where}: lora_rank is {hparams.lora_rank}, but the checkpoint's adapters have "
+            f"rank {rank}; use the file that belongs to the checkpoint"
+        )
+    stated = next((a for a in (alpha, hparams.lora_alpha) if a is not None), 2.0 * rank)
+    return LoRAConfig(rank=rank, alpha=float(stated))
+
+
+def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict[str, Any]) -> Report:
+    total = sum(leaf.nbytes for leaf in (*plan.params, *plan.lora))
+    require_space(out, total)
+    partial.mkdir()
+    _copy_tokenizer(release.tokenizer, partial / "tokenizer")
+    with _progress(total, "converting") as progress:
+        write_tree(partial / "params", plan.params, progress)
+        if plan.lora:
+            write_tree(partial / "lora", plan.lora, progress)
+    if plan.not_finite:
+        names = sorted(plan.not_finite)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise DeepGenError(f"NaN or infinite weights in {', '.join(names[:3])}{more}; download or train them again")
+    parameters = _summaries(plan)
+    provenance = {
+        "deepgen_jax": deepgen_jax.__version__,
+        "sources": [source.provenance() for source, _ in release.sources],
+        "options": options,
+        "merged_adapters": len(plan.merged),
+        "superseded": release.inventory.superseded,
+        "left_out": _count_reasons(release.inventory.unused),
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_dict(plan.config),
+        "provenance": provenance,
+        "parameters": parameters,
+    }
+    _write_json(partial / "config.json", manifest)
+    _write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
+    return Report(out, parameters, provenance, len(plan.merged), release.inventory.unused)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names = {file.name for file in files}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        wanted = "tokenizer.json, or vocab.json and merges.txt"
+        raise DeepGenError(f"{source} holds no tokenizer ({wanted}); download it again")
+    target.mkdir()
+    for file in files:
+        shutil.copyfile(file, target / file.name)
+
+
+def _summaries(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Part -> number of parameters, bytes and number by dtype."""
+    summaries: dict[str, dict[str, Any]] = {}
+    leaves: list[tuple[str, Leaf]] = [(leaf.path[0], leaf) for leaf in plan.params]
+    for part, leaf in [*leaves, *(("lora", leaf) for leaf in plan.lora)]:
+        summary = summaries.setdefault(part, {"count": 0, "bytes": 0, "dtypes": {}})
+        summary["count"] += leaf.size
+        summary["bytes"] += leaf.nbytes
+        dtypes = summary["dtypes"]
+        dtypes[leaf.dtype.name] = dtypes.get(leaf.dtype.name, 0) + leaf.size
+    return summaries
+
+
+def _count_reasons(unused: Mapping[str, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in unused.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes, shown on terminals only."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        yield lambda count: bar.update(count) and None

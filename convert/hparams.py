@@ -1,0 +1,57 @@
+"""``--hparams``: hyper-parameters that no checkpoint stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepgen_jax.config import DeepGenConfig
+
+from .configs import Options, read_json
+
+
+@dataclass(frozen=True)
+class HParams:
+    """What the file says; None: nothing.
+
+    Attributes:
+      connector: sizes of the connector and ``num_queries``.
+      lora_rank, lora_alpha: of the adapters.
+      max_prompt_tokens: longest prompt.
+      where: name of the file for messages.
+    """
+
+    connector: Mapping[str, Any] = field(default_factory=dict)
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    max_prompt_tokens: int = DeepGenConfig.max_prompt_tokens
+    where: str = "the defaults"
+
+
+def read_hparams(path: Path | None) -> HParams:
+    """The hyper-parameters of a JSON file, or none.
+
+    Raises:
+      DeepGenError: the file is missing, or an entry is unknown or of the wrong type.
+    """
+    if path is None:
+        return HParams()
+    values = read_json(path)
+    options = Options(values, str(path))
+    connector = dict(options.take("connector", dict, {}))
+    queries = options.take("num_queries", int, None)
+    if queries is not None:
+        connector["num_queries"] = queries
+    hparams = HParams(
+        connector=connector,
+        lora_rank=options.take("lora_rank", int, None),
+        lora_alpha=options.take("lora_alpha", float, None),
+        max_prompt_tokens=options.take("max_length", int, DeepGenConfig.max_prompt_tokens),
+        where=str(path),
+    )
+    # Settings of the training run.
+    options.ignore("unconditional", "weighting_scheme", "note")
+    options.finish()
+    return hparams

@@ -1,0 +1,316 @@
+"""Matching: which source tensors fill which parameters. Everything is decided here, before a tensor is read.
+
+Each tensor of each source is used, superseded by a later source, or known to carry nothing; each parameter is filled
+exactly once with the right shape. Anything else is one error that lists what does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from deepgen_jax.config import DeepGenConfig, LoRAConfig
+from deepgen_jax.errors import DeepGenError
+
+from .keys import Role, parse_key, unused_reason
+from .leaves import Leaf, Piece, row_blocks, slice_index
+from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
+from .sources import BFLOAT16, WEIGHT_DTYPES, Source
+from .transforms import Transform, to_target
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One tensor of one source."""
+
+    source: Source
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return WEIGHT_DTYPES[self.source.tensors[self.name].dtype]
+
+    @property
+    def position(self) -> int:
+        return self.source.tensors[self.name].position
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.source.label}"
+
+
+@dataclass
+class Adapter:
+    """The two factors of one adapted weight."""
+
+    a: Ref | None = None
+    b: Ref | None = None
+    names: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Inventory:
+    """What the sources hold, by canonical key."""
+
+    weights: dict[str, Ref] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    #: Superseded tensors by the label of their source.
+    superseded: dict[str, int] = field(default_factory=dict)
+    #: Known-unused entries -> reason.
+    unused: dict[str, str] = field(default_factory=dict)
+    duplicated: list[str] = field(default_factory=list)
+
+    @property
+    def lora_rank(self) -> int | None:
+        """The adapters' rank, taken from the first one."""
+        return next((adapter.a.shape[0] for adapter in self.adapters.values() if adapter.a is not None), None)
+
+
+def take_inventory(sources: Iterable[tuple[Source, str]]) -> Inventory:
+    """Canonical keys of ``(source, prefix)`` pairs; a later source supersedes the tensors of an earlier one."""
+    inventory = Inventory()
+    for source, prefix in sources:
+        found: dict[tuple[str, Role], str] = {}
+        inventory.unused.update({f"{name} of {source.label}": reason for name, reason in source.ignored.items()})
+        for raw in source.tensors:
+            key = parse_key(raw, prefix)
+            reason = unused_reason(key.name)
+            if reason is not None:
+                inventory.unused[f"{raw} of {source.label}"] = reason
+                continue
+            if found.setdefault((key.name, key.role), raw) != raw:
+                inventory.duplicated.append(f"{raw} and {found[key.name, key.role]} of {source.label}")
+                continue
+            ref = Ref(source, raw)
+            if key.role is Role.WEIGHT:
+                old = inventory.weights.get(key.name)
+                if old is not None:
+                    inventory.superseded[old.source.label] = inventory.superseded.get(old.source.label, 0) + 1
+                inventory.weights[key.name] = ref
+            else:
+                adapter = inventory.adapters.setdefault(key.name, Adapter())
+                adapter.names.add(key.adapter)
+                setattr(adapter, key.role.value, ref)
+    return inventory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to fill a model.
+
+    Attributes:
+      config: the model's configuration, with tying and adapters as they come out.
+      params, lora: leaves to write; ``lora`` is empty unless adapters are kept.
+      merged: keys of the weights that adapters are folded into.
+      scale: alpha / rank of the adapters, where there are any.
+      not_finite: filled while pieces are read: names of tensors that hold NaN or infinity.
+    """
+
+    config: DeepGenConfig
+    params: list[Leaf]
+    lora: list[Leaf]
+    merged: list[str]
+    scale: float | None
+    not_finite: set[str]
+
+
+def make_plan(
+    config: DeepGenConfig, inventory: Inventory, lora: LoRAConfig | None, *, keep_lora: bool, dtype: np.dtype | None
+) -> Plan:
+    """Matches an inventory with the name tables.
+
+    Args:
+      config: sizes; ``tie_word_embeddings`` as the source's configuration states it.
+      lora: rank and alpha where the inventory has adapters.
+      keep_lora: store adapters apart instead of merging them.
+      dtype: dtype to store everything in; None keeps the source's, float32 for weights that are merged.
+
+    Raises:
+      DeepGenError: something is missing, unknown, duplicated, misshaped or of an unsupported dtype.
+    """
+    filled = dict(inventory.weights)
+    own_head = LM_HEAD_KEY in filled or LM_HEAD_KEY in inventory.adapters
+    if own_head and config.text.tie_word_embeddings and EMBEDDING_KEY in filled:
+        filled.setdefault(LM_HEAD_KEY, filled[EMBEDDING_KEY])
+    tied = config.text.tie_word_embeddings and not own_head
+    config = dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, tie_word_embeddings=tied),
+        lora=lora if keep_lora else None,
+    )
+    table = weights(config)
+    adapters = {key: adapter for key, adapter in inventory.adapters.items() if key in table}
+    _check(table, filled, inventory, lora)
+
+    scale = lora.scale if lora and adapters else None
+    builder = _Builder(filled, adapters, scale or 0.0, dtype, set())
+    merge = {} if keep_lora else adapters
+    by_leaf: dict[tuple[str, ...], list[Weight]] = {}
+    for weight in table.values():
+        by_leaf.setdefault(weight.path, []).append(weight)
+    params = [builder.leaf(group, merge) for group in by_leaf.values()]
+    kept = []
+    if keep_lora and lora is not None:
+        for group in by_leaf.values():
+            if any(weight.key in adapters for weight in group):
+                kept += [builder.factor(group, Role.LORA_A, lora.rank), builder.factor(group, Role.LORA_B, lora.rank)]
+    return Plan(config, params, kept, sorted(merge), scale, builder.not_finite)
+
+
+def _check(
+    table: Mapping[str, Weight], filled: Mapping[str, Ref], inventory: Inventory, lora: LoRAConfig | None
+) -> None:
+    """Raises one error that lists everything that does not fit."""
+    missing = [key for key in table if key not in filled]
+    unknown = [str(ref) for key, ref in inventory.weights.items() if key not in table]
+    misshaped, dtypes = [], []
+    for key, ref in filled.items():
+        if ref.source.tensors[ref.name].dtype not in WEIGHT_DTYPES:
+            dtypes.append(f"{ref} is {ref.source.tensors[ref.name].dtype}")
+        if key in table and ref.shape != table[key].shape:
+            misshaped.append(f"{ref} is {list(ref.shape)}, expected {list(table[key].shape)}")
+    for key, adapter in inventory.adapters.items():
+        refs = [ref for ref in (adapter.a, adapter.b) if ref is not None]
+        if key not in table or not table[key].adaptable:
+            unknown += [str(ref) for ref in refs]
+            continue
+        if len(refs) < 2:
+            missing.append(f"the other factor of {refs[0]}")
+            continue
+        dtypes += [
+            f"{r} is {r.source.tensors[r.name].dtype}"
+            for r in refs
+            if r.source.tensors[r.name].dtype not in WEIGHT_DTYPES
+        ]
+        rank = lora.rank if lora else 0
+        rows, columns = table[key].target_shape
+        for ref, shape in zip(refs, ((rank, rows), (columns, rank)), strict=True):
+            if ref.shape != shape:
+                misshaped.append(f"{ref} is {list(ref.shape)}, expected {list(shape)}")
+    names = set(itertools.chain.from_iterable(adapter.names for adapter in inventory.adapters.values()))
+    several = [f"adapters {', '.join(sorted(names))} where one is expected"] if len(names) > 1 else []
+    problems = [
+        f"{len(items)} {label}: {_shorten(items)}"
+        for label, items in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("misshaped", misshaped),
+            ("duplicated", inventory.duplicated + several),
+            ("of unsupported dtype", dtypes),
+        )
+        if items
+    ]
+    if problems:
+        listed = "; ".join(problems)
+        raise DeepGenError(f"the weights do not fit the model ({listed}); check that all parts belong together")
+
+
+def _shorten(items: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
+
+
+@dataclass
+class _Builder:
+    """Makes leaves of weights."""
+
+    filled: Mapping[str, Ref]
+    adapters: Mapping[str, Adapter]
+    scale: float
+    dtype: np.dtype | None
+    not_finite: set[str]
+
+    def leaf(self, group: list[Weight], merge: Mapping[str, Adapter]) -> Leaf:
+        """One parameter leaf, from the weights stacked in it."""
+        dtype = self.dtype or _common_dtype(
+            np.dtype(np.float32) if weight.key in merge else self.filled[weight.key].dtype for weight in group
+        )
+        first = group[0]
+        pieces, chunks = [], first.target_shape
+        for weight in group:
+            ref, adapter = self.filled[weight.key], merge.get(weight.key)
+            refs = [r for r in (ref, adapter.a if adapter else None, adapter.b if adapter else None) if r is not None]
+            blocks = row_blocks(weight, dtype) if not any(r.source.sequential for r in refs) else [None]
+            order = max((r.source.sequential, id(r.source), r.position) for r in refs)
+            for number, rows in enumerate(blocks):
+                index = slice_index(weight, rows)
+                pieces.append(Piece(index, (*order, number), self._value(weight, ref, adapter, rows, dtype)))
+            if blocks[0] is not None:
+                axis = weight.transform.row_axis
+                block = blocks[0].stop - blocks[0].start
+                chunks = tuple(block if i == axis else n for i, n in enumerate(weight.target_shape))
+        ones = (1,) * len(first.stack)
+        return Leaf(first.path, (*first.stack, *first.target_shape), dtype, (*ones, *chunks), pieces)
+
+    def _value(
+        self, weight: Weight, ref: Ref, adapter: Adapter | None, rows: slice | None, dtype: np.dtype
+    ) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            refs = {"weight": (ref, rows)}
+            if adapter is not None and adapter.a is not None and adapter.b is not None:
+                refs |= {"a": (adapter.a, None), "b": (adapter.b, None)}
+            in_order = sorted(refs.items(), key=lambda item: item[1][0].position)
+            tensors = {role: self._read(r, block) for role, (r, block) in in_order}
+            value = to_target(weight.transform, tensors["weight"])
+            if "a" in tensors:
+                a, b = tensors["a"].T.astype(np.float32), tensors["b"].T.astype(np.float32)
+                if rows is not None:
+                    a, b = (a[rows], b) if weight.transform is Transform.SAME else (a, b[:, rows])
+                update = a @ b
+                update *= np.float32(self.scale)
+                update += value
+                value = update
+            return value.astype(dtype, copy=False)
+
+        return read
+
+    def factor(self, group: list[Weight], role: Role, rank: int) -> Leaf:
+        """One leaf of the LoRA tree; layers of the stack that have no adapter get zeros."""
+        first = group[0]
+        rows, columns = first.target_shape
+        shape = (rows, rank) if role is Role.LORA_A else (rank, columns)
+        refs = {w.key: getattr(self.adapters[w.key], role.value) for w in group if w.key in self.adapters}
+        dtype = self.dtype or _common_dtype(ref.dtype for ref in refs.values())
+
+        def value(ref: Ref | None) -> Callable[[], np.ndarray]:
+            if ref is None:
+                return lambda: np.zeros(shape, dtype)
+            return lambda: self._read(ref, None).T.astype(dtype, copy=False)
+
+        pieces = []
+        for weight in group:
+            ref = refs.get(weight.key)
+            order = (ref.source.sequential, id(ref.source), ref.position, 0) if ref else (False, 0, 0, 0)
+            pieces.append(Piece(weight.index, order, value(ref)))
+        path = (*first.path[:-1], role.value)
+        return Leaf(path, (*first.stack, *shape), dtype, (*(1,) * len(first.stack), *shape), pieces)
+
+    def _read(self, ref: Ref, rows: slice | None) -> np.ndarray:
+        tensor = ref.source.read(ref.name, rows)
+        if not all_finite(tensor):
+            self.not_finite.add(str(ref))
+        return tensor
+
+
+def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The smallest dtype that holds all of them exactly."""
+    distinct = set(dtypes)
+    return distinct.pop() if len(distinct) == 1 else np.dtype(np.float32)
+
+
+def all_finite(tensor: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite. For 16-bit floats the exponent's bits tell, without a cast."""
+    exponents = {BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}.get(tensor.dtype)
+    if exponents is None:
+        # The sum of finite float32 numbers may overflow, so a finite sum proves it and anything else is looked at.
+        with np.errstate(over="ignore", invalid="ignore"):
+            return bool(np.isfinite(tensor.sum())) or bool(np.isfinite(tensor).all())
+    bits = tensor.view(np.uint16) & np.uint16(exponents)
+    return not math.prod(bits.shape) or int(bits.max()) != exponents

@@ -1,0 +1,242 @@
+"""Lazy readers of weight files behind one interface: names, shapes and dtypes first, then one tensor at a time.
+
+Reading is by position in the file, not by memory maps: mapped pages would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from deepgen_jax.errors import DeepGenError
+
+from .transforms import Shape
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+#: Dtypes that weights may have, by their name in safetensors.
+WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_MAX_HEADER_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before it is read.
+
+    Attributes:
+      shape: its shape.
+      dtype: its name as safetensors spells it ("BF16").
+      position: where it stands; reading in order of position goes forward through the file.
+    """
+
+    shape: Shape
+    dtype: str
+    position: int = 0
+
+
+class Source(abc.ABC):
+    """Named tensors of one release or part of one.
+
+    Attributes:
+      label: path for messages.
+      layout: what kind of release it is, in words.
+      tensors: what it holds.
+      ignored: further entries that are no weights, with the reason.
+      sequential: going back in the file is slow, since it means decompressing it again.
+    """
+
+    label: str
+    layout: str
+    tensors: Mapping[str, TensorInfo]
+    ignored: Mapping[str, str] = {}
+    sequential: bool = False
+
+    @abc.abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """One tensor, or a range of its first axis. Its dtype must be one of ``WEIGHT_DTYPES``."""
+
+    @abc.abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """JSON-ready identity: path, layout, size in bytes and a hash of the file's table of contents."""
+
+    def close(self) -> None:  # noqa: B027 - optional to implement
+        """Closes open files."""
+
+
+def read_exactly(file: BinaryIO, position: int, count: int, label: str) -> np.ndarray:
+    """``count`` bytes at ``position`` as a uint8 array.
+
+    Raises:
+      DeepGenError: the file ends before.
+    """
+    buffer = np.empty(count, np.uint8)
+    view = buffer.data
+    file.seek(position)
+    done = 0
+    while done < count:
+        read = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not read:
+            raise DeepGenError(f"{label} is truncated: it ends inside a tensor; download it again")
+        done += read
+    return buffer
+
+
+class SafetensorsFile(Source):
+    """One ``.safetensors`` file."""
+
+    def __init__(self, path: Path, layout: str = "safetensors") -> None:
+        """Reads the header.
+
+        Raises:
+          DeepGenError: the file is no safetensors file, or it is truncated.
+        """
+        self.label, self.layout = str(path), layout
+        self._path = path
+        self._file = path.open("rb")
+        try:
+            self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> None:
+        size = self._path.stat().st_size
+        start = self._file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise DeepGenError(f"{self.label} is not a safetensors file, or its start is damaged; download it again")
+        header = self._file.read(length)
+        if len(header) < length:
+            raise DeepGenError(f"{self.label} is truncated: its header is cut off; download it again")
+        try:
+            table = json.loads(header)
+            table.pop("__metadata__", None)
+            spans = {
+                name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
+                for name, entry in table.items()
+            }
+            infos = {
+                name: TensorInfo(tuple(entry["shape"]), entry["dtype"], spans[name][0]) for name, entry in table.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise DeepGenError(f"{self.label}: its header cannot be read ({error}); download it again") from None
+        end = max((stop for _, stop in spans.values()), default=8 + length)
+        if end > size:
+            missing = f"{end - size:,} of {end:,} bytes are missing"
+            raise DeepGenError(f"{self.label} is truncated: {missing}; download it again")
+        for name, info in infos.items():
+            start_, stop = spans[name]
+            if info.dtype in _ITEM_SIZES and stop - start_ != math.prod(info.shape) * _ITEM_SIZES[info.dtype]:
+                raise DeepGenError(f"{self.label}: the size of {name} does not fit its shape; download it again")
+        self.tensors = infos
+        self._size, self._digest = size, hashlib.sha256(header).hexdigest()
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        info = self.tensors[name]
+        return read_rows(self._file, info.position, info.shape, WEIGHT_DTYPES[info.dtype], rows, self.label)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"path": self.label, "layout": self.layout, "bytes": self._size, "header_sha256": self._digest}
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(
+    file: BinaryIO, position: int, shape: Shape, dtype: np.dtype, rows: slice | None, label: str
+) -> np.ndarray:
+    """A range of the first axis (None: all) of a contiguous tensor that starts at ``position``."""
+    if rows is not None:
+        start, stop, _ = rows.indices(shape[0])
+        position += start * math.prod(shape[1:]) * dtype.itemsize
+        shape = (stop - start, *shape[1:])
+    return read_exactly(file, position, math.prod(shape) * dtype.itemsize, label).view(dtype).reshape(shape)
+
+
+@dataclass
+class Shards(Source):
+    """Several files as one source; positions keep the order of the files."""
+
+    label: str
+    layout: str
+    files: list[SafetensorsFile]
+    tensors: Mapping[str, TensorInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._owner = {name: file for file in self.files for name in file.tensors}
+        tensors, start = {}, 0
+        for file in self.files:
+            for name, info in file.tensors.items():
+                tensors[name] = TensorInfo(info.shape, info.dtype, start + info.position)
+            start += file.provenance()["bytes"]
+        self.tensors = tensors
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        return self._owner[name].read(name, rows)
+
+    def provenance(self) -> dict[str, Any]:
+        parts = [file.provenance() for file in self.files]
+        digest = hashlib.sha256("".join(part["header_sha256"] for part in parts).encode()).hexdigest()
+        size = sum(part["bytes"] for part in parts)
+        return {"path": self.label, "layout": self.layout, "bytes": size, "header_sha256": digest}
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def open_safetensors(folder: Path, layout: str) -> Source:
+    """The safetensors weights of a folder: one file, or shards with an index.
+
+    Raises:
+      DeepGenError: there are none, or the files do not agree with the index.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indexes) > 1 or (not indexes and len(files) > 1):
+        names = ", ".join(path.name for path in (indexes or files)[:4])
+        mend = "keep one set of weights" if indexes else "add their *.safetensors.index.json or keep one file"
+        raise DeepGenError(f"{folder} holds several sets of weights ({names}); {mend}")
+    if indexes:
+        return _open_shards(folder, indexes[0], layout)
+    if not files:
+        raise DeepGenError(f"{folder} holds no .safetensors file; download the weights of this part")
+    return SafetensorsFile(files[0], layout)
+
+
+def _open_shards(folder: Path, index: Path, layout: str) -> Shards:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DeepGenError(f"{index} is not a safetensors index; download it again") from None
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise DeepGenError(f"{folder}: {absent[0]} is missing though {index.name} names it; download it again")
+    files: list[SafetensorsFile] = []
+    try:
+        for name in names:
+            files.append(SafetensorsFile(folder / name, layout))
+            expected = {tensor for tensor, file in weight_map.items() if file == name}
+            wrong = sorted(expected ^ set(files[-1].tensors))
+            if wrong:
+                what = "lacks" if wrong[0] in expected else "holds, unlisted,"
+                raise DeepGenError(
+                    f"{folder / name} {what} {wrong[0]} ({len(wrong)} differ from {index.name}); download both again"
+                )
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    return Shards(str(folder), layout, files)
