@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image
 
 from deepgen_jax.config import VisionConfig
+
+if TYPE_CHECKING:
+    import jax
+
+    ArrayT = TypeVar("ArrayT", np.ndarray, jax.Array)
 
 #: CLIP's channel statistics, as Qwen2.5-VL expects them.
 _MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
@@ -28,20 +34,26 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.clip(127.5 * pixels + 128.0, 0, 255).astype(np.uint8)
 
 
-def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Linear interpolation along one axis: half-pixel centres, edges repeated, no antialias."""
-    length = x.shape[axis]
+def _bilinear_matrix(length: int, size: int) -> np.ndarray:
+    """Linear interpolation as a matrix [size, length]: half-pixel centres, edges repeated, no antialias."""
     centres = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, None)
     lower = np.floor(centres).astype(np.int64)
-    upper = np.minimum(lower + 1, length - 1)
-    shape = [1] * x.ndim
-    shape[axis] = size
-    weight = (centres - lower).astype(np.float32).reshape(shape)
-    return np.take(x, lower, axis) * (1 - weight) + np.take(x, upper, axis) * weight
+    weight = (centres - lower).astype(np.float32)
+    matrix = np.zeros((size, length), np.float32)
+    rows = np.arange(size)
+    matrix[rows, lower] += 1 - weight
+    matrix[rows, np.minimum(lower + 1, length - 1)] += weight
+    return matrix
 
 
-def patchify_for_vlm(pixels: np.ndarray, config: VisionConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """Patches of one reference image for the vision tower.
+def patch_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
+    """(rows, columns) of the vision tower's patches for a reference image of this size in pixels."""
+    down, across = (side * _SCALE[0] // _SCALE[1] // config.patch_size for side in (height, width))
+    return down, across
+
+
+def patchify_for_vlm(pixels: ArrayT, config: VisionConfig) -> ArrayT:
+    """Patches of one reference image for the vision tower; NumPy in, NumPy out, and the same for JAX.
 
     Args:
       pixels: float32 [H, W, 3] in [-1, 1], sides multiples of 32.
@@ -49,16 +61,18 @@ def patchify_for_vlm(pixels: np.ndarray, config: VisionConfig) -> tuple[np.ndarr
 
     Returns:
       float32 [rows * columns, channels * time * p * p], patches in 2x2 merge order, channels first inside a patch, the
-      frame doubled in time; and the grid (rows, columns) of patches.
+      frame doubled in time.
     """
-    height, width = (side * _SCALE[0] // _SCALE[1] for side in pixels.shape[:2])
-    x = _bilinear(_bilinear(pixels, height, 0), width, 1)
-    x = ((x + 1) / 2 - _MEAN) / _STD
     patch, merge = config.patch_size, config.spatial_merge_size
-    pattern = "(h m p) (w n q) c -> (h w m n) c p q"
+    grid = patch_grid(*pixels.shape[:2], config)
+    vertical, horizontal = (
+        _bilinear_matrix(side, count * patch) for side, count in zip(pixels.shape[:2], grid, strict=True)
+    )
+    x = vertical @ rearrange(pixels, "h w c -> c h w") @ horizontal.T
+    x = ((x + 1) / 2 - _MEAN[:, None, None]) / _STD[:, None, None]
+    pattern = "c (h m p) (w n q) -> (h w m n) c p q"
     x = rearrange(x, pattern, m=merge, n=merge, p=patch, q=patch)
-    x = np.repeat(x[:, :, None], config.temporal_patch_size, axis=2)
-    return x.reshape(len(x), config.patch_dim), (height // patch, width // patch)
+    return repeat(x, "n c p q -> n (c t p q)", t=config.temporal_patch_size)
 
 
 @dataclass(frozen=True)
@@ -92,15 +106,16 @@ def batch_images(
     """
     from deepgen_jax.models.qwen_vision import patch_layout
 
+    grids = [patch_grid(*image.shape[:2], config) for image in images]
     parts = [patchify_for_vlm(image, config) for image in images]
     unit = config.spatial_merge_size**2
-    longest = max(len(patches) for patches, _ in parts)
+    longest = max(len(x) for x in parts)
     length = -(-longest // (multiple * unit)) * multiple * unit
     shape = (max(rows, len(images)), length)
     patches = np.zeros((*shape, config.patch_dim), np.float32)
     layout = np.zeros((2, *shape), np.int32)
     windows = np.full(shape, -1, np.int32)
-    for i, (x, (height, width)) in enumerate(parts):
+    for i, (x, grid) in enumerate(zip(parts, grids, strict=True)):
         patches[i, : len(x)] = x
-        layout[0, i, : len(x)], layout[1, i, : len(x)], windows[i, : len(x)] = patch_layout(height, width, config)
-    return VisionBatch(patches, layout[0], layout[1], windows, tuple(len(x) // unit for x, _ in parts))
+        layout[0, i, : len(x)], layout[1, i, : len(x)], windows[i, : len(x)] = patch_layout(*grid, config)
+    return VisionBatch(patches, layout[0], layout[1], windows, tuple(len(x) // unit for x in parts))

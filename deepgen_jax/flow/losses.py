@@ -9,14 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+#: (noisy latents, sigma [B]) -> velocity, structured as the latents.
+VelocityFn = Callable[[Any, jax.Array], Any]
+
 
 def flow_matching_loss(
-    velocity_fn: Callable[[Any, jax.Array], Any],
+    velocity_fn: VelocityFn,
     latents: ArrayLike | Sequence[ArrayLike],
     noise: ArrayLike | Sequence[ArrayLike],
     sigma: ArrayLike,
 ) -> jax.Array:
-    """Mean over samples of the mean squared error of the predicted velocity, in float32.
+    """Mean over samples of :func:`flow_matching_losses`: scalar float32."""
+    return jnp.mean(flow_matching_losses(velocity_fn, latents, noise, sigma))
+
+
+def flow_matching_losses(
+    velocity_fn: VelocityFn,
+    latents: ArrayLike | Sequence[ArrayLike],
+    noise: ArrayLike | Sequence[ArrayLike],
+    sigma: ArrayLike,
+    mask: ArrayLike | None = None,
+) -> jax.Array:
+    """Mean squared error of the predicted velocity of each sample, in float32.
 
     The model sees x = (1 - s) x_0 + s e and predicts e - x_0. Every sample weighs the same, whatever its size.
 
@@ -25,21 +39,25 @@ def flow_matching_loss(
       latents: clean latents x_0, [B, ...], or a list of B arrays of different sizes.
       noise: standard normal e, structured as ``latents``.
       sigma: noise levels s, [B], or a scalar for all.
+      mask: for latents as padded tokens [B, N, D]: bool [B, N], False at padding, which does not count.
 
     Returns:
-      Scalar float32.
+      float32 [B].
     """
     if isinstance(latents, list | tuple):
         levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (len(latents),))
         pairs = [_noised(x, e, levels[i]) for i, (x, e) in enumerate(zip(latents, noise, strict=True))]  # type: ignore[arg-type]
         velocities = velocity_fn([noisy for noisy, _ in pairs], levels)
-        errors = [_mean_squared_error(v, target) for v, (_, target) in zip(velocities, pairs, strict=True)]
-        return jnp.mean(jnp.stack(errors))
+        targets = [target for _, target in pairs]
+        return jnp.stack([jnp.mean(_squared_error(v, e)) for v, e in zip(velocities, targets, strict=True)])
     clean = jnp.asarray(latents, jnp.float32)
     levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean.shape[:1])
     noisy, target = _noised(clean, jnp.asarray(noise), levels.reshape(-1, *[1] * (clean.ndim - 1)))
-    # Samples of one array are of one size, so that the mean over everything is the mean of their means.
-    return _mean_squared_error(velocity_fn(noisy, levels), target)
+    errors = _squared_error(velocity_fn(noisy, levels), target)
+    if mask is None:
+        return jnp.mean(errors, axis=range(1, errors.ndim))
+    weight = jnp.asarray(mask, jnp.float32)
+    return jnp.sum(jnp.mean(errors, axis=-1) * weight, axis=1) / jnp.sum(weight, axis=1)
 
 
 def _noised(clean: ArrayLike, noise: ArrayLike, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,5 +66,5 @@ def _noised(clean: ArrayLike, noise: ArrayLike, sigma: jax.Array) -> tuple[jax.A
     return (1 - sigma) * clean + sigma * noise, noise - clean
 
 
-def _mean_squared_error(velocity: ArrayLike, target: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.square(jnp.asarray(velocity, jnp.float32) - target))
+def _squared_error(velocity: ArrayLike, target: jax.Array) -> jax.Array:
+    return jnp.square(jnp.asarray(velocity, jnp.float32) - target)

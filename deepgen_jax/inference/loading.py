@@ -17,9 +17,11 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
-from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.parallel.mesh import make_mesh, replicated
 
 _DTYPES = ("float32", "bfloat16", "float16")
+#: Parts on which adapters sit.
+ADAPTED_PARTS = ("vision", "text")
 
 Loaded = tuple[DeepGenConfig, SchedulerConfig, dict[str, Any], PromptTokenizer, Mesh, Any]
 
@@ -44,27 +46,20 @@ def load_model(folder: Path, dtype: DTypeLike, mesh: Mesh | str | None) -> Loade
         mesh = make_mesh(mesh)
     tokenizer = PromptTokenizer(folder / "tokenizer", config)
     abstract = abstract_params(config)
-    adapted = config.lora is not None
+    shardings = rules.shardings(abstract, mesh)
     dtypes = part_dtypes(config, compute)
-    if adapted:  # adapters are folded in at full precision before the weights are rounded
-        dtypes |= dict.fromkeys(("vision", "text"), jnp.float32)
-    wanted = {
-        part: jax.tree.map(
-            lambda leaf, sharding, dtype=dtypes[part]: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-            tree,
-            rules.shardings(tree, mesh, part),
-        )
-        for part, tree in abstract.items()
-    }
-    params = model_folder.load_params(folder, wanted)
-    if adapted and config.lora is not None:
-        adapters = model_folder.load_lora(folder)
-        scale, compute_dtype = config.lora.scale, compute
-        for part in ("vision", "text"):
-            part_sharding = rules.shardings(abstract[part], mesh, part)
+    if config.lora is not None:  # adapters are folded in at full precision before the weights are rounded
+        dtypes |= dict.fromkeys(ADAPTED_PARTS, jnp.float32)
+    params: dict[str, Any] = {}
+    for part, part_dtype in dtypes.items():
+        params |= model_folder.load_params(folder, (part,), part_dtype, shardings)
+    adapters = model_folder.load_lora(folder, ADAPTED_PARTS, jnp.float32, replicated(mesh))
+    if adapters is not None and config.lora is not None:
+        scale = config.lora.scale
+        for part, tree in adapters.items():
             fold = jax.jit(
-                lambda base, low: jax.tree.map(lambda x: x.astype(compute_dtype), lora.merged(base, low, scale)),
-                out_shardings=part_sharding,
+                lambda base, low: jax.tree.map(lambda x: x.astype(compute), lora.merged(base, low, scale)),
+                out_shardings=shardings[part],
             )
-            params[part] = fold(params[part], adapters.get(part, {}))
-    return config, manifest.scheduler, params, tokenizer, mesh, compute
+            params[part] = fold(params[part], tree)
+    return config, model_folder.read_scheduler(folder), params, tokenizer, mesh, compute

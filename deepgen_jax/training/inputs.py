@@ -1,0 +1,152 @@
+"""Pixels of a micro-batch -> what the training step takes: latents, reference tokens and VLM tokens, padded.
+
+The VAE and the vision tower are frozen and run without gradients, so they are programs of their own, one a bucket of
+image sizes; their results are padded to sizes that all buckets share, and the training step is one program. Cached
+features enter at :func:`assemble`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepgen_jax.data.vision_inputs import patch_grid, patchify_for_vlm
+from deepgen_jax.models import patches as grids
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.qwen_vision import patch_layout
+from deepgen_jax.models.vae import normalise, sample_posterior
+
+#: What a key of (seed, step, slot) is for.
+TARGET_POSTERIOR, FLOW_NOISE, NOISE_LEVEL, LORA_DROPOUT, REFERENCE_POSTERIOR = range(5)
+
+
+class Moments(NamedTuple):
+    """A VAE posterior: mean and logvar, float32 [B, h, w, C]."""
+
+    mean: jax.Array
+    logvar: jax.Array
+
+
+class Features(NamedTuple):
+    """Frozen features of a micro-batch: posteriors of the target and of each reference, VLM tokens [B, V, hidden]."""
+
+    target: Moments
+    references: tuple[Moments, ...]
+    image_tokens: jax.Array
+
+
+class Text(NamedTuple):
+    """Left-padded prompts with think tokens at the end; see ``deepgen_jax.data.tokens.PromptBatch``.
+
+    ``image_index`` int32 [B, L] is the place in the sample's own VLM tokens, -1 where there is no image.
+    """
+
+    input_ids: jax.Array
+    position_ids: jax.Array
+    real: jax.Array
+    visible: jax.Array
+    image_index: jax.Array
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch of one task. Everything padded is masked and does not change the loss.
+
+    Attributes:
+      latents: [B, T, D] float32, clean target patches; target_ids, target_mask: [B, T].
+      references: [B, R, D] float32; reference_ids, reference_mask: [B, R]. R is 0 without references.
+      image_tokens: [B, V, hidden]; V is 0 without references.
+      text: the prompts.
+    """
+
+    latents: jax.Array
+    target_ids: jax.Array
+    target_mask: jax.Array
+    references: jax.Array
+    reference_ids: jax.Array
+    reference_mask: jax.Array
+    image_tokens: jax.Array
+    text: Text
+
+
+class TokenBudget(NamedTuple):
+    """Sizes that a task's micro-batches are padded to: MMDiT tokens of targets and references, VLM tokens."""
+
+    target: int
+    references: int
+    image_tokens: int
+
+
+def encode(model: DeepGen, frozen: dict[str, Any], target: jax.Array, references: Sequence[jax.Array]) -> Features:
+    """Runs VAE and vision tower on uint8 pictures [B, H, W, 3]; all pictures of an argument have one size."""
+    config = model.config
+    batch = target.shape[0]
+
+    def pixels(image: jax.Array) -> jax.Array:
+        return image.astype(jnp.float32) / 255 * 2 - 1
+
+    def moments(image: jax.Array) -> Moments:
+        return Moments(*_frozen(model, frozen, "vae_encode", pixels(image)))
+
+    tokens = [jnp.zeros((batch, 0, config.vision.out_hidden_size), model.dtype)]
+    for image in references:
+        grid = patch_grid(*image.shape[1:3], config.vision)
+        layout = (jnp.broadcast_to(x, (batch, x.size)) for x in patch_layout(*grid, config.vision))
+        with jax.default_matmul_precision("highest"):
+            patches = jax.vmap(lambda x: patchify_for_vlm(x, config.vision))(pixels(image))
+        tokens.append(_frozen(model, frozen, "encode_images", patches, *layout))
+    return Features(moments(target), tuple(map(moments, references)), jnp.concatenate(tokens, axis=1))
+
+
+def _frozen(model: DeepGen, params: dict[str, Any], method: str, *args: jax.Array) -> Any:
+    return jax.lax.stop_gradient(model.apply({"params": params}, *args, method=method))
+
+
+def posterior_noise(keys: jax.Array, purpose: int, like: Moments) -> jax.Array:
+    """Standard normal noise [B, h, w, C], each sample's from its own key."""
+
+    def one(key: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, purpose), like.mean.shape[1:], jnp.float32)
+
+    return jax.vmap(one)(keys)
+
+
+def assemble(
+    model: DeepGen,
+    features: Features,
+    text: Text,
+    target_noise: jax.Array,
+    reference_noise: Sequence[jax.Array],
+    budget: TokenBudget,
+) -> MicroBatch:
+    """Draws latents from the posteriors, given standard normal noise, and pads everything to the budget."""
+    config = model.config.mmdit
+    batch = target_noise.shape[0]
+    width = config.in_channels * config.patch_size**2
+
+    def tokens(moments: Moments, noise: jax.Array) -> tuple[jax.Array, np.ndarray]:
+        z = normalise(sample_posterior(moments.mean, moments.logvar, noise), model.config.vae)
+        ids = grids.position_ids(*z.shape[1:3], config.patch_size, config.pos_embed_max_size)
+        return grids.patchify(jnp.moveaxis(z, -1, 1), config.patch_size), ids
+
+    def padded(parts: list[tuple[jax.Array, np.ndarray]], size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        patches = jnp.concatenate([x for x, _ in parts], axis=1) if parts else jnp.zeros((batch, 0, width))
+        ids = np.concatenate([ids for _, ids in parts]) if parts else np.zeros(0, np.int32)
+        missing = size - patches.shape[1]
+        if missing < 0:
+            raise ValueError(f"{patches.shape[1]} tokens do not fit the budget of {size}")
+        mask = jnp.broadcast_to(jnp.arange(size) < len(ids), (batch, size))
+        row = jnp.broadcast_to(jnp.pad(jnp.asarray(ids), (0, missing)), (batch, size))
+        return jnp.pad(patches, ((0, 0), (0, missing), (0, 0))), row, mask
+
+    pairs = zip(features.references, reference_noise, strict=True)
+    missing = budget.image_tokens - features.image_tokens.shape[1]
+    return MicroBatch(
+        *padded([tokens(features.target, target_noise)], budget.target),
+        *padded([tokens(moments, noise) for moments, noise in pairs], budget.references),
+        jnp.pad(features.image_tokens, ((0, 0), (0, missing), (0, 0))),
+        text,
+    )

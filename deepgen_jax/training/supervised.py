@@ -1,0 +1,191 @@
+"""Stages 1 and 2: one training step; what trains is a matter of which tree holds the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.flow.losses import flow_matching_losses
+from deepgen_jax.flow.schedule import sample_u, sigma_from_u
+from deepgen_jax.models import lora
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.training.inputs import FLOW_NOISE, LORA_DROPOUT, NOISE_LEVEL, MicroBatch
+from deepgen_jax.training.trees import Tree, join
+
+#: Noise levels are binned into this many equal bins for the log.
+TIMESTEP_BINS = 10
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds of the parameters and the optimiser.
+
+    Attributes:
+      step: int32, optimiser steps taken, skipped ones included.
+      trainable: {"params": float32 tree, "lora": float32 tree}, the adapters' scale not folded in.
+      opt_state: of optax.
+      ema: moving average of ``trainable``, or None.
+      skipped: int32, steps skipped in a row because the loss or the gradient was not finite.
+    """
+
+    step: jax.Array
+    trainable: Tree
+    opt_state: optax.OptState
+    ema: Tree | None
+    skipped: jax.Array
+
+
+class Draws(NamedTuple):
+    """The randomness of a micro-batch's loss: noise levels sigma [B] and noise [B, T, D]; dropout key or None."""
+
+    sigma: jax.Array
+    noise: jax.Array
+    dropout: jax.Array | None
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Static settings of the step."""
+
+    scheduler: SchedulerConfig
+    lora_scale: float = 0.0
+    weighting: str = "auto"
+    ema_decay: float | None = None
+
+
+def draw(keys: jax.Array, micro: MicroBatch, settings: StepSettings) -> Draws:
+    """Draws for B samples, each from its own key [B], whatever the padding and the mesh."""
+    _, tokens, width = micro.latents.shape
+
+    def one(key: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u = sample_u(jax.random.fold_in(key, NOISE_LEVEL), (), settings.scheduler, settings.weighting)
+        sigma = sigma_from_u(u, settings.scheduler, length)
+        return sigma, jax.random.normal(jax.random.fold_in(key, FLOW_NOISE), (tokens, width), jnp.float32)
+
+    sigma, noise = jax.vmap(one)(keys, jnp.sum(micro.target_mask, axis=1))
+    return Draws(sigma, noise, jax.random.fold_in(keys[0], LORA_DROPOUT))
+
+
+def supervised_losses(
+    model: DeepGen, trainable: Tree, frozen: Tree, micro: MicroBatch, draws: Draws, lora_scale: float
+) -> jax.Array:
+    """Flow-matching loss of each sample of a micro-batch, float32 [B]; a pure function of all it depends on."""
+    variables = {"params": join(frozen, trainable["params"])}
+    if trainable.get("lora"):
+        variables["lora"] = lora.scaled(trainable["lora"], lora_scale)
+    rngs = None if draws.dropout is None else {"dropout": draws.dropout}
+
+    def apply(method: str, *args: Any) -> Any:
+        return model.apply(variables, *args, method=method, rngs=rngs)
+
+    text = micro.text
+    batch, slots, hidden = micro.image_tokens.shape
+    rows = jnp.arange(batch)[:, None] * slots
+    index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
+    pooled, sequence = apply("condition", *text[:4], index, micro.image_tokens.reshape(-1, hidden))
+    ids = jnp.concatenate([micro.target_ids, micro.reference_ids], axis=1)
+    mask = jnp.concatenate([micro.target_mask, micro.reference_mask], axis=1)
+
+    def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
+        tokens = jnp.concatenate([noisy, micro.references], axis=1)
+        return apply("velocity", tokens, ids, sigma * 1000.0, pooled, sequence, mask, text.visible, noisy.shape[1])
+
+    return flow_matching_losses(velocity, micro.latents, draws.noise, draws.sigma, micro.target_mask)
+
+
+def train_step(
+    model: DeepGen,
+    optimizer: optax.GradientTransformation,
+    settings: StepSettings,
+    state: TrainState,
+    frozen: Tree,
+    micro_batches: Mapping[str, MicroBatch],
+    keys: Mapping[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step over a full cycle of micro-batches, their gradients accumulated in scans.
+
+    Args:
+      model, optimizer, settings: static.
+      state: updated functionally; not at all (but for its counters) where the loss or the gradient is not finite.
+      frozen: parameters that do not train.
+      micro_batches: task -> its micro-batches, stacked on a leading axis.
+      keys: task -> keys [A, B], one a sample, from (seed, step, slot).
+
+    Returns:
+      The new state and float32 scalars (and [TIMESTEP_BINS] sums and counts of the loss by noise level).
+    """
+    count = sum(micro.latents.shape[0] for micro in micro_batches.values())
+
+    def mean_loss(trainable: Tree, micro: MicroBatch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        draws = draw(keys, micro, settings)
+        losses = supervised_losses(model, trainable, frozen, micro, draws, settings.lora_scale)
+        bins = jnp.clip((draws.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
+        sums = jnp.zeros(TIMESTEP_BINS).at[bins].add(losses)
+        return jnp.mean(losses) / count, (sums, jnp.zeros(TIMESTEP_BINS).at[bins].add(1.0))
+
+    gradients = jax.tree.map(jnp.zeros_like, state.trainable)
+    bins = (jnp.zeros(TIMESTEP_BINS), jnp.zeros(TIMESTEP_BINS))
+    metrics: dict[str, jax.Array] = {}
+    for task, stacked in micro_batches.items():
+
+        def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
+            (loss, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable, *inputs)
+            return jax.tree.map(jnp.add, carry, (gradient, found, loss)), None
+
+        start = (gradients, bins, jnp.float32(0))
+        (gradients, bins, total), _ = jax.lax.scan(accumulate, start, (stacked, keys[task]))
+        metrics[f"loss/{task}"] = total * count / stacked.latents.shape[0]
+        metrics["loss"] = metrics.get("loss", jnp.float32(0)) + total
+    metrics |= {"loss_bin_sums": bins[0], "loss_bin_counts": bins[1]}
+    new_state, norms = apply_gradients(optimizer, settings.ema_decay, state, gradients, metrics["loss"])
+    return new_state, metrics | norms
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
+    state: TrainState,
+    gradients: Tree,
+    loss: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Updates the state, or only counts the step where the loss or the gradient is not finite; reports norms."""
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    ema = state.ema
+    if ema is not None and ema_decay is not None:
+        ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, trainable)
+
+    def choose(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+    new_state = TrainState(
+        step=state.step + 1,
+        trainable=choose(trainable, state.trainable),
+        opt_state=choose(opt_state, state.opt_state),
+        ema=choose(ema, state.ema),
+        skipped=jnp.where(finite, 0, state.skipped + 1),
+    )
+    norms = {"grad_norm": norm, "update_norm": optax.global_norm(updates), "skipped": 1.0 - finite}
+    for name, tree in (("grad_norm", gradients), ("update_norm", updates)):
+        norms |= {f"{name}/{part}": optax.global_norm(child) for part, child in parts(tree).items()}
+    return new_state, norms
+
+
+def parts(trainable: Tree) -> dict[str, Any]:
+    """The trained parts by name: "bridge", "mmdit", "lora"."""
+    adapters = {"lora": trainable["lora"]} if trainable.get("lora") else {}
+    return {**trainable["params"], **adapters}
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Tree, adapters: Tree | None, ema: bool) -> TrainState:
+    """A state at step 0 for float32 trainable ``params`` and ``adapters``."""
+    trainable = {"params": params, "lora": adapters or {}}
+    average = jax.tree.map(jnp.copy, trainable) if ema else None
+    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), average, jnp.int32(0))
