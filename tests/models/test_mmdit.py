@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_weights import mmdit_params, read_safetensors
 
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.mmdit import MMDiT, block_runs, timestep_embedding
@@ -31,7 +30,7 @@ TINY = MMDiTConfig(
 
 
 @pytest.fixture(scope="module")
-def weights(data_dir):
+def weights(data_dir, read_state, mmdit_params):
     """"base" and "sft" parameters of the golden arrays."""
     import torch
 
@@ -39,7 +38,7 @@ def weights(data_dir):
     prefix = "transformer."
     sft = {name.removeprefix(prefix): value for name, value in sft.items() if name.startswith(prefix)}
     return {
-        "base": mmdit_params(read_safetensors(data_dir / "sd3_5_kontext/transformer"), TINY),
+        "base": mmdit_params(read_state(data_dir / "sd3_5_kontext/transformer"), TINY),
         "sft": mmdit_params(sft, TINY),
     }
 
@@ -99,7 +98,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("config", PEERS.values(), ids=PEERS)
-def test_velocity_matches_diffusers(config):
+def test_velocity_matches_diffusers(config, mmdit_params):
     import torch
     from diffusers import SD3Transformer2DModel
 

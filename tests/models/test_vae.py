@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_weights import read_safetensors, vae_params
 
 from deepgen_jax.config import VAEConfig
 from deepgen_jax.models.vae import VAE, denormalise, normalise, sample_posterior
@@ -18,8 +17,8 @@ TINY = VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_n
 
 
 @pytest.fixture(scope="module")
-def params(data_dir):
-    return vae_params(read_safetensors(data_dir / "sd3_5_kontext/vae"), TINY)
+def params(data_dir, read_state, vae_params):
+    return vae_params(read_state(data_dir / "sd3_5_kontext/vae"), TINY)
 
 
 @partial(jax.jit, static_argnames=("model", "method"))
@@ -86,7 +85,7 @@ PEERS = {
 
 @pytest.mark.parametrize("config", PEERS.values(), ids=PEERS)
 @pytest.mark.parametrize("grid", [(2, 3), (5, 2)], ids=["wide", "tall"])
-def test_moments_and_pixels_match_diffusers(config, grid):
+def test_moments_and_pixels_match_diffusers(config, grid, vae_params):
     import torch
     from diffusers import AutoencoderKL
 

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from deepgen_jax.convert.names import MMDIT, VAE, Weight, mmdit_weights, vae_weights
 from deepgen_jax.convert.transforms import to_target
 
+from deepgen_jax.config import MMDiTConfig, VAEConfig
 
-def read_safetensors(folder: Path) -> dict[str, Any]:
+State = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def read_state() -> Callable[[Path], State]:
+    """Reads the state dict of a diffusers folder."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
+    return lambda folder: load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def mmdit_params(state, config):
+@pytest.fixture(scope="session")
+def mmdit_params() -> Callable[[State, MMDiTConfig], dict[str, Any]]:
     """Parameters of the MMDiT from a state dict under diffusers' names."""
-    return parameters(mmdit_weights(config), state, MMDIT)["mmdit"]
+    return lambda state, config: parameters(mmdit_weights(config), state, MMDIT)["mmdit"]
 
 
-def vae_params(state, config):
+@pytest.fixture(scope="session")
+def vae_params() -> Callable[[State, VAEConfig], dict[str, Any]]:
     """Parameters of the autoencoder from a state dict under diffusers' names."""
-    return parameters(vae_weights(config), state, VAE)["vae"]
+    return lambda state, config: parameters(vae_weights(config), state, VAE)["vae"]
 
 
-def parameters(weights: Iterable[Weight], state: dict[str, Any], prefix: str) -> dict[str, Any]:
+def parameters(weights: Iterable[Weight], state: State, prefix: str) -> dict[str, Any]:
     """Nested float32 parameters; every tensor of ``state`` (keys without ``prefix``) is used exactly once."""
     tree: dict[str, Any] = {}
     state = dict(state)
