@@ -25,7 +25,7 @@ from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
-_TIMESTEP_CHANNELS = 256
+TIMESTEP_CHANNELS = 256
 
 
 class BlockRun(NamedTuple):
@@ -276,7 +276,7 @@ class MMDiT(nn.Module):
             x = nn.silu(Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc1")(x))
             return Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc2")(x)
 
-        return mlp(timestep_embedding(timestep, _TIMESTEP_CHANNELS), "timestep") + mlp(pooled, "text")
+        return mlp(timestep_embedding(timestep, TIMESTEP_CHANNELS), "timestep") + mlp(pooled, "text")
 
     def _positions(self, position_ids: jax.Array) -> jax.Array:
         """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D]."""

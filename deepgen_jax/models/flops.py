@@ -1,0 +1,159 @@
+"""Analytic floating-point operation counts of every part's forward pass.
+
+Products of matrices and convolutions count two operations a multiply-add; everything else (norms, activations,
+softmax) is left out. Attention counts all pairs of a query and a key, whether a mask hides them or not. All counts are
+of one sample; a training step's backward pass costs twice the forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
+from deepgen_jax.models.mmdit import TIMESTEP_CHANNELS, block_runs
+from deepgen_jax.models.qwen_text import selected_layers
+
+
+class GenerationFlops(NamedTuple):
+    """Operations of generating one image: prompts -> condition, sampler, latents -> pixels."""
+
+    condition: int
+    sampler: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def linear(tokens: int, width_in: int, width_out: int) -> int:
+    """A linear layer."""
+    return 2 * tokens * width_in * width_out
+
+
+def attention(queries: int, keys: int, width: int) -> int:
+    """Scores and weighted sum of attention whose heads together are ``width`` wide."""
+    return 4 * queries * keys * width
+
+
+def mmdit(config: MMDiTConfig, targets: int, context: int, references: int = 0) -> int:
+    """One velocity of one sample: ``targets`` and ``references`` image tokens, ``context`` condition tokens."""
+    width, image = config.hidden_size, targets + references
+    patch = config.patch_size**2
+    total = linear(image, patch * config.in_channels, width)
+    total += linear(context, config.joint_attention_dim, config.caption_projection_dim)
+    total += linear(1, TIMESTEP_CHANNELS, width) + linear(1, config.pooled_projection_dim, width)
+    total += 2 * linear(1, width, width)
+    for run in block_runs(config):
+        # The last layer's image stream is the targets alone, and its context stream is keys and values alone.
+        queries = targets if run.context_pre_only else image
+        context_queries = 0 if run.context_pre_only else context
+        layer = linear(1, width, (9 if run.dual else 6) * width)
+        layer += linear(1, width, (2 if run.context_pre_only else 6) * width)
+        layer += linear(2 * queries + 2 * image + 2 * context_queries + 2 * context, width, width)
+        layer += attention(queries + context_queries, image + context, width)
+        if run.dual:
+            layer += linear(2 * queries + 2 * image, width, width) + attention(queries, image, width)
+        layer += 2 * linear(queries + context_queries, width, 4 * width)
+        total += run.length * layer
+    return total + linear(1, width, 2 * width) + linear(targets, width, patch * config.out_channels)
+
+
+def text(config: TextConfig, length: int) -> int:
+    """The decoder layers that run (all but the last), over prompt and think tokens."""
+    width, key_width = config.hidden_size, config.num_kv_heads * config.head_dim
+    layer = 2 * linear(length, width, width) + 2 * linear(length, width, key_width)
+    layer += attention(length, length, width) + 3 * linear(length, width, config.intermediate_size)
+    return (config.num_layers - 1) * layer
+
+
+def vision(config: VisionConfig, patches: int) -> int:
+    """One picture of ``patches`` 14x14 patches; window attention counts all pairs, as it is computed with a mask."""
+    width, merge = config.hidden_size, config.spatial_merge_size**2
+    layer = 4 * linear(patches, width, width) + attention(patches, patches, width)
+    layer += 3 * linear(patches, width, config.intermediate_size)
+    merged = linear(1, merge * width, merge * width) + linear(1, merge * width, config.out_hidden_size)
+    return linear(patches, config.patch_dim, width) + config.depth * layer + patches // merge * merged
+
+
+def bridge(config: BridgeConfig, length: int, num_states: int, pooled_dim: int, sequence_dim: int) -> int:
+    """Projector, connector and both output heads over ``num_states`` hidden states of ``length`` tokens."""
+    width = config.hidden_size
+    layer = 4 * linear(length, width, width) + attention(length, length, width)
+    layer += 2 * linear(length, width, config.intermediate_size)
+    heads = linear(1, width, pooled_dim) + linear(length, width, sequence_dim)
+    return linear(length, num_states * width, width) + config.num_layers * layer + heads
+
+
+def condition(config: DeepGenConfig, length: int) -> int:
+    """Language model and bridge for one sequence of ``length`` prompt and think tokens."""
+    states = len(selected_layers(config.text.num_layers, config.bridge.selection_stride))
+    dims = (config.mmdit.pooled_projection_dim, config.mmdit.joint_attention_dim)
+    return text(config.text, length) + bridge(config.bridge, length, states, *dims)
+
+
+def _convolution(pixels: int, width_in: int, width_out: int, size: int = 3) -> int:
+    return linear(pixels, size**2 * width_in, width_out)
+
+
+def _resnet(pixels: int, width_in: int, width_out: int) -> int:
+    total = _convolution(pixels, width_in, width_out) + _convolution(pixels, width_out, width_out)
+    return total + (_convolution(pixels, width_in, width_out, 1) if width_in != width_out else 0)
+
+
+def _vae_middle(pixels: int, width: int) -> int:
+    return 2 * _resnet(pixels, width, width) + 4 * linear(pixels, width, width) + attention(pixels, pixels, width)
+
+
+def vae_decoder(config: VAEConfig, height: int, width: int) -> int:
+    """One picture of ``height`` x ``width`` pixels."""
+    widths = config.block_out_channels[::-1]
+    pixels = (height // config.downscale) * (width // config.downscale)
+    total = _convolution(pixels, config.latent_channels, widths[0]) + _vae_middle(pixels, widths[0])
+    features = widths[0]
+    for i, features_out in enumerate(widths):
+        for _ in range(config.layers_per_block + 1):
+            total += _resnet(pixels, features, features_out)
+            features = features_out
+        if i < len(widths) - 1:
+            pixels *= 4
+            total += _convolution(pixels, features, features)
+    return total + _convolution(pixels, features, config.out_channels)
+
+
+def vae_encoder(config: VAEConfig, height: int, width: int) -> int:
+    """One picture of ``height`` x ``width`` pixels."""
+    widths = config.block_out_channels
+    pixels = height * width
+    features = widths[0]
+    total = _convolution(pixels, config.in_channels, features)
+    for i, features_out in enumerate(widths):
+        for _ in range(config.layers_per_block):
+            total += _resnet(pixels, features, features_out)
+            features = features_out
+        if i < len(widths) - 1:
+            pixels //= 4
+            total += _convolution(pixels, features, features)
+    return total + _vae_middle(pixels, features) + _convolution(pixels, features, 2 * config.latent_channels)
+
+
+def text_to_image(
+    config: DeepGenConfig, height: int, width: int, steps: int, length: int, guided: bool
+) -> GenerationFlops:
+    """One text-to-image sample.
+
+    Args:
+      config: the model.
+      height, width: of the image in pixels.
+      steps: Euler steps.
+      length: prompt and think tokens of a sequence.
+      guided: both sides of classifier-free guidance run.
+    """
+    sides = 2 if guided else 1
+    unit = config.vae.downscale * config.mmdit.patch_size
+    targets = (height // unit) * (width // unit)
+    return GenerationFlops(
+        condition=sides * condition(config, length),
+        sampler=sides * steps * mmdit(config.mmdit, targets, length),
+        decoder=vae_decoder(config.vae, height, width),
+    )
