@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Report, convert
+    from .exporting import export
     from .trees import load_tree
 
-__all__ = ["Report", "convert", "load_tree"]
+__all__ = ["Report", "convert", "export", "load_tree"]
 
-_MODULES = {"Report": "conversion", "convert": "conversion", "load_tree": "trees"}
+_MODULES = {"Report": "conversion", "convert": "conversion", "export": "exporting", "load_tree": "trees"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,41 +12,27 @@ from typing import Any
 import numpy as np
 
 import deepgen_jax
-from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig, to_dict
+from deepgen_jax.config import to_dict
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import FORMAT, VERSION
 
 from . import configs
-from .detect import Folder, open_checkpoint, require_folder
-from .fresh import FreshBridge
-from .hparams import HParams, read_hparams
+from .files import write_json
+from .hparams import parse_hparams
 from .leaves import Leaf
-from .names import MMDIT, VAE
-from .plan import Inventory, Plan, make_plan, take_inventory
-from .sources import BFLOAT16, Source, open_safetensors
+from .opening import Release, lora_config, open_bases, open_release
+from .plan import Plan, make_plan
+from .progress import progress_bar
+from .sources import BFLOAT16
 from .staging import require_space, staged
 from .writer import write_tree
 
-#: Prefix that gives the tensors of a Qwen2.5-VL folder their place in a checkpoint's key space.
-_VLM = "lmm."
 #: Files of a tokenizer; the others in a model's folder are not its business.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json",
 )  # fmt: skip
 DTYPES = {"bfloat16": BFLOAT16, "float32": np.dtype(np.float32)}
-
-
-@dataclass
-class Release:
-    """Open sources and parsed configurations of one conversion."""
-
-    sources: list[tuple[Source, str]]
-    config: DeepGenConfig
-    scheduler: SchedulerConfig
-    tokenizer: Path
-    inventory: Inventory
-    hparams: HParams
 
 
 @dataclass(frozen=True)
@@ -134,127 +117,19 @@ def convert(
     if diffusers is not None and checkpoint is not None:
         raise DeepGenError("--checkpoint goes with --qwen and --sd3; a diffusers release is complete by itself")
     with staged(out, overwrite=overwrite) as partial, contextlib.ExitStack() as stack:
-        given = read_hparams(_path(hparams))
+        given = None if hparams is None else parse_hparams(configs.read_json(Path(hparams)), str(hparams))
         if diffusers is not None:
-            release = _open_release(Path(diffusers), given, stack)
+            release = open_release(Path(diffusers), given, stack)
         elif qwen is None or sd3 is None:
             raise DeepGenError("--qwen and --sd3 go together; give both")
         else:
-            release = _open_bases(Path(qwen), Path(sd3), _path(checkpoint), given, member, seed, stack)
-        lora = _lora_config(release.inventory, release.hparams, lora_alpha)
+            stage = None if checkpoint is None else Path(checkpoint)
+            release = open_bases(Path(qwen), Path(sd3), stage, given, member=member, seed=seed, stack=stack)
+        lora = lora_config(release, lora_alpha)
         stored = None if dtype is None else DTYPES[dtype]
         plan = make_plan(release.config, release.inventory, lora, keep_lora=keep_lora, dtype=stored)
         options = {"keep_lora": keep_lora, "dtype": dtype, "lora_alpha": lora.alpha if lora else None}
         return _write(partial, out, plan, release, options)
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
-
-
-def _open_bases(
-    qwen: Path, sd3: Path, checkpoint: Path | None, hparams: HParams, member: str | None, seed: int,
-    stack: contextlib.ExitStack,
-) -> Release:  # fmt: skip
-    require_folder(qwen, Folder.QWEN, "--qwen")
-    require_folder(sd3, Folder.SD3, "--sd3")
-    sources = [
-        (_opened(open_safetensors(qwen, "Qwen2.5-VL"), stack), _VLM),
-        *_diffusion_sources(sd3, stack),
-    ]
-    if checkpoint is not None:
-        sources.append((_opened(open_checkpoint(checkpoint, member), stack), ""))
-    inventory = take_inventory(sources)
-    release = _configure(qwen, sd3, sources, inventory, hparams, hparams.connector, hparams.where, qwen)
-    if checkpoint is None:
-        bridge = FreshBridge(release.config, seed)
-        release.sources.append((bridge, ""))
-        release.inventory = take_inventory(release.sources)
-    return release
-
-
-def _open_release(folder: Path, hparams: HParams, stack: contextlib.ExitStack) -> Release:
-    require_folder(folder, Folder.RELEASE, "--diffusers")
-    sources = [
-        (_opened(open_safetensors(folder / "vlm", "Qwen2.5-VL of a diffusers release"), stack), _VLM),
-        *_diffusion_sources(folder, stack),
-        (_opened(open_safetensors(folder / "connector", "bridge of a diffusers release"), stack), ""),
-    ]
-    connector_file = folder / "connector" / "config.json"
-    connector = configs.read_json(connector_file) if connector_file.is_file() else {}
-    where = str(connector_file)
-    if hparams.connector:
-        connector, where = {**connector, **hparams.connector}, hparams.where
-    inventory = take_inventory(sources)
-    tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder / "vlm"
-    return _configure(folder / "vlm", folder, sources, inventory, hparams, connector, where, tokenizer)
-
-
-def _diffusion_sources(folder: Path, stack: contextlib.ExitStack) -> list[tuple[Source, str]]:
-    return [
-        (_opened(open_safetensors(folder / "transformer", "diffusers SD3Transformer2DModel"), stack), MMDIT),
-        (_opened(open_safetensors(folder / "vae", "diffusers AutoencoderKL"), stack), VAE),
-    ]
-
-
-def _opened(source: Source, stack: contextlib.ExitStack) -> Source:
-    stack.callback(source.close)
-    return source
-
-
-def _configure(
-    vlm: Path,
-    diffusion: Path,
-    sources: list[tuple[Source, str]],
-    inventory: Inventory,
-    hparams: HParams,
-    connector: Mapping[str, Any],
-    connector_file: str,
-    tokenizer: Path,
-) -> Release:
-    """The model's configuration, from the releases' files and the shapes of the bridge."""
-
-    def parse(path: Path, parser: Callable[..., Any]) -> Any:
-        return parser(configs.read_json(path), str(path))
-
-    text, vision = parse(vlm / "config.json", configs.qwen_configs)
-    pad = _token_id(tokenizer, "<|endoftext|>")
-    if pad is not None:
-        text = dataclasses.replace(text, pad_token_id=pad)
-    shapes = {key: ref.shape for key, ref in inventory.weights.items()}
-    config = DeepGenConfig(
-        text=text,
-        vision=vision,
-        bridge=configs.bridge_config(shapes, connector, connector_file, text.hidden_size),
-        mmdit=parse(diffusion / "transformer" / "config.json", configs.mmdit_config),
-        vae=parse(diffusion / "vae" / "config.json", configs.vae_config),
-        max_prompt_tokens=hparams.max_prompt_tokens,
-    )
-    scheduler = parse(diffusion / "scheduler" / "scheduler_config.json", configs.scheduler_config)
-    return Release(sources, config, scheduler, tokenizer, inventory, hparams)
-
-
-def _token_id(folder: Path, token: str) -> int | None:
-    """The id of a special token, or None where the tokenizer's files do not tell."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    added = configs.read_json(path).get("added_tokens") or []
-    return next((entry["id"] for entry in added if entry.get("content") == token), None)
-
-
-def _lora_config(inventory: Inventory, hparams: HParams, alpha: float | None) -> LoRAConfig | None:
-    """Rank from the adapters' shapes; alpha as asked for, as the hyper-parameters say, or 2 x rank."""
-    rank = inventory.lora_rank
-    if rank is None:
-        return None
-    if hparams.lora_rank not in (None, rank):
-        raise DeepGenError(
-            f"{hparams.where}: lora_rank is {hparams.lora_rank}, but the checkpoint's adapters have "
-            f"rank {rank}; use the file that belongs to the checkpoint"
-        )
-    stated = next((a for a in (alpha, hparams.lora_alpha) if a is not None), 2.0 * rank)
-    return LoRAConfig(rank=rank, alpha=float(stated))
 
 
 def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict[str, Any]) -> Report:
@@ -262,7 +137,7 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
     require_space(out, total)
     partial.mkdir()
     _copy_tokenizer(release.tokenizer, partial / "tokenizer")
-    with _progress(total, "converting") as progress:
+    with progress_bar(total, "converting") as progress:
         write_tree(partial / "params", plan.params, progress)
         if plan.lora:
             write_tree(partial / "lora", plan.lora, progress)
@@ -273,7 +148,7 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
     parameters = _summaries(plan)
     provenance = {
         "deepgen_jax": deepgen_jax.__version__,
-        "sources": [source.provenance() for source, _ in release.sources],
+        "sources": [source.provenance() for source in release.sources],
         "options": options,
         "merged_adapters": len(plan.merged),
         "superseded": release.inventory.superseded,
@@ -286,8 +161,8 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
         "provenance": provenance,
         "parameters": parameters,
     }
-    _write_json(partial / "config.json", manifest)
-    _write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
+    write_json(partial / "config.json", manifest)
+    write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
     return Report(out, parameters, provenance, len(plan.merged), release.inventory.unused)
 
 
@@ -320,16 +195,3 @@ def _count_reasons(unused: Mapping[str, str]) -> dict[str, int]:
     for reason in unused.values():
         counts[reason] = counts.get(reason, 0) + 1
     return counts
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes, shown on terminals only."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        yield lambda count: bar.update(count) and None

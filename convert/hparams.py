@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from deepgen_jax.config import DeepGenConfig
 
-from .configs import Options, read_json
+from .configs import Options
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,13 @@ class HParams:
     where: str = "the defaults"
 
 
-def read_hparams(path: Path | None) -> HParams:
-    """The hyper-parameters of a JSON file, or none.
+def parse_hparams(values: Mapping[str, Any], where: str) -> HParams:
+    """The hyper-parameters of a JSON object that comes from ``where``.
 
     Raises:
-      DeepGenError: the file is missing, or an entry is unknown or of the wrong type.
+      DeepGenError: an entry is unknown or of the wrong type.
     """
-    if path is None:
-        return HParams()
-    values = read_json(path)
-    options = Options(values, str(path))
+    options = Options(values, where)
     connector = dict(options.take("connector", dict, {}))
     queries = options.take("num_queries", int, None)
     if queries is not None:
@@ -49,7 +45,7 @@ def read_hparams(path: Path | None) -> HParams:
         lora_rank=options.take("lora_rank", int, None),
         lora_alpha=options.take("lora_alpha", float, None),
         max_prompt_tokens=options.take("max_length", int, DeepGenConfig.max_prompt_tokens),
-        where=str(path),
+        where=where,
     )
     # Settings of the training run.
     options.ignore("unconditional", "weighting_scheme", "note")

@@ -205,7 +205,7 @@ class _Place(NamedTuple):
     """Parent path in the parameter tree, place in the stack and its sizes."""
 
     target: str
-    index: Shape = ()
+    position: Shape = ()
     stack: Shape = ()
 
 

@@ -67,7 +67,10 @@ class TorchFile(Source):
         records = {i.filename: i for i in archive.infolist() if i.filename.startswith(f"{root}data/")}
         self._digest = hashlib.sha256(program).hexdigest()
         self._slots: dict[str, _Slot] = {}
-        state_dict, self.layout, self.ignored = _find_weights(_unpickle(program, root, records, label), label)
+        loaded = _unpickle(program, root, records, label)
+        state_dict, self.layout, self.ignored = _find_weights(loaded, label)
+        meta = loaded.get("meta")
+        self.hparams = meta.get("deepgen_config") if isinstance(meta, Mapping) else None
         self.tensors = self._locate(state_dict, records)
 
     def _locate(self, state_dict: Mapping[str, Any], records: Mapping[str, zipfile.ZipInfo]) -> dict[str, TensorInfo]:

@@ -54,6 +54,7 @@ class Source(abc.ABC):
       tensors: what it holds.
       ignored: further entries that are no weights, with the reason.
       sequential: going back in the file is slow, since it means decompressing it again.
+      hparams: hyper-parameters stored beside the weights, in the form of ``--hparams``; only our exports have them.
     """
 
     label: str
@@ -61,6 +62,7 @@ class Source(abc.ABC):
     tensors: Mapping[str, TensorInfo]
     ignored: Mapping[str, str] = {}
     sequential: bool = False
+    hparams: Mapping[str, Any] | None = None
 
     @abc.abstractmethod
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:

@@ -73,8 +73,12 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_exception() -> Iterator[None]:
-    """SIGTERM raises SystemExit inside the block, so that cleaning up happens; only the main thread can arrange it."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM raises SystemExit inside the block, so that cleaning up happens.
+
+    Only the main thread can arrange it, and a program that handles the signal by itself is left to do so.
+    """
+    handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if handled or threading.current_thread() is not threading.main_thread():
         yield
         return
 
