@@ -57,6 +57,6 @@ class FakePipeline:
 
 
 def check_prompt(text: str, image_sizes: Any = None) -> None:
-    """The fake model reads ten words."""
-    if len(text.split()) > 10:
-        raise DeepGenError(f"the prompt is {len(text.split())} tokens long, the model reads 10; shorten it")
+    """The fake model reads thirty words."""
+    if len(text.split()) > 30:
+        raise DeepGenError(f"the prompt is {len(text.split())} tokens long, the model reads 30; shorten it")

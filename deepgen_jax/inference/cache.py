@@ -28,7 +28,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
 
     choice = os.fspath(folder) if folder is not None else os.environ.get(ENVIRONMENT)
     if not choice:
-        choice = jax.config.jax_compilation_cache_dir or str(DEFAULT)
+        choice = jax.config.values["jax_compilation_cache_dir"] or str(DEFAULT)
     if choice == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return None

@@ -119,7 +119,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     """The metadata that `save_image` put into a file; None where there is none."""
     try:
         with Image.open(path) as image:
-            text = image.info.get(_KEY) or image.getexif().get(_EXIF_DESCRIPTION)
+            text = image.info.get(_KEY) or image.getexif().get(_EXIF_DESCRIPTION) or ""
         value = json.loads(text)
     except (OSError, ValueError, TypeError, SyntaxError):
         return None
@@ -249,7 +249,8 @@ def _line(metadata: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes ``path`` at the end, or goes away on an error."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    # The suffix keeps it out of the reach of a `*.png`.
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

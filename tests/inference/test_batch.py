@@ -55,7 +55,7 @@ def test_plan_takes_the_size_from_the_first_reference(pictures: list[Path]):
 
 def test_plan_reports_records_that_cannot_be_used(tmp_path: Path, pictures: list[Path]):
     (tmp_path / "empty.png").write_bytes(b"")
-    long = "word " * 11
+    long = "word " * 31
     records = [
         record(0, long),
         record(1, negative_prompt=long),
@@ -72,8 +72,8 @@ def test_plan_reports_records_that_cannot_be_used(tmp_path: Path, pictures: list
     requests, failures = plan(records, strict, check_prompt, "p.jsonl")
     assert [r.file for r in requests] == ["X.png", "x_1.png", "x_0_0.png", "x_0_1.png"]
     assert [str(f) for f in failures] == [
-        "p.jsonl:1: the prompt is 11 tokens long, the model reads 10; shorten it",
-        "p.jsonl:2: negative prompt: the prompt is 11 tokens long, the model reads 10; shorten it",
+        "p.jsonl:1: the prompt is 31 tokens long, the model reads 30; shorten it",
+        "p.jsonl:2: negative prompt: the prompt is 31 tokens long, the model reads 30; shorten it",
         f"p.jsonl:3: image {tmp_path / 'none.png'} does not exist; check the path",
         f"p.jsonl:4: image {tmp_path / 'empty.png'} is empty (0 bytes); fetch or save it again",
         "p.jsonl:5: seed 4294967295 and 2 images go beyond the largest seed 4294967295; use a smaller seed",

@@ -1,0 +1,145 @@
+"""``deepgen info``: what a model folder holds, told from its description alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
+from deepgen_jax.model_folder import Manifest, PartSummary, read_manifest, read_scheduler
+
+_TITLES = {
+    "text": "language model",
+    "vision": "vision tower",
+    "bridge": "bridge",
+    "mmdit": "MMDiT",
+    "vae": "VAE",
+    "lora": "LoRA adapters",
+    "unused": "unused",
+}
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Tells what a model folder holds; the weights are not read."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Model folder, made by `deepgen convert`."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+    def run(self) -> int:
+        """Prints; returns the exit status."""
+        manifest, scheduler = read_manifest(self.folder), read_scheduler(self.folder)
+        if self.json:
+            print(json.dumps(facts(self.folder, manifest, scheduler), indent=2))
+        else:
+            print("\n".join(lines(self.folder, manifest, scheduler)))
+        return 0
+
+
+def facts(folder: Path, manifest: Manifest, scheduler: SchedulerConfig) -> dict[str, Any]:
+    """Everything as one JSON-ready object; ``total`` leaves out what nothing computes with."""
+    return {
+        "folder": str(folder.absolute()),
+        "parameters": {part: asdict(summary) for part, summary in manifest.parameters.items()},
+        "total": asdict(_total(manifest)),
+        "config": to_dict(manifest.config),
+        "scheduler": to_dict(scheduler),
+        "provenance": manifest.provenance,
+    }
+
+
+def lines(folder: Path, manifest: Manifest, scheduler: SchedulerConfig) -> Iterator[str]:
+    """The same for people."""
+    yield f"{folder}"
+    yield ""
+    yield from _table(manifest)
+    yield ""
+    yield from (f"{title:<15} {text}" for title, text in _architecture(manifest.config))
+    yield f"{'LoRA':<15} {_lora(manifest)}"
+    yield f"{'schedule':<15} {_schedule(scheduler)}"
+    yield ""
+    yield from _sources(manifest.provenance)
+
+
+def _total(manifest: Manifest) -> PartSummary:
+    used = [summary for part, summary in manifest.parameters.items() if part != "unused"]
+    dtypes: Counter[str] = Counter()
+    for summary in used:
+        dtypes.update(summary.dtypes)
+    return PartSummary(sum(s.count for s in used), sum(s.bytes for s in used), dict(dtypes))
+
+
+def _table(manifest: Manifest) -> Iterator[str]:
+    yield f"{'part':<15} {'parameters':>14} {'size':>10}  dtype"
+    order = [part for part in (*_TITLES, *manifest.parameters) if part in manifest.parameters]
+    parts = {part: manifest.parameters[part] for part in order}
+    for part, summary in [*parts.items(), ("total", _total(manifest))]:
+        title = _TITLES.get(part, part)
+        dtypes = ", ".join(f"{name} ({count:,})" for name, count in sorted(summary.dtypes.items()))
+        if len(summary.dtypes) == 1:
+            dtypes = next(iter(summary.dtypes))
+        note = " (kept for export, not in the total)" if part == "unused" else ""
+        yield f"{title:<15} {summary.count:>14,} {_size(summary.bytes):>10}  {dtypes}{note}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _architecture(config: DeepGenConfig) -> Iterator[tuple[str, str]]:
+    text, vision, bridge, mmdit, vae = config.text, config.vision, config.bridge, config.mmdit, config.vae
+    yield (
+        _TITLES["text"],
+        f"{text.num_layers} layers, hidden {text.hidden_size}, {text.num_heads} heads ({text.num_kv_heads} KV), "
+        f"vocabulary {text.vocab_size:,}, prompts up to {config.max_prompt_tokens} tokens",
+    )
+    yield _TITLES["vision"], f"{vision.depth} layers, hidden {vision.hidden_size}, {vision.num_heads} heads"
+    yield (
+        _TITLES["bridge"],
+        f"{bridge.num_queries} think tokens, {bridge.num_layers} layers, hidden {bridge.hidden_size}, "
+        f"{bridge.num_heads} heads, every {bridge.selection_stride}th hidden state",
+    )
+    largest = mmdit.pos_embed_max_size * mmdit.patch_size * vae.downscale
+    yield (
+        _TITLES["mmdit"],
+        f"{mmdit.num_layers} layers ({len(mmdit.dual_attention_layers)} with dual attention), "
+        f"hidden {mmdit.hidden_size}, {mmdit.num_heads} heads, images up to {largest} pixels a side",
+    )
+    yield _TITLES["vae"], f"{vae.latent_channels} channels, 1/{vae.downscale} of the size in pixels"
+
+
+def _lora(manifest: Manifest) -> str:
+    if manifest.config.lora is not None:
+        return f"kept apart, rank {manifest.config.lora.rank}, alpha {manifest.config.lora.alpha:g}"
+    merged = manifest.provenance.get("merged_adapters")
+    return f"{merged} adapters merged into the weights" if merged else "none"
+
+
+def _schedule(scheduler: SchedulerConfig) -> str:
+    shift = f"shift {scheduler.shift:g}"
+    if scheduler.use_dynamic_shifting:
+        shift = f"dynamic shift {scheduler.base_shift:g} to {scheduler.max_shift:g} by image size"
+    return f"flow-match Euler, {scheduler.num_train_timesteps} training timesteps, {shift}"
+
+
+def _sources(provenance: dict[str, Any]) -> Iterator[str]:
+    for source in provenance.get("sources", ()):
+        where = source.get("path", f"seed {source['seed']}" if "seed" in source else "")
+        size = f", {_size(source['bytes'])}" if "bytes" in source else ""
+        yield f"{'from':<15} {where} ({source.get('layout', 'unknown layout')}{size})"
+    options = {name: value for name, value in provenance.get("options", {}).items() if value not in (None, False)}
+    if options:
+        yield f"{'options':<15} {', '.join(f'{name} {value}' for name, value in options.items())}"
+    yield f"{'converted by':<15} deepgen-jax {provenance.get('deepgen_jax', 'unknown')}"

@@ -1,0 +1,238 @@
+"""The ``deepgen`` command: finds the subcommand, parses its options with tyro, and turns errors into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+from deepgen_jax import __version__
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import collect_notices
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """Where a subcommand's dataclass lives; it is imported only when it is chosen, and has ``run() -> int``."""
+
+    module: str
+    name: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = {
+    "convert": Subcommand(
+        "deepgen_jax.cli.convert",
+        "ConvertCommand",
+        "turn released weights, in any of their layouts, into a model folder",
+        (
+            "deepgen convert --diffusers DeepGen-1.0-diffusers --out deepgen",
+            "deepgen convert --qwen Qwen2.5-VL-3B-Instruct --sd3 UniPic2-SD3.5M-Kontext-2B \\\n"
+            "    --checkpoint DeepGen_CKPT.zip.part-aa --out deepgen",
+        ),
+    ),
+    "generate": Subcommand(
+        "deepgen_jax.cli.generate",
+        "GenerateCommand",
+        "make images from text",
+        (
+            'deepgen generate deepgen "a red fox in fresh snow" --out fox.png',
+            "deepgen generate deepgen --prompts prompts.jsonl --out images --batch-size 8",
+        ),
+    ),
+    "edit": Subcommand(
+        "deepgen_jax.cli.edit",
+        "EditCommand",
+        "change reference images by an instruction",
+        (
+            'deepgen edit deepgen "make it night" --image fox.png --out night.png',
+            'deepgen edit deepgen "the fox beside this house" --image fox.png --image house.jpg',
+        ),
+    ),
+    "info": Subcommand(
+        "deepgen_jax.cli.info",
+        "InfoCommand",
+        "tell what a model folder holds and where its weights came from",
+        ("deepgen info deepgen", "deepgen info deepgen --json"),
+    ),
+    "export": Subcommand(
+        "deepgen_jax.cli.export",
+        "ExportCommand",
+        "write a model folder back into a released layout",
+        ("deepgen export deepgen --format diffusers --out DeepGen-diffusers",),
+    ),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised so that temporary files are cleaned up on the way out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``deepgen`` with the given words (by default those of the command line).
+
+    Returns:
+      exit status: 0; 1 where some prompts of many failed; 2 for an error, told in one line on stderr; 130 and 143 after
+      Ctrl-C and SIGTERM.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        with collect_notices(lambda text: _say(f"note: {text}")), _sigterm_raises():
+            status = _dispatch(words)
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 128 + signal.SIGINT
+    except Terminated:
+        _say("terminated")
+        return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; what is still buffered must not raise again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except DeepGenError as error:
+        return _failed(error, str(error), debug)
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        return _failed(error, f"{type(error).__name__}: {text} (a bug? --debug shows the traceback)", debug)
+
+
+def _failed(error: Exception, message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    _say(f"error: {message}")
+    return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"deepgen-jax {__version__}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        mend = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(COMMANDS)}"
+        raise DeepGenError(f"unknown command {name!r}; {mend}")
+    entry = COMMANDS[name]
+    command_type = getattr(importlib.import_module(entry.module), entry.name)
+    command = _parse(command_type, name, entry, rest)
+    return 0 if command is None else command.run()
+
+
+def _parse(command_type: type, name: str, entry: Subcommand, words: list[str]) -> Any:
+    """The command's dataclass filled from ``words``; None after --help."""
+    import tyro
+
+    summary = f"{entry.summary[0].upper()}{entry.summary[1:]}."
+    examples = "\n".join(f"  {example}".replace("\n", "\n  ") for example in entry.examples)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                command_type,
+                prog=f"deepgen {name}",
+                args=words,
+                description=f"{summary}\n\nExamples:\n{examples}",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            return None
+        raise DeepGenError(f"{one_line(said.getvalue())}; see deepgen {name} --help") from None
+
+
+def one_line(box: str) -> str:
+    """tyro's framed error message as one line: the problem, and the option that was perhaps meant."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│").rstrip() for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    sections: list[list[str]] = [[]]
+    for line in filter(None, lines):
+        if set(line.strip()) <= set("─-"):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    if "╭" not in text:
+        # A terminal without such characters: the title is not in the frame but a section of its own.
+        del sections[:1]
+    problem = sections[0] if sections else []
+    if problem and problem[0].strip().startswith("Missing from"):
+        # An indented name each, with its help text further in.
+        indent = len(problem[0]) - len(problem[0].lstrip()) + 4
+        names = [line.split()[0].split("/")[0] for line in problem if re.match(rf" {{{indent}}}\S", line)]
+        message = f"{' and '.join(names)} missing"
+    else:
+        message = " ".join(" ".join(problem).split()).rstrip(".")
+        label, _, tokens = message.partition(": ")
+        if label == "Unrecognized options" and not tokens.startswith("-"):
+            message += "; put a text of several words in quotes"
+    for section in sections[1:]:
+        if section and section[0].strip() == "Perhaps you meant:" and len(section) > 1:
+            message += f"; did you mean {section[1].split()[0].rstrip(',')}?"
+    return message or "the options are not understood"
+
+
+def _overview() -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [
+        "DeepGen 1.0 in JAX: makes and edits images with one model.",
+        "",
+        "usage: deepgen COMMAND [OPTIONS]      (deepgen COMMAND --help tells them all)",
+    ]
+    for name, entry in COMMANDS.items():
+        lines += ["", f"  {name:<9} {entry.summary}"[:width]]
+        lines += [f"      {example}".replace("\n", "\n      ") for example in entry.examples]
+    lines += [
+        "",
+        "  --version   the package's version",
+        "  --debug     with any command: the whole traceback of an error",
+    ]
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    """One line on stderr, above a progress bar where there is one."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(f"deepgen: {text}", file=sys.stderr)
+    else:
+        print(f"deepgen: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    usual = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""What ``deepgen generate`` and ``deepgen edit`` share: options, one image file or a resumable folder of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+
+from deepgen_jax.cli.stopping import GracefulStop
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.data.tokens import Padding, PromptTokenizer
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, batch_sizes, plan, render
+from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
+from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
+from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.notices import notify
+
+#: Side of an image where nothing says another, if the model was made for at least that.
+DEFAULT_SIDE = 512
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+@dataclass
+class PromptArguments:
+    """The words after the command; a class of its own so that a command's first options can follow them in the help."""
+
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]
+    """Model folder, made by `deepgen convert`."""
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT", help_behavior_hint="")] = None
+    """What to show, or how to change the image."""
+
+
+@dataclass
+class SamplingCommand(PromptArguments):
+    """Options of both commands, and what they do."""
+
+    out: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: image.png)")] = None
+    """Image file (.png, .jpg, .webp; several images get _0, _1, ... before the suffix), or a folder, which can be
+    resumed and gets a metadata.jsonl."""
+    overwrite: bool = False
+    """Replace files that exist."""
+    prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(with --out FOLDER)")] = None
+    """Make many images: .txt (one prompt a line), .jsonl or .csv with the fields prompt, negative_prompt, image or
+    images, seed, size (or width and height), id, num_images, steps, guidance."""
+    num_images: int = 1
+    """Images of each prompt; image k is made with seed + k."""
+    batch_size: int = 4
+    """Images made at once; it changes speed and memory, never an image."""
+    seed: int = 0
+    """Seed of the noise; the same for every prompt unless the prompt file gives others."""
+    size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
+    """Size in pixels, such as 512x768, or one number for a square. By default that of the first reference image, or
+    512x512 (less where the model was made for less)."""
+    width: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Width, in place of --size."""
+    height: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Height, in place of --size."""
+    strict_size: bool = False
+    """Refuse sizes that are not multiples of 32 instead of rounding them."""
+    steps: int = 50
+    """Denoising steps."""
+    guidance: float = 4.0
+    """Classifier-free guidance scale; 1 turns guidance off and takes half the time."""
+    negative_prompt: str = ""
+    """What to keep away from."""
+    padding: Padding = "reference"
+    """How prompts of different length share a batch: as the released system treats each alone, as it treats the batch
+    (one prompt only), or with padding hidden."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    """Split the work over devices, such as data=1,fsdp=8,tensor=1."""
+    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
+    max_image_megapixels: float = 64.0
+    """Larger image files are refused before they are decoded."""
+
+    def settings(self, config: DeepGenConfig) -> Settings:
+        """The options as the batch planner takes them; commands add theirs."""
+        unit = config.image_multiple
+        side = min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
+        side = max(unit, side // unit * unit)
+        width, height = self._size()
+        return Settings(
+            negative_prompt=_checked_text(self.negative_prompt, "negative prompt"),
+            seed=self.seed,
+            width=width,
+            height=height,
+            steps=self.steps,
+            guidance=self.guidance,
+            num_images=self.num_images,
+            padding=self.padding,
+            side=side,
+            multiple=unit,
+            strict_size=self.strict_size,
+            max_reference_pixels=side * side,
+            max_image_pixels=int(self.max_image_megapixels * 1e6),
+        )
+
+    def run(self) -> int:
+        """Makes the images; returns the exit status."""
+        self._check_numbers()
+        records, failures = self._records()
+        config, check_prompt = open_model(self.model)
+        settings = self.settings(config)
+        requests, more = plan(records, settings, check_prompt, str(self.prompts) if self.prompts else "")
+        failures += more
+        if self.prompts is None and failures:
+            raise DeepGenError(failures[0].reason)
+        if _is_folder(self.out) or self.prompts is not None:
+            return self._fill_folder(requests, failures, settings)
+        return self._write_files(requests, settings)
+
+    def _records(self) -> tuple[list[Record], list[Failure]]:
+        if self.prompts is None:
+            if self.prompt is None:
+                raise DeepGenError("there is no prompt; write it after the model folder, or give a file with --prompts")
+            prompt = _checked_text(self.prompt, "prompt")
+            if not prompt.strip():
+                raise DeepGenError("the prompt is empty; write what to show")
+            if self.out is not None and not _is_folder(self.out):
+                check_format(Path(self.out))
+            return [Record(index=0, line=0, prompt=prompt)], []
+        if self.prompt is not None:
+            raise DeepGenError("a prompt and --prompts are both given; keep one of them")
+        if self.out is None or (not _is_folder(self.out) and Path(self.out).suffix.lower() in FORMATS):
+            raise DeepGenError("--prompts makes many images; give a folder for them with --out FOLDER")
+        if self.padding == "batch":
+            raise DeepGenError(
+                "--padding batch lets an image depend on the other prompts of its batch, so that it could not be made "
+                "again; use reference or masked with --prompts"
+            )
+        records, bad = read_prompts(self.prompts)
+        return records, [Failure(f"{line.path}:{line.line}", line.reason) for line in bad]
+
+    def _size(self) -> tuple[int | None, int | None]:
+        if (self.width is None) != (self.height is None):
+            raise DeepGenError("--width and --height go together; give both, or --size WIDTHxHEIGHT")
+        if self.size is None:
+            return self.width, self.height
+        if self.width is not None:
+            raise DeepGenError("--size and --width are both given; keep one of them")
+        return parse_size(self.size)
+
+    def _check_numbers(self) -> None:
+        for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
+        if self.seed > MAX_SEED:
+            raise DeepGenError(f"--seed is {self.seed}; use 0 to {MAX_SEED}")
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise DeepGenError(f"--guidance is {self.guidance}; use 0 or more")
+        if not self.max_image_megapixels > 0 or math.isinf(self.max_image_megapixels):
+            raise DeepGenError(f"--max-image-megapixels is {self.max_image_megapixels}; use a number above 0")
+
+    def _write_files(self, requests: list[Request], settings: Settings) -> int:
+        """One prompt, named files: everything or an error."""
+        out = Path(self.out or "image.png")
+        names = [out.name] if len(requests) == 1 else [f"{out.stem}_{k}{out.suffix}" for k in range(len(requests))]
+        requests = [dataclasses.replace(request, file=name) for request, name in zip(requests, names, strict=True)]
+        for name in names:
+            if out.with_name(name).exists() and not self.overwrite:
+                raise DeepGenError(f"{out.with_name(name)} exists; choose another --out or use --overwrite")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DeepGenError(f"folder {out.parent} cannot be made: {error.strerror or error}") from error
+        model = Model.of(self.model, _resolved_dtype(self.dtype))
+
+        def save(request: Request, image: Image.Image) -> None:
+            path = out.with_name(request.file)
+            save_image(image, path, describe(request, settings, model))
+            tqdm.write(str(path), file=sys.stdout)
+
+        failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
+        if failures:
+            raise DeepGenError(failures[0].reason)
+        return 0
+
+    def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
+        """Many images: what is finished is skipped, what fails is listed at the end."""
+        if failures:
+            notify(f"{len(failures)} lines cannot be used; the others go on and a list follows at the end")
+        model = Model.of(self.model, _resolved_dtype(self.dtype))
+        folder = Path(self.out or "")
+        with OutputFolder(folder) as output, GracefulStop() as stop:
+            metadata = {request.file: describe(request, settings, model) for request in requests}
+            missing = set(output.missing(metadata.values(), self.overwrite))
+            todo = [request for request in requests if request.file in missing]
+            made: list[str] = []
+
+            def save(request: Request, image: Image.Image) -> None:
+                output.save(image, metadata[request.file])
+                made.append(request.file)
+
+            if todo:
+                failures += self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
+        ready = len(requests) - len(missing)
+        already = f" ({ready} were there already)" if ready else ""
+        print(f"{len(made)} images written to {folder}{already}")
+        if failures:
+            failed = list(dict.fromkeys(map(str, failures)))
+            text = "\n  ".join([f"deepgen: error: {len(failed)} prompts gave no image:", *failed])
+            print(text, file=sys.stderr)
+        if stop.signum is not None and len(made) < len(todo):
+            text = f"{len(made) + ready} of {len(requests)} images are in {folder}; run the same command for the rest"
+            print(f"deepgen: stopped by {stop.name}: {text}", file=sys.stderr)
+            return 128 + stop.signum
+        return 1 if failures else 0
+
+    def _make(
+        self,
+        todo: list[Request],
+        planned: list[Request],
+        settings: Settings,
+        dtype: str,
+        save: Callable[[Request, Image.Image], None],
+        stopped: Callable[[], bool],
+    ) -> list[Failure]:
+        """Loads the model and makes ``todo``, saving image by image, until done or ``stopped``."""
+        pipe = load_pipeline(self.model, dtype, self.mesh, self.compilation_cache)
+        if stopped():
+            return []
+        sizes = batch_sizes(planned, self._batch_size())
+        failures: list[Failure] = []
+        hidden = not sys.stderr.isatty()
+        initial = len(planned) - len(todo)
+        with tqdm(total=len(planned), initial=initial, desc="compiling ", bar_format=_BAR, disable=hidden) as bar:
+            for batch in render(pipe, todo, sizes, settings):
+                for request, result in batch:
+                    if isinstance(result, DeepGenError):
+                        failures.append(Failure(request.source, str(result)))
+                    else:
+                        save(request, result)
+                bar.set_description_str("", refresh=False)
+                bar.update(len(batch))
+                if stopped():
+                    break
+        return failures
+
+    def _batch_size(self) -> int:
+        """The batch size, rounded up to what the mesh splits evenly: the rows are computed in any case."""
+        if self.mesh is None:
+            return self.batch_size
+        from deepgen_jax.parallel.mesh import BATCH_AXES, parse_mesh
+
+        sizes = parse_mesh(self.mesh)
+        unit = math.prod(sizes[axis] for axis in BATCH_AXES)
+        return -(-self.batch_size // unit) * unit
+
+
+def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:
+    """What can be told about a model folder without its weights: its config, and whether it can take a prompt.
+
+    Raises:
+      DeepGenError: no such folder, or no model folder.
+    """
+    from deepgen_jax.model_folder import read_manifest
+
+    config = read_manifest(folder).config
+    tokenizer = PromptTokenizer(folder / "tokenizer", config)
+    return config, partial(tokenizer, max_tokens=config.max_prompt_tokens)
+
+
+def load_pipeline(folder: Path, dtype: str, mesh: str | None, compilation_cache: str | None) -> Callable[..., Any]:
+    """The pipeline, with compiled programs kept on disk."""
+    from deepgen_jax.inference.cache import enable_compilation_cache
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+    enable_compilation_cache(compilation_cache)
+    start = time.monotonic()
+    pipe = DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh)
+    if sys.stderr.isatty():
+        print(f"deepgen: loaded {folder} in {dtype}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return pipe
+
+
+def _resolved_dtype(dtype: str) -> str:
+    if dtype != "auto":
+        return dtype
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _is_folder(out: str | None) -> bool:
+    """Whether ``--out`` names a folder: one that exists, or a name without a suffix or with a slash at the end."""
+    return out is not None and (os.path.isdir(out) or out.endswith(("/", os.sep)) or not Path(out).suffix)
+
+
+def _checked_text(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DeepGenError(f"the {name} is not UTF-8 text; put it into a --prompts file") from None
+    return text

@@ -1,0 +1,162 @@
+"""The command's frame: help, errors in one line, light imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from deepgen_jax import __version__
+from deepgen_jax.cli import main as cli
+from deepgen_jax.cli.main import COMMANDS, main, one_line
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
+
+
+class Command:
+    """A subcommand that does what the test says."""
+
+    action = staticmethod(lambda: 0)
+
+    def run(self) -> int:
+        return type(self).action()
+
+
+@pytest.fixture
+def act(monkeypatch: pytest.MonkeyPatch):
+    """``act(function)`` -> exit status of a command that calls the function."""
+
+    def run(action, *words: str) -> int:
+        monkeypatch.setattr(Command, "action", staticmethod(action))
+        monkeypatch.setattr(cli, "_parse", lambda *args: Command())
+        return main(["info", *words])
+
+    return run
+
+
+def test_overview_teaches_every_command(capsys: pytest.CaptureFixture):
+    assert main(["--help"]) == 0
+    first = capsys.readouterr().out
+    assert main([]) == 0
+    assert capsys.readouterr().out == first
+    for name in COMMANDS:
+        assert f"      deepgen {name} deepgen" in first or f"      deepgen {name} --" in first
+    assert max(map(len, first.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture):
+    assert main([name, "--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"usage: deepgen {name}")
+    assert COMMANDS[name].examples[0].splitlines()[0] in captured.out
+    assert not captured.err
+
+
+def test_version(capsys: pytest.CaptureFixture):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deepgen-jax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["genrate"], "unknown command 'genrate'; did you mean 'generate'?"),
+        (["zzz"], "unknown command 'zzz'; choose one of convert, generate, edit, info, export"),
+        (["generate"], "MODEL missing; see deepgen generate --help"),
+        (["generate", "m", "a fox", "--stps", "4"], "Unrecognized options: --stps, 4; did you mean --steps?"),
+        (["generate", "m", "a", "red", "fox"], "Unrecognized options: red, fox; put a text of several words in quotes"),
+        (["generate", "m", "x", "--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
+        (["generate", "m", "x", "--seed", "many"], "Error parsing --seed: invalid literal for int()"),
+    ],
+)
+def test_wrong_words_are_told_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"deepgen: error: {message}")
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+
+
+def test_one_line_survives_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["generate", "m", "x", "--dtype", "int8"]) == 2
+    assert "Expected one of ('auto', 'float32', 'bfloat16')" in capsys.readouterr().err
+    box = """
+╭─ Required options ─────────────╮
+│ Missing from deepgen convert:  │
+│     --out PATH                 │
+│         Model folder to write. │
+│         (required)             │
+│     --qwen/-q PATH             │
+│         Base model.            │
+│ ────────────────────────────── │
+│ For full helptext, run:        │
+╰────────────────────────────────╯"""
+    assert one_line(box) == "--out and --qwen missing"
+    assert one_line("") == "the options are not understood"
+
+
+def test_errors(act, capsys: pytest.CaptureFixture):
+    def wrong() -> int:
+        raise DeepGenError("the thing is wrong; mend it")
+
+    assert act(wrong) == 2
+    assert capsys.readouterr().err == "deepgen: error: the thing is wrong; mend it\n"
+    assert act(wrong, "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_bugs(act, capsys: pytest.CaptureFixture):
+    assert act(lambda: 1 // 0) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith("deepgen: error: ZeroDivisionError: ")
+    assert "--debug" in captured
+    assert captured.count("\n") == 1
+
+
+def test_notices_are_told_once(act, capsys: pytest.CaptureFixture):
+    def told() -> int:
+        for text in ("one", "two", "one"):
+            notify(text)
+        warnings.warn("not ours", UserWarning, stacklevel=1)
+        return 0
+
+    with pytest.warns(UserWarning, match="not ours"):
+        assert act(told) == 0
+    assert capsys.readouterr().err == "deepgen: note: one\ndeepgen: note: two\n"
+
+
+def test_interruptions(act, capsys: pytest.CaptureFixture):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert act(interrupted) == 130
+    assert capsys.readouterr().err == "deepgen: interrupted\n"
+    assert act(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0) == 143
+    assert capsys.readouterr().err == "deepgen: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    script = f"{sys.executable} -m deepgen_jax.cli.main --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0].startswith("DeepGen 1.0")
+    assert done.stdout.splitlines()[1] in ("0", "141")
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["edit", "--help"], ["info", "nowhere"]])
+def test_light_imports(words: list[str]):
+    script = (
+        "import sys; from deepgen_jax.cli.main import main; main(sys.argv[1:])\n"
+        "heavy = {'jax', 'torch', 'transformers', 'flax', 'orbax'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

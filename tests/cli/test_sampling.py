@@ -1,0 +1,351 @@
+"""``deepgen generate`` and ``deepgen edit`` around a stand-in for the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_pipeline import FakePipeline, check_prompt
+from PIL import Image
+
+from deepgen_jax.cli import sampling
+from deepgen_jax.cli.edit import EDIT_NEGATIVE_PROMPT
+from deepgen_jax.cli.main import main
+from deepgen_jax.config import DeepGenConfig, MMDiTConfig
+
+TESTS = Path(__file__).parents[1]
+CONFIG = DeepGenConfig(mmdit=MMDiTConfig(sample_size=8))  # images of 64 pixels by default
+
+
+@pytest.fixture
+def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    """The pipeline that the command line loads; the working folder is empty."""
+    fake = FakePipeline()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampling, "open_model", lambda folder: (CONFIG, check_prompt))
+    monkeypatch.setattr(sampling, "load_pipeline", lambda *args: fake)
+    return fake
+
+
+def run(*words: str) -> int:
+    return main([*words[:1], "model", *words[1:], "--dtype", "float32"])
+
+
+def error(capsys: pytest.CaptureFixture) -> str:
+    text = capsys.readouterr().err
+    assert text.startswith("deepgen: error: ")
+    assert text.count("\n") == 1
+    return text.removeprefix("deepgen: error: ").rstrip("\n")
+
+
+def files(folder: Path | str = ".") -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_one_image(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    assert run("generate", "a cat") == 0
+    assert capsys.readouterr() == ("image.png\n", "")
+    assert Image.open("image.png").size == (64, 64)
+    (call,) = pipe.calls
+    assert call == {
+        "prompt": ["a cat"], "image": None, "negative_prompt": [""], "height": 64, "width": 64, "seed": [0],
+        "steps": 50, "guidance": 4.0, "padding": "reference", "posterior": "mean",
+    }  # fmt: skip
+
+
+def test_every_option_arrives(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    numbers = {"num-images": 3, "seed": 7, "size": "96x32", "steps": 5, "guidance": 1.5, "batch-size": 2}
+    words = [f"--{name}={value}" for name, value in numbers.items()]
+    words += ["--out", "sub/cat.jpg", "--negative-prompt", "ugly", "--padding", "masked"]
+    assert run("generate", "a cat", *words) == 0
+    assert capsys.readouterr().out.split() == ["sub/cat_0.jpg", "sub/cat_1.jpg", "sub/cat_2.jpg"]
+    assert [call["seed"] for call in pipe.calls] == [[7, 8], [9, 9]]
+    assert (pipe.calls[0]["width"], pipe.calls[0]["height"], pipe.calls[0]["steps"]) == (96, 32, 5)
+    assert (pipe.calls[0]["guidance"], pipe.calls[0]["padding"]) == (1.5, "masked")
+    assert pipe.calls[0]["negative_prompt"] == ["ugly"] * 2
+    assert files("sub") == ["cat_0.jpg", "cat_1.jpg", "cat_2.jpg"]
+
+
+def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    for words, size in ((["--size", "96"], (96, 96)), (["--width", "32", "--height", "96"], (32, 96))):
+        assert run("generate", "a cat", "--overwrite", *words) == 0
+        assert (pipe.calls[-1]["width"], pipe.calls[-1]["height"]) == size
+    assert not capsys.readouterr().err
+    assert run("generate", "a cat", "--overwrite", "--size", "100x50") == 0
+    assert (pipe.calls[-1]["width"], pipe.calls[-1]["height"]) == (96, 64)
+    assert "deepgen: note: image size 100x50 is rounded to 96x64" in capsys.readouterr().err
+    assert run("generate", "a cat", "--overwrite", "--size", "100x50", "--strict-size") == 2
+    assert "nearest is 96x64" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no prompt"),
+        ([""], "the prompt is empty; write what to show"),
+        (["  \n"], "the prompt is empty"),
+        (["word " * 10_000], "the prompt is 10000 tokens long, the model reads 30; shorten it"),
+        (["a cat", "--negative-prompt", "word " * 31], "negative prompt: the prompt is 31 tokens long"),
+        (["caf\udce9"], "the prompt is not UTF-8 text"),
+        (["a cat", "--seed", "-1"], "--seed is -1; use 0 or more"),
+        (["a cat", "--seed", str(2**32)], "--seed is 4294967296; use 0 to 4294967295"),
+        (["a cat", "--steps", "0"], "--steps is 0; use 1 or more"),
+        (["a cat", "--num-images", "0"], "--num-images is 0"),
+        (["a cat", "--batch-size", "-3"], "--batch-size is -3"),
+        (["a cat", "--guidance", "nan"], "--guidance is nan"),
+        (["a cat", "--guidance", "-1"], "--guidance is -1.0"),
+        (["a cat", "--size", "big"], "size 'big' is not understood"),
+        (["a cat", "--size", "32", "--width", "32", "--height", "32"], "--size and --width are both given"),
+        (["a cat", "--width", "32"], "--width and --height go together"),
+        (["a cat", "--out", "cat.bmp"], "cat.bmp has the suffix '.bmp'; use one of .png"),
+        (["a cat", "--max-image-megapixels", "0"], "--max-image-megapixels is 0.0"),
+        (["a cat", "--prompts", "p.txt"], "a prompt and --prompts are both given"),
+        (["--prompts", "p.txt"], "--prompts makes many images; give a folder"),
+        (["--prompts", "p.txt", "--out", "x.png"], "--prompts makes many images; give a folder"),
+        (["--prompts", "none.txt", "--out", "x"], "prompt file none.txt does not exist"),
+        (["--prompts", "p.txt", "--out", "x", "--padding", "batch"], "--padding batch lets an image depend"),
+        (["refused"], "this batch is refused"),
+    ],
+)
+def test_refusals_leave_nothing_behind(
+    pipe: FakePipeline, capsys: pytest.CaptureFixture, words: list[str], message: str
+):
+    Path("p.txt").write_text("a cat\n")
+    assert run("generate", *words) == 2
+    assert error(capsys).startswith(message)
+    assert files() == ["p.txt"]
+
+
+def test_files_are_not_overwritten_unasked(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    Path("image.png").write_text("precious")
+    assert run("generate", "a cat") == 2
+    assert error(capsys) == "image.png exists; choose another --out or use --overwrite"
+    assert Path("image.png").read_text() == "precious"
+    assert not pipe.calls
+    assert run("generate", "a cat", "--overwrite") == 0
+    assert Image.open("image.png").size == (64, 64)
+
+
+def test_a_folder_for_one_prompt(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    assert run("generate", "a cat", "--out", "cats", "--num-images", "2") == 0
+    assert capsys.readouterr().out == "2 images written to cats\n"
+    assert files("cats") == ["00000_0.png", "00000_1.png", "metadata.jsonl"]
+    assert run("generate", "word " * 31, "--out", "cats") == 2
+
+
+@pytest.fixture
+def pictures(pipe: FakePipeline) -> list[str]:
+    for name, size in (("a.png", (64, 32)), ("b.png", (32, 64)), ("huge.png", (400, 300))):
+        Image.new("RGB", size, "red").save(name)
+    return ["a.png", "b.png", "huge.png"]
+
+
+def test_editing(pipe: FakePipeline, pictures: list[str], capsys: pytest.CaptureFixture):
+    assert run("edit", "make it blue", "--image", "a.png", "--image", "b.png") == 0
+    (call,) = pipe.calls
+    assert [[image.size for image in references] for references in call["image"]] == [[(64, 32), (32, 64)]]
+    assert (call["width"], call["height"], call["negative_prompt"], call["posterior"]) == (64, 32, [""], "mean")
+    assert not capsys.readouterr().err
+    words = ["--negative-prompt-preset", "edit", "--reference-posterior", "sample", "--size", "96", "--out", "c.png"]
+    assert run("edit", "make it blue", "--image", "huge.png", *words) == 0
+    call = pipe.calls[-1]
+    assert call["image"][0][0].size == (96, 64)  # about 64 x 64 pixels, the aspect kept
+    assert (call["width"], call["height"], call["posterior"]) == (96, 96, "sample")
+    assert call["negative_prompt"] == [EDIT_NEGATIVE_PROMPT]
+    assert capsys.readouterr().err.startswith("deepgen: note: reference huge.png is resized from 400x300 to 96x64")
+    words = ["--max-reference-pixels", "120000", "--out", "d.png"]
+    assert run("edit", "make it blue", "--image", "huge.png", *words) == 0
+    assert pipe.calls[-1]["image"][0][0].size == (416, 288)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "there is no image to edit; give one with --image FILE"),
+        (["--image", "none.png"], "image none.png does not exist"),
+        (["--image", "empty.png"], "image empty.png is empty"),
+        (["--image", "huge.png", "--max-image-megapixels", "0.1"], "huge.png is too large to decode safely (400x300"),
+        (["--image", "a.png", "--max-reference-pixels", "9"], "--max-reference-pixels is 9; use at least 1024"),
+        (
+            ["--image", "a.png", "--negative-prompt", "x", "--negative-prompt-preset", "edit"],
+            "--negative-prompt and --negative-prompt-preset are both given",
+        ),
+    ],
+)
+def test_refused_edits(pictures: list[str], capsys: pytest.CaptureFixture, words: list[str], message: str):
+    Path("empty.png").touch()
+    assert run("edit", "make it blue", *words) == 2
+    assert error(capsys).startswith(message)
+    assert "image.png" not in files()
+
+
+def test_a_prompt_file(pipe: FakePipeline, pictures: list[str], capsys: pytest.CaptureFixture):
+    Path("in").mkdir()
+    os.replace("a.png", "in/a.png")
+    lines = [
+        {"prompt": "a cat", "id": "cat", "seed": 9},
+        {"prompt": "refused"},
+        {"promt": "a dog"},
+        {"prompt": "make it blue", "image": "a.png"},
+        {"prompt": "word " * 31, "num_images": 3},
+        {"prompt": "two", "num_images": 2, "size": [32, 32], "steps": 4, "guidance": 2, "negative_prompt": "x"},
+        {"prompt": "make it blue", "image": "none.png"},
+    ]
+    Path("in/p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
+    assert run("generate", "--prompts", "in/p.jsonl", "--out", "out", "--batch-size", "1") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "4 images written to out\n"
+    assert captured.err.splitlines() == [
+        "deepgen: note: 4 lines cannot be used; the others go on and a list follows at the end",
+        "deepgen: error: 5 prompts gave no image:",
+        "  in/p.jsonl:3: unknown field 'promt'; did you mean 'prompt'?",
+        "  in/p.jsonl:8: not JSON (Expecting property name enclosed in double quotes, column 2); "
+        "write one object a line",
+        "  in/p.jsonl:5: the prompt is 31 tokens long, the model reads 30; shorten it",
+        "  in/p.jsonl:7: image in/none.png does not exist; check the path",
+        "  in/p.jsonl:2: this batch is refused",
+    ]
+    assert files("out") == ["00003.png", "00005_0.png", "00005_1.png", "cat.png", "metadata.jsonl"]
+    metadata = {line["file"]: line for line in map(json.loads, Path("out/metadata.jsonl").read_text().splitlines())}
+    assert metadata["cat.png"]["seed"] == 9
+    assert metadata["00003.png"]["images"] == [str(Path("in/a.png").absolute())]
+    assert (metadata["00003.png"]["width"], metadata["00003.png"]["height"]) == (64, 32)
+    asked = {"prompt": "two", "negative_prompt": "x", "seed": 1, "width": 32, "height": 32, "steps": 4, "guidance": 2.0}
+    assert {name: metadata["00005_1.png"][name] for name in asked} == asked
+
+    # The mended file: only what was missing is made.
+    lines[1], lines[2] = {"prompt": "mended"}, {"prompt": "a dog"}
+    Path("in/p.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
+    pipe.calls.clear()
+    assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
+    assert capsys.readouterr().out == "2 images written to out (2 were there already)\n"
+    assert [call["prompt"][:2] for call in pipe.calls] == [["mended", "a dog"]]
+    pipe.calls.clear()
+    assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
+    assert capsys.readouterr().out == "0 images written to out (4 were there already)\n"
+    assert not pipe.calls
+
+
+def test_editing_a_prompt_file(pipe: FakePipeline, pictures: list[str], capsys: pytest.CaptureFixture):
+    Path("p.csv").write_text("prompt,images\nfirst,a.png;b.png\nsecond,\n")
+    assert run("edit", "--prompts", "p.csv", "--out", "out") == 1
+    assert "p.csv:3: there is no image to edit" in capsys.readouterr().err
+    assert run("edit", "--prompts", "p.csv", "--out", "out", "--image", "b.png") == 0
+    assert [image.size for image in pipe.calls[-1]["image"][0]] == [(32, 64)]
+
+
+def test_nothing_usable_in_a_prompt_file(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    Path("p.jsonl").write_text("{\n")
+    assert run("generate", "--prompts", "p.jsonl", "--out", "out") == 1
+    assert not pipe.calls
+
+
+SCRIPT = """
+import sys
+from fake_pipeline import FakePipeline, check_prompt
+from deepgen_jax.cli import sampling
+from deepgen_jax.cli.main import main
+from deepgen_jax.config import DeepGenConfig, MMDiTConfig
+sampling.open_model = lambda folder: (DeepGenConfig(mmdit=MMDiTConfig(sample_size=8)), check_prompt)
+sampling.load_pipeline = lambda *args: FakePipeline(seconds=float(sys.argv[1]))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def start(folder: Path, seconds: float, *words: str) -> subprocess.Popen:
+    words = ("generate", "model", "--prompts", "p.txt", "--out", "out", "--dtype", "float32", *words)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(seconds), *words], cwd=folder, env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(folder: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 30
+    while len(list((folder / "out").glob("*.png"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {path.name: np.asarray(Image.open(path)).tobytes() for path in sorted(folder.glob("*.png"))}
+
+
+def test_killed_and_resumed(tmp_path: Path):
+    prompts = "".join(f"prompt {i}\n" for i in range(12))
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+        (folder / "p.txt").write_text(prompts)
+    for count in (1, 4, 7):
+        process = start(killed, 0.05, "--batch-size", "2", "--size", "256")
+        wait_for(killed, count, process)
+        process.kill()
+        process.communicate()
+        for path in (killed / "out").glob("*.png"):
+            Image.open(path).load()
+    for folder in (killed, whole):
+        process = start(folder, 0, "--batch-size", "2", "--size", "256")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+    assert pixels(killed / "out") == pixels(whole / "out")
+    assert len(pixels(whole / "out")) == 12
+
+    def told(folder: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (folder / "out/metadata.jsonl").read_text().splitlines()]
+        return sorted(lines, key=lambda line: line["file"])
+
+    assert told(killed) == [{**line, "model": told(killed)[0]["model"]} for line in told(whole)]
+    assert files(killed / "out") == files(whole / "out")
+
+
+@pytest.mark.parametrize(
+    ("signum", "name", "status"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_lets_the_batch_finish(tmp_path: Path, signum: int, name: str, status: int):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(40)))
+    process = start(tmp_path, 0.3, "--batch-size", "2")
+    wait_for(tmp_path, 2, process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    made = len(pixels(tmp_path / "out"))
+    assert 2 <= made < 40
+    assert made % 2 == 0
+    assert f"deepgen: {name}: finishing the batch in hand; once more to stop at once" in err
+    text = f"{made} of 40 images are in out; run the same command for the rest"
+    assert f"deepgen: stopped by {name}: {text}" in err
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(8)))
+    process = start(tmp_path, 1.0, "--batch-size", "2")
+    wait_for(tmp_path, 2, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert len(pixels(tmp_path / "out")) == 2
+
+
+def test_a_signal_while_one_image_is_made(tmp_path: Path):
+    words = ["generate", "model", "a cat", "--dtype", "float32"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "20", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "deepgen: terminated\n")
+    assert not list(tmp_path.iterdir())
