@@ -40,7 +40,7 @@ class TensorWriter(Protocol):
     """What takes the tensors of an export."""
 
     def add(self, key: str, rows: np.ndarray) -> None:
-        """Writes a tensor, or the next of its rows; keys and rows come in the order announced."""
+        """Writes a tensor, or the next part of it in row-major order; keys come in the order announced."""
 
     def close(self) -> None:
         """Completes the files."""

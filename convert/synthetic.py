@@ -1,0 +1,198 @@
+"""Releases of random weights, for trying things out, for tests and for measuring at full size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepgen_jax.config import (
+    BridgeConfig,
+    DeepGenConfig,
+    MMDiTConfig,
+    SchedulerConfig,
+    TextConfig,
+    VAEConfig,
+    VisionConfig,
+)
+from deepgen_jax.errors import DeepGenError
+
+from .conversion import DTYPES
+from .files import Spec, parse_size, write_json
+from .fresh import keyed_rng
+from .leaves import BLOCK_BYTES
+from .names import Weight, weights
+from .progress import progress_bar
+from .release import ReleaseWriter
+from .staging import require_space, staged
+
+#: The pattern by which Qwen2's tokenizer splits text into words.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES = 256
+#: Keeps pixels of a random decoder within their range.
+_DECODER_GAIN = 0.25
+
+
+def tiny_config() -> DeepGenConfig:
+    """A model with every feature of the real one, about 0.7 M parameters, with a byte vocabulary."""
+    text = TextConfig(
+        hidden_size=32, intermediate_size=48, num_layers=12, num_heads=4, num_kv_heads=2, vocab_size=264,
+        mrope_sections=(1, 1, 2), tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=_BYTES,
+        eos_token_id=_BYTES + 2, vision_start_token_id=_BYTES + 3, vision_end_token_id=_BYTES + 4,
+        image_token_id=_BYTES + 5, video_token_id=_BYTES + 6,
+    )  # fmt: skip
+    return DeepGenConfig(
+        text=text,
+        vision=VisionConfig(
+            depth=4, hidden_size=32, intermediate_size=48, num_heads=4, full_attention_blocks=(1, 3), out_hidden_size=32
+        ),
+        bridge=BridgeConfig(num_queries=16, hidden_size=32, intermediate_size=56, num_layers=2, num_heads=4),
+        mmdit=MMDiTConfig(
+            num_layers=4, num_heads=4, head_dim=12, joint_attention_dim=40, caption_projection_dim=48,
+            pooled_projection_dim=24, dual_attention_layers=(0, 1), pos_embed_max_size=64, sample_size=32,
+        ),
+        vae=VAEConfig(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=4),
+    )  # fmt: skip
+
+
+def write_release(
+    folder: str | Path,
+    config: DeepGenConfig,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    scheduler: SchedulerConfig | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a diffusers release of random weights, one tensor at a time, with a tokenizer of single bytes.
+
+    Weights are normal with a standard deviation of 1/sqrt(inputs), norms are the identity and biases zero, so that
+    activations stay of order one. Equal arguments give equal files.
+
+    Args:
+      folder: the folder to write; it appears when everything is written, or not at all.
+      config: sizes. Its special tokens must have ids from 256 on, and ``pad_token_id + 1`` must be free.
+      seed: of the weights.
+      dtype: "bfloat16" or "float32".
+      scheduler: the sampling schedule; that of the released model by default.
+      max_shard_size: of the safetensors files.
+      overwrite: replace ``folder``.
+
+    Raises:
+      DeepGenError: an argument is unusable, or ``folder`` exists.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise DeepGenError(f"dtype {dtype} is unknown; use {' or '.join(DTYPES)}")
+    table = weights(config)
+    specs = [Spec(weight.key, weight.shape, DTYPES[dtype]) for weight in table.values()]
+    total = sum(spec.nbytes for spec in specs)
+    with staged(folder, overwrite=overwrite) as partial, progress_bar(total, "writing") as progress:
+        require_space(folder, total)
+        partial.mkdir()
+        write_byte_tokenizer(partial / "tokenizer", config.text)
+        writer = ReleaseWriter(partial, config, scheduler or SchedulerConfig(), specs, parse_size(max_shard_size))
+        try:
+            for weight in table.values():
+                for rows in _random_rows(weight, seed, DTYPES[dtype]):
+                    writer.add(weight.key, rows)
+                    progress(rows.nbytes)
+        finally:
+            writer.close()
+    return folder
+
+
+def _random_rows(weight: Weight, seed: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """A tensor's values, as blocks of rows of its last axis."""
+    rng = keyed_rng(seed, weight.key)
+    columns = weight.shape[-1]
+    rows = math.prod(weight.shape[:-1])
+    block = max(1, BLOCK_BYTES // (4 * columns))
+    for start in range(0, rows, block):
+        shape = (min(block, rows - start), columns)
+        name = weight.path[-1]
+        if name in ("scale", "bias"):
+            yield np.full(shape, float(name == "scale"), dtype)
+            continue
+        values = rng.standard_normal(shape, np.float32)
+        values *= np.float32(_deviation(weight))
+        yield values.astype(dtype)
+
+
+def _deviation(weight: Weight) -> float:
+    """Standard deviation of a weight."""
+    if weight.path[-1] in ("pos_embed", "embedding"):
+        return 0.5
+    deviation = math.prod(weight.shape[1:]) ** -0.5
+    return _DECODER_GAIN * deviation if weight.path[-3:-1] == ("decoder", "conv_out") else deviation
+
+
+def write_byte_tokenizer(folder: Path, config: TextConfig) -> None:
+    """A Qwen2 tokenizer without merges: each byte of UTF-8 is a token, special tokens have the configuration's ids.
+
+    Raises:
+      DeepGenError: the special tokens' ids collide with the bytes' or with each other, or exceed the vocabulary.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    special = {
+        "<|endoftext|>": config.pad_token_id,
+        "<|im_start|>": config.pad_token_id + 1,
+        "<|im_end|>": config.eos_token_id,
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+        "<|image_pad|>": config.image_token_id,
+        "<|video_pad|>": config.video_token_id,
+    }
+    ids = list(special.values())
+    if min(ids) < _BYTES or max(ids) >= config.vocab_size or len(set(ids)) < len(ids):
+        raise DeepGenError(
+            f"the special tokens' ids {sorted(ids)} must be different, from {_BYTES} on and below "
+            f"text.vocab_size={config.vocab_size}"
+        )
+    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": number, "content": token, **flags} for token, number in special.items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": {**byte_level, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": {**vocabulary, **special}, "merges": [],
+        },
+    }  # fmt: skip
+    settings = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(number): {"content": token, **flags} for token, number in special.items()},
+        "additional_special_tokens": list(special)[1:],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", settings)
+    (folder / "vocab.json").write_text(json.dumps({**vocabulary, **special}, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
