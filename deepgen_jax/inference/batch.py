@@ -10,9 +10,10 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from deepgen_jax.data.images import MAX_PIXELS, image_size, load_image
 from deepgen_jax.data.tokens import Padding
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.images import MAX_PIXELS, fit_reference, image_size, load_image, reference_size, round_size
+from deepgen_jax.inference.images import fit_reference, reference_size, round_size
 from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
 
@@ -171,6 +172,11 @@ def render(
             yield _batch(pipe, ready, size, settings)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had no room; XLA says it in a RuntimeError of its own."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, where: str) -> list[Request]:
     images = record.images or settings.images
     if settings.needs_image and not images:
@@ -243,11 +249,9 @@ def _batch(
     except DeepGenError as error:
         return [(request, error) for request, _ in ready]
     except (RuntimeError, MemoryError) as error:
-        # XLA reports this as a RuntimeError of its own type, with the status as the first word.
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            mend = "use a smaller --batch-size" if size > 1 else "use a smaller --size or split the model with --mesh"
-            raise DeepGenError(
-                f"out of memory for {size} images of {first.width}x{first.height} in a batch; {mend}"
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        mend = "use a smaller --batch-size" if size > 1 else "use a smaller --size or split the model with --mesh"
+        what = f"{size} images of {first.width}x{first.height} in a batch"
+        raise DeepGenError(f"out of memory for {what}; {mend}") from error
     return [(request, image) for (request, _), image in zip(ready, out.images, strict=False)]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from deepgen_jax.data.images import image_size, load_image
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.images import fit_reference, image_size, load_image, reference_size, round_size
+from deepgen_jax.inference.images import fit_reference, reference_size, round_size
 from deepgen_jax.notices import DeepGenNotice
 
 
