@@ -15,10 +15,10 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from deepgen_jax import __version__
+from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.notices import collect_notices
 
@@ -77,10 +77,6 @@ COMMANDS = {
 }
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised so that temporary files are cleaned up on the way out."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``deepgen`` with the given words (by default those of the command line).
 
@@ -97,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say("stopped by Ctrl-C")
         return 128 + signal.SIGINT
     except Terminated:
-        _say("terminated")
+        _say("stopped by SIGTERM")
         return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader (`| head`) has gone; what is still buffered must not raise again when the interpreter ends.
@@ -224,10 +220,7 @@ def _sigterm_raises() -> Iterator[None]:
         yield
         return
 
-    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    usual = signal.signal(signal.SIGTERM, terminate)
+    usual = signal.signal(signal.SIGTERM, lambda signum, frame: raise_for(signum))
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,20 @@ from PIL import Image
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from deepgen_jax.cli.stopping import GracefulStop
+from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, batch_sizes, plan, render
+from deepgen_jax.inference.batch import (
+    Failure,
+    PromptCheck,
+    Request,
+    Settings,
+    batch_sizes,
+    is_out_of_memory,
+    plan,
+    render,
+)
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
@@ -185,7 +194,8 @@ class SamplingCommand(PromptArguments):
             save_image(image, path, describe(request, settings, model))
             tqdm.write(str(path), file=sys.stdout)
 
-        failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
+        with Stop(graceful=False):
+            failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
         if failures:
             raise DeepGenError(failures[0].reason)
         return 0
@@ -193,10 +203,10 @@ class SamplingCommand(PromptArguments):
     def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
         """Many images: what is finished is skipped, what fails is listed at the end."""
         if failures:
-            notify(f"{len(failures)} lines cannot be used; the others go on and a list follows at the end")
+            notify(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
         model = Model.of(self.model, _resolved_dtype(self.dtype))
         folder = Path(self.out or "")
-        with OutputFolder(folder) as output, GracefulStop() as stop:
+        with OutputFolder(folder) as output, Stop(graceful=True) as stop:
             metadata = {request.file: describe(request, settings, model) for request in requests}
             missing = set(output.missing(metadata.values(), self.overwrite))
             todo = [request for request in requests if request.file in missing]
@@ -209,11 +219,11 @@ class SamplingCommand(PromptArguments):
             if todo:
                 failures += self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
         ready = len(requests) - len(missing)
-        already = f" ({ready} were there already)" if ready else ""
-        print(f"{len(made)} images written to {folder}{already}")
+        already = f" ({ready} there already)" if ready else ""
+        print(f"{_counted(made, 'image')} written to {folder}{already}")
         if failures:
             failed = list(dict.fromkeys(map(str, failures)))
-            text = "\n  ".join([f"deepgen: error: {len(failed)} prompts gave no image:", *failed])
+            text = "\n  ".join([f"deepgen: error: {_counted(failed, 'prompt')} gave no image:", *failed])
             print(text, file=sys.stderr)
         if stop.signum is not None and len(made) < len(todo):
             text = f"{len(made) + ready} of {len(requests)} images are in {folder}; run the same command for the rest"
@@ -236,9 +246,14 @@ class SamplingCommand(PromptArguments):
             return []
         sizes = batch_sizes(planned, self._batch_size())
         failures: list[Failure] = []
-        hidden = not sys.stderr.isatty()
-        initial = len(planned) - len(todo)
-        with tqdm(total=len(planned), initial=initial, desc="compiling ", bar_format=_BAR, disable=hidden) as bar:
+        with tqdm(
+            total=len(planned),
+            initial=len(planned) - len(todo),
+            desc="compiling ",
+            unit=" images",
+            bar_format=_BAR,
+            disable=not sys.stderr.isatty(),
+        ) as bar:
             for batch in render(pipe, todo, sizes, settings):
                 for request, result in batch:
                     if isinstance(result, DeepGenError):
@@ -282,7 +297,13 @@ def load_pipeline(folder: Path, dtype: str, mesh: str | None, compilation_cache:
 
     enable_compilation_cache(compilation_cache)
     start = time.monotonic()
-    pipe = DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh)
+    try:
+        pipe = DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        mend = "split the model over devices with --mesh" if dtype != "float32" else "use --dtype bfloat16 or --mesh"
+        raise DeepGenError(f"out of memory while loading {folder}; {mend}") from error
     if sys.stderr.isatty():
         print(f"deepgen: loaded {folder} in {dtype}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     return pipe
@@ -294,6 +315,10 @@ def _resolved_dtype(dtype: str) -> str:
     import jax
 
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _counted(items: Sized, name: str) -> str:
+    return f"{len(items)} {name}{'' if len(items) == 1 else 's'}"
 
 
 def _is_folder(out: str | None) -> bool:

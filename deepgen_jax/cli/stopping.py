@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM in a long run: the first lets the batch in hand finish, the second ends the process at once."""
+"""Ctrl-C and SIGTERM while compiled programs run.
+
+Python runs signal handlers only between its own instructions, so none while a compiled program runs, which may be
+minutes. A thread that the system itself wakes (`signal.set_wakeup_fd`) therefore answers at once, and ends the process
+where the main thread cannot. Files are written whole or not at all, so that is safe.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +13,51 @@ import socket
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+# How long the main thread has to come back from a compiled program before the process is ended.
+_PATIENCE_SECONDS = 1.0
 
 
-class GracefulStop:
-    """Context manager; `signum` is the signal that asked for the end, None until one has.
+class Terminated(BaseException):
+    """SIGTERM, raised so that temporary files are cleaned up on the way out."""
 
-    Python runs signal handlers only between its own instructions, so none while a compiled program runs, which may be
-    minutes. A thread that is told by the system itself (`signal.set_wakeup_fd`) therefore answers the person at once
-    and ends the process on the second signal. Files are written whole or not at all, so that is safe.
+
+def raise_for(signum: int) -> NoReturn:
+    """KeyboardInterrupt for SIGINT, `Terminated` for SIGTERM."""
+    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+
+
+class Stop:
+    """Context manager that decides what Ctrl-C and SIGTERM do inside it.
+
+    ``Stop(graceful=True)``: the first only sets `signum`, so that the batch in hand can be finished, and says so; the
+    second ends the process. ``Stop(graceful=False)``: the first is raised as usual, or ends the process if the main
+    thread does not come to that.
 
     Outside the main thread it does nothing, because signals cannot be caught there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graceful: bool) -> None:
+        self.graceful = graceful
         self.signum: int | None = None
         self._active = False
+        self._noticed = threading.Event()
 
     @property
     def name(self) -> str:
-        """What the person or the system did."""
-        return _NAMES.get(signal.Signals(self.signum), "a signal") if self.signum is not None else ""
+        """What the person or the system did; empty while nothing was done."""
+        return "" if self.signum is None else _NAMES[signal.Signals(self.signum)]
 
-    def __enter__(self) -> GracefulStop:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             self._active = True
-            self._reader, self._writer = socket.socketpair()
+            reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
             self._usual: dict[int, Any] = {number: signal.signal(number, self._handle) for number in _NAMES}
             self._usual_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(self._reader,), daemon=True).start()
+            threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -48,21 +66,26 @@ class GracefulStop:
             for number, handler in self._usual.items():
                 signal.signal(number, handler)
             # The watching thread reads the end of the stream and returns.
+            self._noticed.set()
             self._writer.close()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._noticed.set()
+        if not self.graceful:
+            raise_for(signum)
         if self.signum is None:
             self.signum = signum
 
-    @staticmethod
-    def _watch(reader: socket.socket) -> None:
+    def _watch(self, reader: socket.socket) -> None:
         seen = 0
         with reader:
             while data := reader.recv(1):
                 if data[0] not in _NAMES:
                     continue
                 seen += 1
-                if seen == 2:
+                name = _NAMES[signal.Signals(data[0])]
+                if self.graceful and seen == 1:
+                    print(f"\ndeepgen: {name}: finishing the batch in hand; once more to stop at once", file=sys.stderr)
+                elif self.graceful or not self._noticed.wait(_PATIENCE_SECONDS):
+                    print(f"\ndeepgen: stopped by {name}", file=sys.stderr, flush=True)
                     os._exit(128 + data[0])
-                text = "finishing the batch in hand; once more to stop at once"
-                print(f"\ndeepgen: {_NAMES[signal.Signals(data[0])]}: {text}", file=sys.stderr, flush=True)

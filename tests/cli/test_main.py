@@ -137,9 +137,9 @@ def test_interruptions(act, capsys: pytest.CaptureFixture):
 
     before = signal.getsignal(signal.SIGTERM)
     assert act(interrupted) == 130
-    assert capsys.readouterr().err == "deepgen: interrupted\n"
+    assert capsys.readouterr().err == "deepgen: stopped by Ctrl-C\n"
     assert act(lambda: os.kill(os.getpid(), signal.SIGTERM) or 0) == 143
-    assert capsys.readouterr().err == "deepgen: terminated\n"
+    assert capsys.readouterr().err == "deepgen: stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 

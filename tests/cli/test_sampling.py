@@ -225,11 +225,11 @@ def test_a_prompt_file(pipe: FakePipeline, pictures: list[str], capsys: pytest.C
     Path("in/p.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
     pipe.calls.clear()
     assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
-    assert capsys.readouterr().out == "2 images written to out (2 were there already)\n"
+    assert capsys.readouterr().out == "2 images written to out (2 there already)\n"
     assert [call["prompt"][:2] for call in pipe.calls] == [["mended", "a dog"]]
     pipe.calls.clear()
     assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
-    assert capsys.readouterr().out == "0 images written to out (4 were there already)\n"
+    assert capsys.readouterr().out == "0 images written to out (4 there already)\n"
     assert not pipe.calls
 
 
@@ -338,14 +338,26 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
     assert len(pixels(tmp_path / "out")) == 2
 
 
-def test_a_signal_while_one_image_is_made(tmp_path: Path):
+@pytest.mark.parametrize(("signum", "name", "status"), [(2, "Ctrl-C", 130), (15, "SIGTERM", 143)])
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_while_one_image_is_made(tmp_path: Path, signum: int, name: str, status: int, busy: bool):
+    """Also while the main thread runs no Python, as in a compiled program."""
+    work = "hashlib.pbkdf2_hmac('sha512', b'', b'', 20_000_000)" if busy else "sleep(seconds)"
+    script = (
+        "import time, hashlib, pathlib; sleep = time.sleep\n"
+        f"time.sleep = lambda seconds: (pathlib.Path('started').touch(), {work})\n{SCRIPT}"
+    )
     words = ["generate", "model", "a cat", "--dtype", "float32"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "20", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(TESTS)},
+        [sys.executable, "-c", script, "20", *words], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(TESTS)},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    time.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signum)
+    start = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (143, "deepgen: terminated\n")
-    assert not list(tmp_path.iterdir())
+    assert time.monotonic() - start < 4
+    assert (process.returncode, err.strip()) == (status, f"deepgen: stopped by {name}")
+    assert files(tmp_path) == ["started"]
