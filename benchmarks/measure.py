@@ -1,0 +1,127 @@
+"""What every benchmark needs: repeated timing, memory, the device's own matmul peak, and what ran where."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from deepgen_jax.models.layers import precision_of
+
+#: Side of the square matrices of the peak measurement: large enough to fill the device.
+_PEAK_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+_PEAK_PRODUCTS = 8
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad arguments in one line, with exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def progress(message: str) -> None:
+    """A line on stderr; stdout holds the result alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call; what JAX returns is waited for, other functions must be done when they return."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def alternate(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each function, called in turn ``repetitions`` times, so that slow spells of the machine hit all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions):
+        for name, function in functions.items():
+            times[name].append(seconds_of(function))
+            progress(f"{name} {repetition + 1}/{repetitions}: {times[name][-1]:.3f} s")
+    return times
+
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """Median, minimum and all repetitions, in seconds."""
+    return {
+        "median": round(statistics.median(times), 6),
+        "minimum": round(min(times), 6),
+        "repetitions": [round(t, 6) for t in times],
+    }
+
+
+def ratios(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
+    """How many times longer ``slower`` took: of the medians, of the minima, and the lowest of the repetitions."""
+    return {
+        "median": round(statistics.median(slower) / statistics.median(faster), 4),
+        "minimum": round(min(slower) / min(faster), 4),
+        "lowest_repetition": round(min(a / b for a, b in zip(slower, faster, strict=True)), 4),
+    }
+
+
+def matmul_peak(dtype: DTypeLike, devices: int) -> dict[str, Any]:
+    """Operations a second that square products reach on one device, in the precision of the layers; best of five.
+
+    Args:
+      dtype: of the operands.
+      devices: the peak of so many devices is ``devices`` times as high.
+    """
+    size = _PEAK_SIZE[jax.devices()[0].platform]
+    x = jnp.full((size, size), 1 / size, dtype)
+
+    @jax.jit
+    def products(x: jax.Array) -> jax.Array:
+        def one(_: int, y: jax.Array) -> jax.Array:
+            return jnp.matmul(y, x, precision=precision_of(dtype))
+
+        return jax.lax.fori_loop(0, _PEAK_PRODUCTS, one, x)
+
+    products(x).block_until_ready()
+    best = min(seconds_of(lambda: products(x)) for _ in range(5))
+    rate = 2 * size**3 * _PEAK_PRODUCTS / best
+    return {"size": size, "dtype": jnp.dtype(dtype).name, "operations_a_second": rate * devices, "devices": devices}
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Highest resident memory of this process so far, and of its fullest device where the platform tells."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host_bytes": host, "device_bytes": max(peaks, default=None)}
+
+
+def environment(packages: Sequence[str]) -> dict[str, Any]:
+    """Date, versions and device."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind if device.platform != "cpu" else _cpu_name(),
+            "count": len(jax.devices()),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,129 @@
+"""Models with random weights, so that speed can be measured without a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from deepgen_jax.config import (
+    BridgeConfig,
+    DeepGenConfig,
+    MMDiTConfig,
+    SchedulerConfig,
+    TextConfig,
+    VAEConfig,
+    VisionConfig,
+)
+from deepgen_jax.data.tokens import PromptTokenizer
+from deepgen_jax.inference.loading import part_dtypes
+from deepgen_jax.inference.pipeline import DeepGenPipeline
+from deepgen_jax.models.deepgen import abstract_params
+from deepgen_jax.models.patches import sincos_table
+from deepgen_jax.parallel import rules
+
+_TOKENS: dict[str, Any] = {
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "vision_start_token_id": 2,
+    "vision_end_token_id": 3,
+    "image_token_id": 4,
+    "video_token_id": 5,
+}
+
+#: "tiny" runs in seconds anywhere, "mid" has an MMDiT of 111 M parameters, "full" has the released sizes.
+PRESETS = {
+    "tiny": DeepGenConfig(
+        text=TextConfig(
+            hidden_size=64, intermediate_size=160, num_layers=8, num_heads=4, num_kv_heads=2, vocab_size=500,
+            mrope_sections=(2, 3, 3), **_TOKENS,
+        ),
+        vision=VisionConfig(
+            depth=2, hidden_size=64, intermediate_size=96, num_heads=4, full_attention_blocks=(1,), out_hidden_size=64
+        ),
+        bridge=BridgeConfig(num_queries=16, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4),
+        mmdit=MMDiTConfig(
+            num_layers=4, num_heads=4, head_dim=16, joint_attention_dim=96, caption_projection_dim=64,
+            pooled_projection_dim=48, dual_attention_layers=(0, 1), pos_embed_max_size=96, sample_size=32,
+        ),
+        vae=VAEConfig(block_out_channels=(16, 16, 32, 32), layers_per_block=1, norm_num_groups=8),
+    ),
+    "mid": DeepGenConfig(
+        text=TextConfig(
+            hidden_size=512, intermediate_size=2048, num_layers=12, num_heads=8, num_kv_heads=2, vocab_size=8000,
+            mrope_sections=(8, 12, 12), **_TOKENS,
+        ),
+        vision=VisionConfig(
+            depth=8, hidden_size=320, intermediate_size=1024, num_heads=4, full_attention_blocks=(3, 7),
+            out_hidden_size=512,
+        ),
+        bridge=BridgeConfig(num_queries=128, hidden_size=512, intermediate_size=2048, num_layers=3, num_heads=8),
+        mmdit=MMDiTConfig(
+            num_layers=5, num_heads=12, head_dim=64, joint_attention_dim=1024, caption_projection_dim=768,
+            pooled_projection_dim=512, dual_attention_layers=(0, 1, 2), pos_embed_max_size=96, sample_size=64,
+        ),
+        vae=VAEConfig(block_out_channels=(32, 64, 128, 128)),
+    ),
+    "full": DeepGenConfig(),
+}  # fmt: skip
+
+
+class WordTokenizer(PromptTokenizer):
+    """Stands in for the real tokenizer: every word, sign or special token of the text is one token."""
+
+    def __init__(self, config: DeepGenConfig) -> None:
+        self._config = config
+
+    def encode(self, text: str) -> list[int]:
+        config = self._config.text
+        special = {"<|im_end|>": config.eos_token_id, "<|image_pad|>": config.image_token_id}
+        special |= {"<|vision_start|>": config.vision_start_token_id, "<|vision_end|>": config.vision_end_token_id}
+        first, count = (6, config.vocab_size - 6) if config.pad_token_id == 0 else (0, config.pad_token_id)
+        words = re.findall(r"<\|\w+\|>|\w+|\S|\n", text)
+        return [special.get(word, first + zlib.crc32(word.encode()) % count) for word in words]
+
+
+def random_pipeline(config: DeepGenConfig, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:
+    """A pipeline of ``config`` with random weights, drawn on the mesh in the dtypes they are kept in."""
+    dtypes = part_dtypes(config, dtype)
+    params: dict[str, Any] = {}
+    key = jax.random.key(0, impl="rbg")
+    for part, tree in abstract_params(config).items():
+        shardings = dict(rules.leaves(rules.shardings(tree, mesh, part)))
+        drawn: dict[str, Any] = {}
+        for path, leaf in rules.leaves(tree):
+            key, own = jax.random.split(key)
+            *parents, name = path.split("/")
+            node = drawn
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = _draw(own, f"{part}/{path}", leaf.shape, jnp.dtype(dtypes[part]), config, shardings[path])
+        params[part] = drawn
+    return DeepGenPipeline(config, SchedulerConfig(), params, WordTokenizer(config), mesh, dtype)
+
+
+def _draw(
+    key: jax.Array, path: str, shape: tuple[int, ...], dtype: Any, config: DeepGenConfig, sharding: Any
+) -> jax.Array:
+    """One parameter; activations keep their size through layers, and no gate is closed."""
+    if path == "mmdit/pos_embed":
+        sizes = config.mmdit
+        table = sincos_table(sizes.pos_embed_max_size, sizes.sample_size // sizes.patch_size, sizes.hidden_size)
+        return jax.device_put(table.astype(dtype), sharding)
+    name = path.rpartition("/")[2]
+    if name == "scale":
+        return jax.device_put(jnp.ones(shape, dtype), sharding)
+    inputs = math.prod(shape[:-1]) if path.startswith("vae/") else shape[-2] if name == "kernel" else shape[-1]
+    std = 0.02 if name == "bias" else inputs**-0.5
+    return jax.jit(partial(_normal, shape, std, dtype), out_shardings=sharding)(key)
+
+
+def _normal(shape: tuple[int, ...], std: float, dtype: Any, key: jax.Array) -> jax.Array:
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
