@@ -12,7 +12,7 @@ from deepgen_jax.config import DeepGenConfig
 
 from .names import weights
 from .sources import Source, TensorInfo
-from .transforms import Shape
+from .transforms import Shape, rows_of
 
 
 def keyed_rng(seed: int, key: str) -> np.random.Generator:
@@ -42,8 +42,7 @@ class FreshBridge(Source):
         return shapes.get(key.replace(".bias", ".weight"), (1,))[-1]
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        value = self._draw(name, self.tensors[name].shape).astype(np.float32)
-        return value if rows is None else value[rows]
+        return rows_of(self._draw(name, self.tensors[name].shape).astype(np.float32), rows)
 
     def _draw(self, name: str, shape: Shape) -> np.ndarray:
         rng = keyed_rng(self._seed, name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .names import Weight
-from .transforms import Shape
+from .transforms import Shape, row_count
 
 #: Larger tensors are converted in blocks of rows of about this many bytes, where their layout allows it.
 BLOCK_BYTES = 64 * 2**20
@@ -57,12 +57,13 @@ class Leaf:
 
 
 def row_blocks(weight: Weight, dtype: np.dtype) -> list[slice | None]:
-    """Ranges of the source's first axis to convert one by one; ``[None]`` where the tensor is one piece."""
+    """Ranges of the source's rows to convert one by one; ``[None]`` where the tensor is one piece."""
     count = math.ceil(math.prod(weight.shape) * dtype.itemsize / BLOCK_BYTES)
     if weight.transform.row_axis is None or count < 4:
         return [None]
-    block = math.ceil(weight.shape[0] / count)
-    return [slice(start, min(start + block, weight.shape[0])) for start in range(0, weight.shape[0], block)]
+    rows = row_count(weight.shape)
+    block = math.ceil(rows / count)
+    return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
 
 
 def slice_index(weight: Weight, rows: slice | None) -> Index:

@@ -23,7 +23,7 @@ import numpy as np
 from deepgen_jax.errors import DeepGenError
 
 from .sources import WEIGHT_DTYPES, Source, TensorInfo, read_exactly, read_rows
-from .transforms import Shape
+from .transforms import Shape, rows_of
 
 #: Entries that hold the weights where a checkpoint is more than a bare state dict, and the layout that they mean.
 _WRAPPERS = {"state_dict": "mmengine checkpoint", "module": "DeepSpeed checkpoint"}
@@ -103,7 +103,7 @@ class TorchFile(Source):
             raise DeepGenError(f"{self.label} is damaged ({error}); download it again") from None
         strides = tuple(s * dtype.itemsize for s in slot.strides)
         tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)
-        return np.ascontiguousarray(tensor if rows is None else tensor[rows])
+        return np.ascontiguousarray(rows_of(tensor, rows))
 
     def provenance(self) -> dict[str, Any]:
         return {**self._origin, "layout": self.layout, "header_sha256": self._digest}
@@ -140,10 +140,9 @@ class LegacyTorchFile(Source):
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name].detach()
-        tensor = tensor if rows is None else tensor[rows]
-        values = tensor.contiguous().view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor.contiguous()
-        return values.numpy().view(WEIGHT_DTYPES[self.tensors[name].dtype])
+        tensor = self._tensors[name].detach().contiguous()
+        values = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+        return rows_of(values.numpy().view(WEIGHT_DTYPES[self.tensors[name].dtype]), rows)
 
     def provenance(self) -> dict[str, Any]:
         table = sorted((name, info.dtype, info.shape) for name, info in self.tensors.items())

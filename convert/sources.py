@@ -20,7 +20,7 @@ import numpy as np
 
 from deepgen_jax.errors import DeepGenError
 
-from .transforms import Shape
+from .transforms import Shape, row_count
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -66,7 +66,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor, or a range of its first axis. Its dtype must be one of ``WEIGHT_DTYPES``."""
+        """One tensor, or a range of its rows (see ``row_count``). Its dtype must be one of ``WEIGHT_DTYPES``."""
 
     @abc.abstractmethod
     def provenance(self) -> dict[str, Any]:
@@ -158,11 +158,12 @@ class SafetensorsFile(Source):
 def read_rows(
     file: BinaryIO, position: int, shape: Shape, dtype: np.dtype, rows: slice | None, label: str
 ) -> np.ndarray:
-    """A range of the first axis (None: all) of a contiguous tensor that starts at ``position``."""
+    """A range of the rows (None: all) of a contiguous tensor that starts at ``position``."""
     if rows is not None:
-        start, stop, _ = rows.indices(shape[0])
-        position += start * math.prod(shape[1:]) * dtype.itemsize
-        shape = (stop - start, *shape[1:])
+        count = row_count(shape)
+        start, stop, _ = rows.indices(count)
+        position += start * (math.prod(shape) // count) * dtype.itemsize
+        shape = (1, stop - start, *shape[2:]) if shape[0] != count else (stop - start, *shape[1:])
     return read_exactly(file, position, math.prod(shape) * dtype.itemsize, label).view(dtype).reshape(shape)
 
 

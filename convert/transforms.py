@@ -11,6 +11,18 @@ import numpy as np
 Shape = tuple[int, ...]
 
 
+def row_count(shape: Shape) -> int:
+    """Length of the axis of a source tensor that is its rows: the first, or the second of a table [1, n, d]."""
+    return shape[1] if shape[0] == 1 and len(shape) > 1 else shape[0]
+
+
+def rows_of(tensor: np.ndarray, rows: slice | None) -> np.ndarray:
+    """A range of a source tensor's rows; None: all."""
+    if rows is None:
+        return tensor
+    return tensor[:, rows] if tensor.shape[0] == 1 and tensor.ndim > 1 else tensor[rows]
+
+
 class Transform(enum.Enum):
     """The layouts that occur; each is a bijection that only moves elements."""
 
@@ -29,8 +41,8 @@ class Transform(enum.Enum):
 
     @property
     def row_axis(self) -> int | None:
-        """The target axis that carries the source's first axis where rows can be converted one by one, else None."""
-        return {Transform.SAME: 0, Transform.LINEAR: 1}.get(self)
+        """The target's axis for the source's rows, where rows can be converted one by one, else None."""
+        return {Transform.SAME: 0, Transform.LINEAR: 1, Transform.TABLE: 0}.get(self)
 
 
 def target_shape(transform: Transform, shape: Shape) -> Shape:
@@ -49,7 +61,7 @@ def target_shape(transform: Transform, shape: Shape) -> Shape:
 
 
 def to_target(transform: Transform, tensor: np.ndarray) -> np.ndarray:
-    """A source tensor (or, for SAME and LINEAR, some of its rows) in our layout; a view where possible."""
+    """A source tensor, or some of its rows where ``row_axis`` is one, in our layout; a view where possible."""
     match transform:
         case Transform.SAME:
             return tensor

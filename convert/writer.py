@@ -20,10 +20,6 @@ _DATA_FILE_BYTES = 256 * 2**20
 _PENDING_BYTES = 64 * 2**20
 
 
-class _Cancelled(Exception):
-    """Writing was given up."""
-
-
 class _StreamingHandler(ocp.type_handlers.NumpyHandler):
     """Stores leaves like numpy arrays (and says so in the metadata), but makes their values while writing."""
 
@@ -31,6 +27,7 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
         self._stores: dict[tuple[str, ...], Any] = {}
+        self.error: BaseException | None = None
         self._cancelled = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -51,6 +48,10 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
         try:
             await super()._background_serialize(values, infos, args)  # type: ignore[arg-type]
             await self._write_pieces([(leaf, piece) for leaf in values for piece in leaf.pieces])
+        except Exception as error:
+            # Orbax logs the traceback of any error in its threads but this one, and it passes none on unchanged.
+            self.error = error
+            raise asyncio.CancelledError from None
         finally:
             self._stores.clear()
             self._idle.set()
@@ -59,17 +60,22 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
         """Makes and writes the pieces in their order, several small ones at a time."""
         writes: list[Any] = []
         pending = 0
-        for leaf, piece in sorted(pieces, key=lambda item: item[1].order):
-            if self._cancelled.is_set():
-                raise _Cancelled
-            value = piece.value()
-            store = self._stores[leaf.path][piece.index]
-            writes.append(store.write(value, can_reference_source_data_indefinitely=True))
-            pending += value.nbytes
-            if pending > _PENDING_BYTES:
-                await asyncio.gather(*writes)
-                writes, pending = [], 0
-            self._progress(value.nbytes)
+        try:
+            for leaf, piece in sorted(pieces, key=lambda item: item[1].order):
+                if self._cancelled.is_set():
+                    raise asyncio.CancelledError
+                value = piece.value()
+                store = self._stores[leaf.path][piece.index]
+                writes.append(store.write(value, can_reference_source_data_indefinitely=True))
+                pending += value.nbytes
+                if pending > _PENDING_BYTES:
+                    await asyncio.gather(*writes)
+                    writes, pending = [], 0
+                self._progress(value.nbytes)
+        except BaseException:
+            # What was handed over goes on by itself; it must not write into a folder that is being removed.
+            await asyncio.gather(*writes, return_exceptions=True)
+            raise
         await asyncio.gather(*writes)
 
 
@@ -97,4 +103,6 @@ def write_tree(folder: Path, leaves: Sequence[Leaf], progress: Callable[[int], N
             checkpointer.save(folder.absolute(), args=args)
         except BaseException:
             handler.cancel()
+            if handler.error is not None:
+                raise handler.error from None
             raise
