@@ -341,7 +341,12 @@ class DeepGenPipeline:
             max_size=config.pos_embed_max_size,
             reference_tokens=-(-tokens // REFERENCE_BUCKET) * REFERENCE_BUCKET,
         )
-        return programs.References(*(self._split(x) for x in packed[:3]))
+        padded = not packed.patch_mask.all()
+        return programs.References(
+            self._split(packed.patches),
+            self._split(packed.position_ids),
+            self._split(packed.patch_mask) if padded else None,
+        )
 
     def _posterior_noise(self, requests: Requests, row: int, column: int, shape: tuple[int, ...]) -> np.ndarray:
         seed, index = (np.asarray([x[row]], np.uint32) for x in (requests.seeds, requests.indices))

@@ -24,11 +24,11 @@ INITIAL_NOISE, REFERENCE_POSTERIOR = 0, 1
 
 
 class References(NamedTuple):
-    """Reference images of a batch as MMDiT tokens: patches [B, R, D], position_ids [B, R], mask [B, R]."""
+    """Reference images of a batch as MMDiT tokens: patches [B, R, D], position_ids [B, R], mask [B, R] or None."""
 
     patches: jax.Array
     position_ids: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
 
 
 class Condition(NamedTuple):
@@ -113,8 +113,9 @@ def denoise(
     mask = None
     if references is not None:
         ids = jnp.concatenate([ids, references.position_ids], axis=1)
-        mask = jnp.concatenate([jnp.ones((batch, num_targets), bool), references.mask], axis=1)
-        mask = jnp.repeat(mask, sides, axis=0)
+        if references.mask is not None:
+            mask = jnp.concatenate([jnp.ones((batch, num_targets), bool), references.mask], axis=1)
+            mask = jnp.repeat(mask, sides, axis=0)
     ids = jnp.repeat(ids, sides, axis=0)
 
     def guided_velocity(x: jax.Array, sigma: jax.Array, step: jax.Array) -> jax.Array:

@@ -14,6 +14,9 @@ from deepgen_jax.models.layers import precision_of
 
 Implementation = Literal["xla", "loop", "cudnn"]
 
+#: Widest head, in channels, of cuDNN's flash attention in both directions.
+_LARGEST_FLASH_HEAD = 128
+
 
 def choose_implementation(devices: Sequence[jax.Device], dtype: DTypeLike) -> Implementation:
     """The fastest implementation for programs that run on ``devices`` in ``dtype``.
@@ -33,6 +36,7 @@ def attention(
     value: jax.Array,
     *,
     key_mask: jax.Array | None = None,
+    key_lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
     implementation: Implementation = "xla",
@@ -44,17 +48,29 @@ def attention(
       key: [B, K, G, D]; G divides H (grouped-query attention).
       value: [B, K, G, D].
       key_mask: [B, K] bool, True where a key may be attended. A query with no key to attend gets zeros.
+      key_lengths: [B] int32, at least 1, in place of all other masks: the first so many keys may be attended. Flash
+        attention then needs no mask in memory.
       segment_ids: [B, S] int32 for self-attention (Q == K == S): tokens attend within their own segment.
       causal: query i attends keys 0..i (Q == K).
       implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
         through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
-        attention on NVIDIA GPUs.
+        attention on NVIDIA GPUs, with "xla" for the widths of heads that it does not take.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
     """
+    flash = implementation == "cudnn" and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    if key_lengths is not None:
+        if key_mask is not None or segment_ids is not None or causal:
+            raise ValueError("attention: key_lengths stands in place of all other masks")
+        if flash:
+            lengths = key_lengths.astype(jnp.int32)
+            return jax.nn.dot_product_attention(
+                query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+            )
+        key_mask = jnp.arange(key.shape[1]) < key_lengths[:, None]
     mask = _mask(query, key, key_mask, segment_ids, causal)
-    if implementation == "cudnn":
+    if flash:
         return _cudnn(query, key, value, mask)
     if implementation == "loop":
         return _loop(query, key, value, mask)

@@ -27,6 +27,9 @@ _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
 TIMESTEP_CHANNELS = 256
 
+#: Which keys may be attended: the masks among the arguments of :func:`attention`, none where all may.
+Visible = dict[str, jax.Array]
+
 
 class BlockRun(NamedTuple):
     """Consecutive layers of equal structure; parameters of the i-th run are stacked under ``blocks_{i}``.
@@ -86,7 +89,7 @@ class JointAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, context: jax.Array, key_mask: jax.Array | None, num_queries: int
+        self, image: jax.Array, context: jax.Array, visible: Visible, num_queries: int
     ) -> tuple[jax.Array, jax.Array | None]:
         """Image [B, N, D] and context [B, L, D] -> image [B, num_queries, D], context [B, L, D] (or None).
 
@@ -102,7 +105,7 @@ class JointAttention(nn.Module):
         key = jnp.concatenate([key, _project(context, cfg, dtype, "add_k", "norm_added_k")], axis=1)
         value = jnp.concatenate([value, _project(context, cfg, dtype, "add_v")], axis=1)
 
-        out = attention(query, key, value, key_mask=key_mask, implementation=self.attention)
+        out = attention(query, key, value, **visible, implementation=self.attention)
         out = rearrange(out, "b n h d -> b n (h d)")
         image_out = Linear(cfg.hidden_size, dtype=dtype, name="to_out")(out[:, :num_queries])
         if self.context_pre_only:
@@ -118,13 +121,13 @@ class ImageAttention(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, image: jax.Array, key_mask: jax.Array | None, num_queries: int) -> jax.Array:
+    def __call__(self, image: jax.Array, visible: Visible, num_queries: int) -> jax.Array:
         """Image [B, N, D] -> [B, num_queries, D]."""
         cfg, dtype = self.config, self.dtype
         query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
         key = _project(image, cfg, dtype, "to_k", "norm_k")
         value = _project(image, cfg, dtype, "to_v")
-        out = attention(query, key, value, key_mask=key_mask, implementation=self.attention)
+        out = attention(query, key, value, **visible, implementation=self.attention)
         return Linear(cfg.hidden_size, dtype=dtype, name="to_out")(rearrange(out, "b n h d -> b n (h d)"))
 
 
@@ -158,8 +161,8 @@ class MMDiTBlock(nn.Module):
         self,
         streams: tuple[jax.Array, jax.Array],
         conditioning: jax.Array,
-        key_mask: jax.Array | None,
-        patch_mask: jax.Array | None,
+        visible: Visible,
+        visible_patches: Visible,
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         """Streams are (image [B, N, D], context [B, L, D]); conditioning is [B, D] with its SiLU applied."""
         image, context = streams
@@ -185,14 +188,14 @@ class MMDiTBlock(nn.Module):
         )(
             modulate(normed, shift, scale),
             modulate(layer_norm(context, _EPS), context_shift, context_scale),
-            key_mask,
+            visible,
             num_queries,
         )
         updated = image[:, :num_queries] + gate * attended
         if self.dual:
             shift, scale, gate = mlp_modulation[3:]
             attention2 = ImageAttention(self.config, self.dtype, self.attention, name="attn2")
-            updated = updated + gate * attention2(modulate(normed, shift, scale), patch_mask, num_queries)
+            updated = updated + gate * attention2(modulate(normed, shift, scale), visible_patches, num_queries)
         updated = feed_forward("ff", updated.astype(self.dtype), *mlp_modulation[:3])
         image = jnp.concatenate([updated, image[:, num_queries:]], axis=1)
 
@@ -252,15 +255,18 @@ class MMDiT(nn.Module):
         conditioning = nn.silu(self._conditioning(timestep, pooled))
         image = Linear(cfg.hidden_size, dtype=self.dtype, name="patch_embed")(patches)
         image = (image + self._positions(position_ids)).astype(self.dtype)
+        if context_mask is not None:
+            context, context_mask = _visible_first(context, context_mask)
         context = Linear(cfg.caption_projection_dim, dtype=self.dtype, name="context_embedder")(context)
 
-        key_mask = _join_masks(patch_mask, context_mask, image, context)
+        visible = _visible_keys(image, context, patch_mask, context_mask)
+        visible_patches: Visible = {} if patch_mask is None else {"key_mask": patch_mask}
         streams = (image, context)
         for i, run in enumerate(block_runs(cfg)):
             layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
             streams, _ = layers(
                 cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention, name=f"blocks_{i}"
-            )(streams, conditioning, key_mask, patch_mask)
+            )(streams, conditioning, visible, visible_patches)
 
         target = layer_norm(streams[0][:, :num_targets], _EPS)
         scale, shift = jnp.split(
@@ -286,14 +292,20 @@ class MMDiT(nn.Module):
         return jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
 
 
-def _join_masks(
-    patch_mask: jax.Array | None, context_mask: jax.Array | None, image: jax.Array, context: jax.Array
-) -> jax.Array | None:
-    """Key mask [B, N + L] of the joint attention; None where everything is visible."""
+def _visible_first(context: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Context tokens and their mask with the visible ones in front; nothing depends on the order of these tokens."""
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    return jnp.take_along_axis(context, order[..., None], axis=1), jnp.take_along_axis(mask, order, axis=1)
+
+
+def _visible_keys(
+    image: jax.Array, context: jax.Array, patch_mask: jax.Array | None, context_mask: jax.Array | None
+) -> Visible:
+    """Keys of the joint attention, image then context, where the context's visible tokens are in front."""
     if patch_mask is None and context_mask is None:
-        return None
-    masks = [
-        jnp.ones(tokens.shape[:2], bool) if mask is None else mask
-        for mask, tokens in ((patch_mask, image), (context_mask, context))
-    ]
-    return jnp.concatenate(masks, axis=1)
+        return {}
+    if context_mask is None:
+        context_mask = jnp.ones(context.shape[:2], bool)
+    if patch_mask is None:
+        return {"key_lengths": image.shape[1] + jnp.sum(context_mask, axis=1)}
+    return {"key_mask": jnp.concatenate([patch_mask, context_mask], axis=1)}

@@ -1,0 +1,93 @@
+"""Attention: the implementations against each other, a plain formula, and the meaning of each mask."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepgen_jax.models.attention import attention, choose_implementation
+
+BATCH, QUERIES, KEYS, HEADS, GROUPS, DIM = 2, 7, 9, 6, 2, 8
+
+
+def heads(seed, length, count):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(BATCH, length, count, DIM)), jnp.float32)
+
+
+QUERY, KEY, VALUE = heads(0, QUERIES, HEADS), heads(1, KEYS, GROUPS), heads(2, KEYS, GROUPS)
+KEY_MASK = jnp.asarray([[True] * 4 + [False] * 5, [False, True] * 4 + [True]])
+SEGMENTS = jnp.asarray([[0, 0, 1, 1, 1, 0, 2], [3, 3, 3, 3, 3, 3, 4]])
+
+#: name -> (arguments of `attention`, length of keys, mask [B, Q, K] that they mean)
+MASKS = {
+    "everything": ({}, KEYS, np.ones((BATCH, QUERIES, KEYS), bool)),
+    "key mask": ({"key_mask": KEY_MASK}, KEYS, np.repeat(KEY_MASK[:, None], QUERIES, axis=1)),
+    "key lengths": (
+        {"key_lengths": jnp.asarray([1, 6])}, KEYS, np.arange(KEYS) < np.asarray([[[1]] * QUERIES, [[6]] * QUERIES])
+    ),
+    "segments": ({"segment_ids": SEGMENTS}, QUERIES, np.asarray(SEGMENTS[:, :, None] == SEGMENTS[:, None])),
+    "causal": ({"causal": True}, QUERIES, np.repeat(np.tril(np.ones((1, QUERIES, QUERIES), bool)), BATCH, axis=0)),
+    "causal, padded on the left": (
+        {"causal": True, "key_mask": jnp.arange(QUERIES) >= jnp.asarray([[0], [3]])},
+        QUERIES,
+        np.tril(np.ones((QUERIES, QUERIES), bool)) & (np.arange(QUERIES) >= np.asarray([[[0]], [[3]]])),
+    ),
+}  # fmt: skip
+
+
+def plain(query, key, value, mask):
+    """The formula in float64; zeros where a query has no key."""
+    key, value = (np.repeat(np.asarray(x, np.float64), HEADS // GROUPS, axis=2) for x in (key, value))
+    scores = np.einsum("bqhd,bkhd->bhqk", np.asarray(query, np.float64), key) / np.sqrt(DIM)
+    weights = np.exp(scores) * mask[:, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "loop"])
+@pytest.mark.parametrize(("masks", "length", "meaning"), MASKS.values(), ids=MASKS)
+def test_masks_mean_what_they_say(masks, length, meaning, implementation):
+    key, value = KEY[:, :length], VALUE[:, :length]
+    actual = attention(QUERY, key, value, **masks, implementation=implementation)
+    np.testing.assert_allclose(actual, plain(QUERY, key, value, meaning), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("masks", [{}, {"key_mask": KEY_MASK}, {"key_lengths": jnp.asarray([1, 6])}])
+def test_gradients_agree(masks):
+    def loss(query, key, value, implementation):
+        return jnp.sum(jnp.sin(attention(query, key, value, **masks, implementation=implementation)))
+
+    expected = jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "xla")
+    for actual, wanted in zip(jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "loop"), expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=2e-6)
+
+
+def test_gradient_of_a_query_without_keys_is_finite():
+    mask = jnp.zeros((BATCH, KEYS), bool)
+    for implementation in ("xla", "loop"):
+        value, gradient = jax.value_and_grad(
+            lambda q, way=implementation: jnp.sum(attention(q, KEY, VALUE, key_mask=mask, implementation=way))
+        )(QUERY)
+        assert value == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("other", [{"key_mask": KEY_MASK}, {"causal": True}])
+def test_key_lengths_refuse_other_masks(other):
+    with pytest.raises(ValueError, match="in place of all other masks"):
+        attention(QUERY, KEY, VALUE, key_lengths=jnp.asarray([1, 6]), **other)
+
+
+def test_heads_that_flash_attention_does_not_take_run_without_it():
+    query, key, value = (jnp.concatenate([x] * 17, axis=-1) for x in (QUERY, KEY, VALUE))
+    np.testing.assert_array_equal(
+        attention(query, key, value, implementation="cudnn"), attention(query, key, value, implementation="xla")
+    )
+
+
+def test_a_single_cpu_device_loops():
+    devices = jax.devices("cpu")
+    assert choose_implementation(devices[:1], jnp.float32) == "loop"
+    assert choose_implementation(devices[:1] * 2, jnp.float32) == "xla"
