@@ -185,6 +185,10 @@ def _vision_config(vision: Options) -> VisionConfig:
         out_hidden_size=vision.take("out_hidden_size", int),
     )
     vision.require(spatial_patch_size=config.patch_size)
+    rope = vision.child("rope_parameters")
+    if rope is not None:
+        rope.require(rope_theta=10000.0, rope_type=("axial", "default"))
+        rope.finish()
     # The position in time only matters for videos.
     vision.ignore("tokens_per_second", *_IGNORED_BY_TRANSFORMERS)
     vision.finish()

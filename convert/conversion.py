@@ -145,6 +145,7 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
         names = sorted(plan.not_finite)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise DeepGenError(f"NaN or infinite weights in {', '.join(names[:3])}{more}; download or train them again")
+    write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
     parameters = _summaries(plan)
     provenance = {
         "deepgen_jax": deepgen_jax.__version__,
@@ -160,9 +161,9 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
         "config": to_dict(plan.config),
         "provenance": provenance,
         "parameters": parameters,
+        "files": _sizes(partial),
     }
     write_json(partial / "config.json", manifest)
-    write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
     return Report(out, parameters, provenance, len(plan.merged), release.inventory.unused)
 
 
@@ -188,6 +189,12 @@ def _summaries(plan: Plan) -> dict[str, dict[str, Any]]:
         dtypes = summary["dtypes"]
         dtypes[leaf.dtype.name] = dtypes.get(leaf.dtype.name, 0) + leaf.size
     return summaries
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in ``folder``, by path within it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _count_reasons(unused: Mapping[str, str]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from deepgen_jax.errors import DeepGenError
 
 from .sources import SafetensorsFile, Source, open_safetensors
+from .zipparts import PICKLE_MAGIC, ZIP_MAGIC, choose_member, find_parts, is_torch_file, open_archive, open_member
 
 
 class Folder(Enum):
@@ -19,9 +21,6 @@ class Folder(Enum):
     SD3 = "a diffusers SD3.5 folder (transformer/, vae/, scheduler/)"
     RELEASE = "a DeepGen diffusers release (transformer/, vae/, vlm/, connector/)"
     MODEL = "a DeepGen-JAX model folder"
-
-
-_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -78,9 +77,9 @@ def file_kind(path: Path) -> str | None:
     """ "zip", "pickle", "safetensors" or None, by the first bytes."""
     with path.open("rb") as file:
         start = file.read(9)
-    if start.startswith(_ZIP_MAGIC):
+    if start.startswith(ZIP_MAGIC):
         return "zip"
-    if start.startswith(_PICKLE_MAGIC):
+    if start.startswith(PICKLE_MAGIC):
         return "pickle"
     if len(start) == 9 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
         return "safetensors"
@@ -101,9 +100,9 @@ def open_checkpoint(path: Path, member: str | None = None) -> Source:
 
 
 def _open_file(path: Path, member: str | None) -> Source:
-    from . import pth, zipparts
+    from . import pth
 
-    parts = zipparts.find_parts(path)
+    parts = find_parts(path)
     kind = file_kind(parts[0])
     if kind == "safetensors":
         return SafetensorsFile(path, "safetensors checkpoint")
@@ -112,18 +111,16 @@ def _open_file(path: Path, member: str | None) -> Source:
         return pth.LegacyTorchFile(path, origin)
     if kind is None:
         raise DeepGenError(f"--checkpoint: {path} is {describe(path)}, expected .pth, .safetensors or a zip of .pth")
-    archive, file = zipparts.open_archive(parts)
-    if zipparts.is_torch_file(archive):
+    archive, file = open_archive(parts)
+    if is_torch_file(archive):
         return pth.TorchFile(file, str(path), origin)
-    info = zipparts.choose_member(archive, str(path), member)
-    stream, sequential = zipparts.open_member(archive, file, info)
+    info = choose_member(archive, str(path), member)
+    stream, sequential = open_member(archive, file, info)
     label = f"{path}: {info.filename}"
     return pth.TorchFile(stream, label, {**origin, "member": info.filename}, sequential=sequential)
 
 
 def _open_folder(path: Path, member: str | None) -> Source:
-    from . import zipparts
-
     kind = folder_kind(path)
     if kind is not None:
         mend = {
@@ -136,15 +133,20 @@ def _open_folder(path: Path, member: str | None) -> Source:
     if any(path.glob("*.safetensors")):
         return open_safetensors(path, "safetensors checkpoint")
     files = [file for file in sorted(path.iterdir()) if file.is_file() and file_kind(file) in ("zip", "pickle")]
-    files = [file for file in files if zipparts.find_parts(file)[0] == file]
-    # A DeepSpeed folder keeps the optimiser's state in further files.
-    chosen = [file for file in files if file.name.endswith("model_states.pt")] or files
-    if len(chosen) > 1:
-        names = ", ".join(file.name for file in chosen[:4])
-        raise DeepGenError(f"--checkpoint: {path} holds {len(chosen)} checkpoints ({names}); give the path of one")
-    if not chosen:
-        raise DeepGenError(
-            f"--checkpoint: {path} is {describe(path)}, expected a checkpoint (a .pth, a DeepSpeed "
-            "folder, a .safetensors or a zip of them)"
-        )
-    return _open_file(chosen[0], member)
+    files = [file for file in files if find_parts(file)[0] == file]
+    if len(files) == 1:
+        return _open_file(files[0], member)
+    # A DeepSpeed folder keeps the optimiser's state in further files, which hold no weights.
+    opened: list[Source] = []
+    for file in files:
+        with contextlib.suppress(DeepGenError):
+            opened.append(_open_file(file, member))
+    if len(opened) == 1:
+        return opened[0]
+    for source in opened:
+        source.close()
+    if not files:
+        wanted = "a .pth, a DeepSpeed folder, a .safetensors or a zip of .pth"
+        raise DeepGenError(f"--checkpoint: {path} is {describe(path)}, expected a checkpoint ({wanted})")
+    names = ", ".join(file.name for file in files[:4])
+    raise DeepGenError(f"--checkpoint: {path} holds {len(opened)} checkpoints (files: {names}); give the path of one")

@@ -14,6 +14,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -55,14 +56,17 @@ class TorchFile(Source):
         self.label, self._file, self._origin, self.sequential = label, file, origin, sequential
         try:
             archive = zipfile.ZipFile(file)
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            root = pickles[0].removesuffix("data.pkl") if pickles else ""
+            program = archive.read(pickles[0]) if pickles else b""
+            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
+        except zlib.error as error:
+            raise DeepGenError(f"{label} is damaged ({error}); download it again") from None
         except (zipfile.BadZipFile, EOFError):
             raise DeepGenError(f"{label} is truncated: the table at its end is missing; download it again") from None
-        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise DeepGenError(f"{label} is a zip file, but not a torch checkpoint (no data.pkl inside)")
-        root = pickles[0].removesuffix("data.pkl")
-        program = archive.read(pickles[0])
-        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+        if order != b"little":
             raise DeepGenError(f"{label} was written on a big-endian machine; save it again on a little-endian one")
         records = {i.filename: i for i in archive.infolist() if i.filename.startswith(f"{root}data/")}
         self._digest = hashlib.sha256(program).hexdigest()
@@ -99,7 +103,7 @@ class TorchFile(Source):
                 position = start + slot.offset * dtype.itemsize
                 return read_rows(self._file, position, info.shape, dtype, rows, self.label)
             data = read_exactly(self._file, start, slot.record.file_size, self.label).view(dtype)
-        except (zipfile.BadZipFile, EOFError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise DeepGenError(f"{self.label} is damaged ({error}); download it again") from None
         strides = tuple(s * dtype.itemsize for s in slot.strides)
         tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)

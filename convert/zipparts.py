@@ -8,6 +8,7 @@ import itertools
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -15,7 +16,8 @@ from typing import BinaryIO, cast
 from deepgen_jax.errors import DeepGenError
 
 _PART = re.compile(r"^(?P<stem>.+\.part-?)(?P<number>[a-z]+|\d+)$")
-_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
+#: First bytes of zip files (which new torch checkpoints are) and of pickles (which old ones are).
+ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
 class JoinedFile(io.RawIOBase):
@@ -170,9 +172,13 @@ def choose_member(archive: zipfile.ZipFile, label: str, member: str | None) -> z
     checkpoints = []
     for info in archive.infolist():
         if not info.is_dir():
-            with archive.open(info) as stream:
-                if stream.read(4).startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-                    checkpoints.append(info)
+            try:
+                with archive.open(info) as stream:
+                    start = stream.read(len(ZIP_MAGIC))
+            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+                raise DeepGenError(f"{label}: {info.filename} is damaged ({error}); download it again") from None
+            if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+                checkpoints.append(info)
     if not checkpoints:
         raise DeepGenError(f"{label} holds no torch checkpoint (members: {_names(archive.infolist())})")
     chosen = [info for info in checkpoints if member is None or member in info.filename]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +42,13 @@ class Manifest:
       config: the model.
       provenance: where the weights came from and how they were converted.
       parameters: part -> what is stored; "unused" and, where adapters are kept, "lora" included.
+      files: the stored files' sizes in bytes, by path within the folder.
     """
 
     config: DeepGenConfig
     provenance: dict[str, Any]
     parameters: dict[str, PartSummary]
+    files: dict[str, int] = field(default_factory=dict)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -68,7 +70,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         parameters = {part: PartSummary(**summary) for part, summary in values["parameters"].items()}
-        return Manifest(from_dict(DeepGenConfig, values["config"], str(path)), values["provenance"], parameters)
+        config = from_dict(DeepGenConfig, values["config"], str(path))
+        return Manifest(config, values["provenance"], parameters, dict(values["files"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise DeepGenError(f"{path} is damaged ({error}); convert the model again") from None
 
@@ -146,7 +149,7 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
             return checkpointer.restore((folder / name).absolute(), args=args)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # Orbax wraps errors of reading in bare exceptions
         raise DeepGenError(f"{folder / name} is damaged ({_first_line(error)}); convert the model again") from error
 
 
@@ -159,15 +162,28 @@ def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
     import jax
     import orbax.checkpoint as ocp
 
-    read_manifest(folder)
+    manifest = read_manifest(folder)
     if not (folder / name).is_dir():
         raise DeepGenError(f"{folder / name} is missing; convert the model again")
+    for file, size in manifest.files.items():
+        if file.startswith(f"{name}/"):
+            _check_size(folder / file, size)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
     except (ValueError, KeyError, OSError, AttributeError) as error:
         raise DeepGenError(f"{folder / name} is damaged ({_first_line(error)}); convert the model again") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise DeepGenError(f"{path} is missing; copy the model folder again or convert the model again")
+    actual = path.stat().st_size
+    if actual != size:
+        raise DeepGenError(
+            f"{path} has {actual:,} bytes, expected {size:,}; copy the model folder again or convert the model again"
+        )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_wrong_folders(
     for name in ("iter_1.pth", "iter_2.pth"):
         shutil.copy(stage, tmp_path / "empty" / name)
     message = refuse(qwen=qwen, sd3=sd3, checkpoint=tmp_path / "empty")
-    assert "holds 2 checkpoints (iter_1.pth, iter_2.pth); give the path of one" in message
+    assert "holds 2 checkpoints (files: iter_1.pth, iter_2.pth); give the path of one" in message
 
 
 def test_options_that_do_not_go_together(data_dir: Path, refuse: Callable[..., str]) -> None:
