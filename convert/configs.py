@@ -151,7 +151,8 @@ def _text_config(text: Options, top: Options) -> TextConfig:
         rms_norm_eps=text.take("rms_norm_eps", float),
         rope_theta=theta,
         mrope_sections=sections,
-        tie_word_embeddings=top.take("tie_word_embeddings", bool, text.take("tie_word_embeddings", bool, False)),
+        # Where nothing is said, the weights tell: they are untied if there is an lm_head.
+        tie_word_embeddings=top.take("tie_word_embeddings", bool, text.take("tie_word_embeddings", bool, True)),
         max_position_embeddings=text.take("max_position_embeddings", int, defaults.max_position_embeddings),
         pad_token_id=top.take("pad_token_id", int, text.take("pad_token_id", int, defaults.pad_token_id)),
         eos_token_id=top.take("eos_token_id", int, text.take("eos_token_id", int, defaults.eos_token_id)),
@@ -299,12 +300,12 @@ def bridge_config(
     options = Options(connector, where)
     options.require(hidden_act="gelu_pytorch_tanh")
     numbers = [int(match[1]) for match in map(re.compile(r"connector\.layers\.(\d+)\.").match, shapes) if match]
-    queries = shapes.get("meta_queries", (None, None))
-    intermediate = shapes.get("connector.layers.0.mlp.fc1.bias", (None,))
+    queries = shapes.get("meta_queries", ())
+    intermediate = shapes.get("connector.layers.0.mlp.fc1.bias", ())
     inferred = {
-        "num_queries": queries[0],
-        "hidden_size": queries[-1],
-        "intermediate_size": intermediate[0],
+        "num_queries": queries[0] if len(queries) == 2 else None,
+        "hidden_size": queries[1] if len(queries) == 2 else None,
+        "intermediate_size": intermediate[0] if len(intermediate) == 1 else None,
         "num_hidden_layers": max(numbers) + 1 if numbers else None,
     }
     ours = {"num_hidden_layers": "num_layers"}

@@ -71,7 +71,7 @@ class Inventory:
     @property
     def lora_rank(self) -> int | None:
         """The adapters' rank, taken from the first one."""
-        return next((adapter.a.shape[0] for adapter in self.adapters.values() if adapter.a is not None), None)
+        return next((adapter.a.shape[0] for adapter in self.adapters.values() if adapter.a and adapter.a.shape), None)
 
 
 def take_inventory(sources: Iterable[tuple[Source, str]]) -> Inventory:

@@ -30,6 +30,7 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     if os.path.lexists(out) and not overwrite:
         raise DeepGenError(f"{out} exists; choose another --out or pass --overwrite")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
@@ -41,11 +42,14 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
         with _terminated_as_exception():
             yield partial
             _replace(partial, out)
-    except OSError as error:
+    except BaseException as error:
         _remove(partial)
-        raise DeepGenError(f"writing {out} failed ({error.strerror or error}); nothing was kept") from error
-    except BaseException:
-        _remove(partial)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            what = error.filename or out
+            raise DeepGenError(f"{what}: {error.strerror or error}; nothing was written") from error
         raise
 
 

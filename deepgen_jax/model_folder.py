@@ -133,7 +133,7 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
     absent = [part for part in parts if part not in stored]
     if absent and name == "params":
         raise DeepGenError(f"{folder / name} lacks {', '.join(absent)} (it has {', '.join(stored)})")
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def arguments(leaf: Any, sharding: jax.sharding.Sharding) -> ocp.ArrayRestoreArgs:
         return ocp.ArrayRestoreArgs(

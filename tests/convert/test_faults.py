@@ -37,11 +37,10 @@ def refuse(tmp_path: Path) -> Callable[..., str]:
     """Converts, expects a refusal, checks that nothing is left, and returns the message."""
 
     def check(**arguments: Any) -> str:
-        out = tmp_path / "place" / "model"
-        out.parent.mkdir(exist_ok=True)
+        out = tmp_path / "place" / "deeper" / "model"
         with pytest.raises(DeepGenError) as caught:
             convert(out=out, **arguments)
-        assert list(out.parent.iterdir()) == []
+        assert not (tmp_path / "place").exists()
         message = str(caught.value)
         assert "\n" not in message
         return message
@@ -314,6 +313,18 @@ def test_an_existing_folder_is_kept(data_dir: Path, tmp_path: Path, release: Pat
     convert(out=out, diffusers=data_dir / "deepgen_diffusers", overwrite=True)
     read_manifest(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "release"]
+
+
+def test_unreadable_and_unwritable_places_are_named(
+    monkeypatch: pytest.MonkeyPatch, release: Path, refuse: Callable[..., str], tmp_path: Path
+) -> None:
+    file = release / "vae" / "diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.mkdir()
+    assert refuse(diffusers=release) == f"{file}: Is a directory; nothing was written"
+    (tmp_path / "file").touch()
+    with pytest.raises(DeepGenError, match="cannot be written to"):
+        convert(out=tmp_path / "file" / "m", diffusers=release)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,22 @@ def test_either_hierarchy_and_all_prefixes_give_the_same(
     torch.save({f"module.model.{name}": value for name, value in stage.items()}, tmp_path / "stage.pth")
     convert(out=tmp_path / "m", checkpoint=tmp_path / "stage.pth", **{**bases, "qwen": qwen})
     assert_same(read_flat(tmp_path / "m"), read_flat(folders("pretrain")))
+
+
+def test_a_base_model_in_shards(
+    data_dir: Path, bases: dict[str, Path], folders: Callable[[str], Path], tmp_path: Path,
+    read_flat: Callable[..., Flat], assert_same: Callable[[Flat, Flat], None],
+) -> None:  # fmt: skip
+    qwen = tmp_path / "qwen"
+    shutil.copytree(data_dir / "qwen2_5_vl", qwen)
+    tensors = load_file(qwen / "model.safetensors")
+    (qwen / "model.safetensors").unlink()
+    weight_map = {name: f"model-{1 + i % 3:05d}-of-00003.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: value for name, value in tensors.items() if weight_map[name] == file}, qwen / file)
+    (qwen / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert(out=tmp_path / "m", **{**bases, "qwen": qwen})
+    assert_same(read_flat(tmp_path / "m"), read_flat(folders("none")))
 
 
 def test_a_checkpoint_may_hold_what_is_not_needed(
