@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,26 +142,28 @@ class _Exporter:
         module, _, name = spec.key.rpartition(".")
         return spec._replace(key=f"{module}.base_layer.bias") if name == "bias" and module in self._adapted else spec
 
-    @property
+    @functools.cached_property
     def _adapted(self) -> set[str]:
+        """Names of the layers that have adapters."""
         return {weight.module for leaf in self._leaves if leaf.factors for weight in leaf.members}
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """(key, tensor) of everything."""
-        adapted = self._adapted
         for batch in self._batches():
-            params = _read(self._folder / "params", [leaf.path for leaf in batch])
-            factors = [path for leaf in batch for path in leaf.factors.values()]
-            lora = _read(self._folder / "lora", factors) if factors else {}
-            for leaf in batch:
-                stacked = params.pop(leaf.path)
-                for weight in leaf.members:
-                    value = stacked[weight.index]
-                    pair = {role: lora[path][weight.index] for role, path in leaf.factors.items()}
-                    yield from self._emit(weight, value, pair, adapted)
+            yield from self._tensors_of(batch)
+
+    def _tensors_of(self, batch: Sequence[_Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, tensor) of some leaves; a function of its own so that they are freed before the next are read."""
+        params = _read(self._folder / "params", [leaf.path for leaf in batch])
+        factors = [path for leaf in batch for path in leaf.factors.values()]
+        lora = _read(self._folder / "lora", factors) if factors else {}
+        for leaf in batch:
+            for weight in leaf.members:
+                pair = {role: lora[path][weight.index] for role, path in leaf.factors.items()}
+                yield from self._emit(weight, params[leaf.path][weight.index], pair)
 
     def _emit(
-        self, weight: Weight, value: np.ndarray, pair: Mapping[str, np.ndarray], adapted: set[str]
+        self, weight: Weight, value: np.ndarray, pair: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[str, np.ndarray]]:
         lora = self._config.lora
         if pair and self._merge and lora is not None:
@@ -169,7 +172,7 @@ class _Exporter:
             update += value
             value, pair = update, {}
         key = weight.key
-        if not self._merge and weight.module in adapted:
+        if not self._merge and weight.module in self._adapted:
             key = f"{weight.module}.base_layer.{key.rpartition('.')[2]}"
         yield key, to_source(weight.transform, value, weight.shape)
         for role, factor in pair.items():
