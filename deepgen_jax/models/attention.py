@@ -54,12 +54,13 @@ def attention(
       causal: query i attends keys 0..i (Q == K).
       implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
         through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
-        attention on NVIDIA GPUs, with "xla" for the widths of heads that it does not take.
+        attention on NVIDIA GPUs, with "xla" for dtypes and widths of heads that it does not take.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
     """
-    flash = implementation == "cudnn" and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    flash = implementation == "cudnn" and query.dtype.itemsize == 2
+    flash = flash and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
     if key_lengths is not None:
         if key_mask is not None or segment_ids is not None or causal:
             raise ValueError("attention: key_lengths stands in place of all other masks")

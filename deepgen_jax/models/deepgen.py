@@ -38,7 +38,7 @@ class DeepGen(nn.Module):
         self.text = QwenText(cfg.text, cfg.bridge.selection_stride, lora_dropout=self.lora_dropout, **options)
         self.bridge = Bridge(cfg.bridge, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim, **options)
         self.mmdit = MMDiT(cfg.mmdit, **options)
-        self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype)
+        self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype, self.attention)
 
     def __call__(self) -> tuple[jax.Array, ...]:
         """Runs every part once on the smallest input: what `init` needs to make all parameters."""

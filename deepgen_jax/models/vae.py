@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import VAEConfig
-from deepgen_jax.models.attention import attention
+from deepgen_jax.models.attention import Implementation, attention
 from deepgen_jax.models.layers import Linear, precision_of
 
 _EPS = 1e-6
@@ -103,6 +103,7 @@ class MidAttention(nn.Module):
 
     groups: int
     dtype: DTypeLike
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -111,15 +112,14 @@ class MidAttention(nn.Module):
         query, key, value = (
             Linear(channels, dtype=self.dtype, name=name)(h)[:, :, None] for name in ("to_q", "to_k", "to_v")
         )
-        # A head of 512 channels is more than flash kernels take.
-        h = attention(query, key, value, implementation="xla")[:, :, 0]
+        h = attention(query, key, value, implementation=self.attention)[:, :, 0]
         return x + Linear(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
 
 
-def _middle(x: jax.Array, groups: int, dtype: DTypeLike) -> jax.Array:
+def _middle(x: jax.Array, groups: int, dtype: DTypeLike, attention: Implementation) -> jax.Array:
     """The widest, coarsest part of the encoder or decoder that calls it."""
     x = ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_0")(x)
-    x = MidAttention(groups, dtype, name="mid_attention")(x)
+    x = MidAttention(groups, dtype, attention, name="mid_attention")(x)
     return ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_1")(x)
 
 
@@ -128,6 +128,7 @@ class Encoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -139,7 +140,7 @@ class Encoder(nn.Module):
             if i < len(cfg.block_out_channels) - 1:
                 # Padded on the right and at the bottom only.
                 x = Conv(features, dtype, stride=2, padding=(0, 1), name=f"down_{i}_downsample")(x)
-        x = _middle(x, cfg.norm_num_groups, dtype)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.attention)
         x = nn.silu(GroupNorm(cfg.norm_num_groups, name="norm_out")(x))
         return Conv(2 * cfg.latent_channels, jnp.float32, name="conv_out")(x)
 
@@ -149,13 +150,14 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
+    attention: Implementation
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         cfg, dtype = self.config, self.dtype
         widths = cfg.block_out_channels[::-1]
         x = Conv(widths[0], dtype, name="conv_in")(z)
-        x = _middle(x, cfg.norm_num_groups, dtype)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.attention)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
                 x = ResnetBlock(features, cfg.norm_num_groups, dtype, name=f"up_{i}_resnet_{j}")(x)
@@ -171,10 +173,11 @@ class VAE(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
+    attention: Implementation = "xla"
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype)
-        self.decoder = Decoder(self.config, self.dtype)
+        self.encoder = Encoder(self.config, self.dtype, self.attention)
+        self.decoder = Decoder(self.config, self.dtype, self.attention)
 
     def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, H, W, 3] in -1..1 -> posterior mean and log variance, float32 [B, H / f, W / f, C]."""

@@ -80,8 +80,9 @@ def test_key_lengths_refuse_other_masks(other):
         attention(QUERY, KEY, VALUE, key_lengths=jnp.asarray([1, 6]), **other)
 
 
-def test_heads_that_flash_attention_does_not_take_run_without_it():
-    query, key, value = (jnp.concatenate([x] * 17, axis=-1) for x in (QUERY, KEY, VALUE))
+@pytest.mark.parametrize(("repeats", "dtype"), [(17, jnp.bfloat16), (1, jnp.float32)])
+def test_what_flash_attention_does_not_take_runs_without_it(repeats, dtype):
+    query, key, value = (jnp.concatenate([x.astype(dtype)] * repeats, axis=-1) for x in (QUERY, KEY, VALUE))
     np.testing.assert_array_equal(
         attention(query, key, value, implementation="cudnn"), attention(query, key, value, implementation="xla")
     )
