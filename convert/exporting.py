@@ -78,6 +78,7 @@ def export(
                 for key, value in exporter.tensors():
                     writer.add(key, value)
                     progress(value.nbytes)
+                    del value  # a view that would keep its leaf while the next is read
         finally:
             writer.close()
     return out

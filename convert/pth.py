@@ -14,7 +14,6 @@ import pickle
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,6 +24,7 @@ from deepgen_jax.errors import DeepGenError
 
 from .sources import WEIGHT_DTYPES, Source, TensorInfo, read_exactly, read_rows
 from .transforms import Shape, rows_of
+from .zipparts import DAMAGE
 
 #: Entries that hold the weights where a checkpoint is more than a bare state dict, and the layout that they mean.
 _WRAPPERS = {"state_dict": "mmengine checkpoint", "module": "DeepSpeed checkpoint"}
@@ -60,10 +60,8 @@ class TorchFile(Source):
             root = pickles[0].removesuffix("data.pkl") if pickles else ""
             program = archive.read(pickles[0]) if pickles else b""
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
-        except zlib.error as error:
-            raise DeepGenError(f"{label} is damaged ({error}); download it again") from None
-        except (zipfile.BadZipFile, EOFError):
-            raise DeepGenError(f"{label} is truncated: the table at its end is missing; download it again") from None
+        except DAMAGE as error:
+            raise DeepGenError(f"{label} is truncated or damaged ({error}); download it again") from None
         if len(pickles) != 1:
             raise DeepGenError(f"{label} is a zip file, but not a torch checkpoint (no data.pkl inside)")
         if order != b"little":
@@ -103,7 +101,7 @@ class TorchFile(Source):
                 position = start + slot.offset * dtype.itemsize
                 return read_rows(self._file, position, info.shape, dtype, rows, self.label)
             data = read_exactly(self._file, start, slot.record.file_size, self.label).view(dtype)
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        except DAMAGE as error:
             raise DeepGenError(f"{self.label} is damaged ({error}); download it again") from None
         strides = tuple(s * dtype.itemsize for s in slot.strides)
         tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)

@@ -20,6 +20,21 @@ _PART = re.compile(r"^(?P<stem>.+\.part-?)(?P<number>[a-z]+|\d+)$")
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
+#: What reading a damaged zip file raises, besides DeepGenError.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError,
+    OverflowError,
+)  # fmt: skip
+
+
+def _sought(offset: int, whence: int, position: int, size: int) -> int:
+    """The position that ``seek`` asks for."""
+    position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: position, io.SEEK_END: size}[whence]
+    if position < 0:
+        raise zipfile.BadZipFile("it points before its start")
+    return position
+
+
 class JoinedFile(io.RawIOBase):
     """Several files read as if they were one."""
 
@@ -43,7 +58,7 @@ class JoinedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = _sought(offset, whence, self._position, self.size)
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
@@ -78,7 +93,7 @@ class _Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = _sought(offset, whence, self._position, self._size)
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
@@ -148,8 +163,10 @@ def open_archive(parts: Sequence[Path]) -> tuple[zipfile.ZipFile, BinaryIO]:
     file = cast(BinaryIO, io.BufferedReader(JoinedFile(parts)))
     try:
         return zipfile.ZipFile(file), file
-    except zipfile.BadZipFile:
+    except DAMAGE as error:
         file.close()
+        if not isinstance(error, zipfile.BadZipFile):
+            raise DeepGenError(f"{parts[0]} is damaged ({error}); download it again") from None
         if len(parts) > 1 or _PART.match(parts[0].name):
             raise DeepGenError(
                 f"{parts[-1]} is truncated, or parts after it are missing ({len(parts)} found): the "
@@ -175,7 +192,7 @@ def choose_member(archive: zipfile.ZipFile, label: str, member: str | None) -> z
             try:
                 with archive.open(info) as stream:
                     start = stream.read(len(ZIP_MAGIC))
-            except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+            except DAMAGE as error:
                 raise DeepGenError(f"{label}: {info.filename} is damaged ({error}); download it again") from None
             if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
                 checkpoints.append(info)
