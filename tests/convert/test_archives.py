@@ -126,7 +126,7 @@ def test_a_damaged_part(compression: int, archive: Archive, bases: dict[str, Pat
     data = bytearray(part.read_bytes())
     data[1000:60000] = b"\xff" * 59000
     part.write_bytes(data)
-    with pytest.raises(DeepGenError, match=r"is damaged|NaN or infinite"):
+    with pytest.raises(DeepGenError, match=r"damaged|NaN or infinite"):
         convert(out=tmp_path / "m", checkpoint=path, **bases)
     assert not (tmp_path / "m").exists()
 
