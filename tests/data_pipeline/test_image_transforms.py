@@ -56,6 +56,20 @@ def test_fix_pixels_keeps_the_area_up_to_rounding_up(width, height, image_size):
         assert old * scale - 1e-6 <= new < old * scale + 32 + 1e-6
 
 
+def test_squares():
+    picture = Image.new("RGB", (30, 10), "red")
+    picture.paste("blue", (10, 0, 20, 10))
+    cropped = resize(picture, 64, "crop2square")
+    assert cropped.size == (64, 64) == resize(picture, 64, "resize2square").size
+    assert cropped.getcolors() == [(64 * 64, (0, 0, 255))]
+    np.testing.assert_array_equal(resize(picture, 64, "resize2square"), picture.resize((64, 64)))
+
+
+def test_a_bucket_takes_the_place_of_the_target_size():
+    picture = Image.fromarray(np.arange(40 * 60 * 3, dtype=np.uint32).astype(np.uint8).reshape(40, 60, 3))
+    np.testing.assert_array_equal(resize(picture, 64, "fix_pixels", (96, 64)), picture.resize((96, 64)))
+
+
 def test_bad_input_is_refused():
     with pytest.raises(DeepGenError, match="crop"):
         target_size(64, 64, 64, "crop")
