@@ -20,16 +20,18 @@ CORE = [
 ]
 CONVERT = ["torch>=2.6"]
 REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27"]
+DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
 EXTRAS = {
     "convert": CONVERT,
     "rewards": REWARDS,
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
-    "data": ["grain>=0.2.10", "tensorflow-datasets>=4.9", "array_record>=0.8"],
+    "data": DATA,
     "log": ["matplotlib>=3.9", "tensorboardX>=2.6", "wandb>=0.19"],
     "test": [
         *CONVERT,
         *REWARDS,
+        *DATA,
         "diffusers>=0.35",
         "pytest>=8.3",
         "pytest-xdist>=3.6",

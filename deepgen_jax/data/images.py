@@ -166,7 +166,11 @@ def _open_file(source: str | os.PathLike[str] | BinaryIO, label: str, max_pixels
     except Image.DecompressionBombError as error:
         raise _too_large(label, _one_line(error), max_pixels) from error
     except Exception as error:
-        raise ImageError(f"image {label} cannot be opened: {_one_line(error)}", "unreadable file") from error
+        # Only what the system refuses has a number; a decoder that finds nonsense raises OSError too.
+        refused = isinstance(error, OSError) and error.errno is not None
+        raise ImageError(
+            f"image {label} cannot be opened: {_one_line(error)}", "unreadable file" if refused else "damaged file"
+        ) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,0 +1,118 @@
+"""ArrayRecord shards whose records are ``tf.train.Example`` with encoded images."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from deepgen_jax.data import files
+from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row
+from deepgen_jax.data.sources.columns import Columns, columns_of
+from deepgen_jax.data.sources.example import parse_example
+from deepgen_jax.errors import DeepGenError
+
+
+class ArrayRecord(Source):
+    """Rows are [path, record]."""
+
+    suffixes = (".array_record", ".arrayrecord")
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(config)
+        self._readers = ShardReaders()
+
+    def __reduce__(self) -> tuple[type[ArrayRecord], tuple[SourceConfig]]:
+        return ArrayRecord, (self.config,)
+
+    def scan(self, path: str) -> Iterator[Row]:
+        try:
+            count = self._readers.open(path).num_records()
+            if not count:
+                # What the reader says of a file that is no ArrayRecord.
+                raise BadSample("damaged shard", f"{path} holds no record")
+            example_columns(self.config, self._readers.read(path, 0))
+        except BadSample as bad:
+            yield bad_row(bad.reason, bad.detail)
+            return
+        yield from ([path, record] for record in range(count))
+
+    def read(self, row: Row) -> Record:
+        return example_record(self.config, self._readers.read(*row), f"{row[0]}: record {row[1]}")
+
+
+class ShardReaders:
+    """ArrayRecord readers, opened on first use and kept, one a shard; remote shards are copied to a local cache."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def open(self, path: str) -> Any:
+        """The reader of a shard.
+
+        Raises:
+          BadSample: it is no ArrayRecord file.
+        """
+        try:
+            from array_record.python.array_record_module import ArrayRecordReader
+        except ImportError as error:
+            raise DeepGenError("ArrayRecord sources need array_record; run: pip install 'deepgen-jax[data]'") from error
+        with self._lock:
+            if path not in self._open:
+                try:
+                    # Without read-ahead: records are read in random order.
+                    self._open[path] = ArrayRecordReader(files.local_copy(path), options="readahead_buffer_size:0")
+                except DeepGenError:
+                    raise
+                except (RuntimeError, ValueError, OSError) as error:
+                    raise BadSample("damaged shard", f"{path}: {error}") from error
+            return self._open[path]
+
+    def read(self, path: str, record: int) -> bytes:
+        """The bytes of a record.
+
+        Raises:
+          BadSample: they cannot be read.
+        """
+        reader = self.open(path)
+        try:
+            return reader.read([record])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise BadSample("damaged shard", f"{path}: record {record}: {error}") from error
+
+
+def example_columns(config: SourceConfig, data: bytes) -> Columns:
+    """The names of text and images in records such as this one.
+
+    Raises:
+      BadSample: it is no ``tf.train.Example``.
+      DeepGenError: it does not name them as `SourceConfig.fields` or custom do.
+    """
+    try:
+        return columns_of(config, parse_example(data))
+    except DeepGenError:
+        raise
+    except ValueError as error:
+        raise BadSample("damaged record", str(error)) from error
+
+
+def example_record(config: SourceConfig, data: bytes, where: str) -> Record:
+    """A sample from a serialised ``tf.train.Example``.
+
+    Raises:
+      BadSample: it is none, or lacks text or images.
+    """
+    try:
+        features = parse_example(data)
+    except ValueError as error:
+        raise BadSample("damaged record", f"{where}: {error}") from error
+    values = {
+        name: feature[0] if isinstance(feature, list) and len(feature) == 1 else feature
+        for name, feature in features.items()
+        if isinstance(feature, list)
+    }
+    columns = columns_of(config)
+    images = columns.images_of(values)
+    return Record(columns.text_of(values), tuple(images))

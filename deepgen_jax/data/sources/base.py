@@ -1,0 +1,125 @@
+"""What every data set gives: rows that are found once, and a record for a row on demand."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+from deepgen_jax.data import files
+from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.files import Blob, FileInfo
+
+#: The encoded file of one image: in memory, or where to read it.
+ImageData: TypeAlias = bytes | Blob
+#: What finds a sample again, as JSON; `bad_row` where there is nothing to find.
+Row: TypeAlias = Any
+
+_BAD = "bad"
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. Caught and counted, never shown alone.
+
+    Attributes:
+      reason: what is wrong in a few words, the same for every sample with that fault.
+      detail: which file, and what was found there.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class Record(NamedTuple):
+    """A sample before its images are decoded.
+
+    Attributes:
+      text: caption or instruction.
+      images: the target, then the references.
+    """
+
+    text: str
+    images: tuple[ImageData, ...]
+
+
+class Source(abc.ABC):
+    """A data set of one format.
+
+    ``scan`` runs once when the index is built and tells where each sample is; its rows are kept with the index, so that
+    a data set of any size takes no memory and no start-up time later on.
+    """
+
+    #: Endings of the files that `files` looks for.
+    suffixes: tuple[str, ...] = ()
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+
+    def files(self) -> list[FileInfo]:
+        """The files that hold or list the samples; a change of one makes the index stale.
+
+        Raises:
+          DeepGenError: there are none.
+        """
+        return files.list_files(self.config.path, self.suffixes, f"source {self.config.name}")
+
+    @abc.abstractmethod
+    def scan(self, path: str) -> Iterator[Row]:
+        """The rows of one of `files`, in a fixed order. A row that is no sample is a `bad_row`.
+
+        Raises:
+          DeepGenError: the file cannot be read in this way at all, such as one with other columns.
+        """
+
+    @abc.abstractmethod
+    def read(self, row: Row) -> Record:
+        """The sample of a row.
+
+        Raises:
+          BadSample: it cannot be used.
+        """
+
+
+def bad_row(reason: str, detail: str = "") -> Row:
+    """Stands in for a sample that was found to be of no use during the scan."""
+    return {_BAD: [reason, detail]}
+
+
+def read_row(source: Source, row: Row) -> Record:
+    """`Source.read` of any row.
+
+    Raises:
+      BadSample: the row is a `bad_row`, or the sample cannot be used.
+    """
+    if isinstance(row, dict) and _BAD in row:
+        raise BadSample(*row[_BAD])
+    return source.read(row)
+
+
+def load_json(data: bytes, where: str) -> Any:
+    """Parsed JSON.
+
+    Raises:
+      BadSample: it is none.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("wrong JSON", f"{where}: {error}") from error
+
+
+def read_file(path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+      BadSample: it cannot be read.
+    """
+    try:
+        return files.read(path)
+    except FileNotFoundError as error:
+        raise BadSample("missing file", path) from error
+    except OSError as error:
+        raise BadSample("unreadable file", f"{path}: {error}") from error
