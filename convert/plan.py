@@ -7,6 +7,7 @@ exactly once with the right shape. Anything else is one error that lists what do
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +55,10 @@ class Adapter:
     a: Ref | None = None
     b: Ref | None = None
     names: set[str] = field(default_factory=set)
+
+    @property
+    def refs(self) -> list[Ref]:
+        return [ref for ref in (self.a, self.b) if ref is not None]
 
 
 @dataclass
@@ -178,7 +183,7 @@ def _check(
         if key in table and ref.shape != table[key].shape:
             misshaped.append(f"{ref} is {list(ref.shape)}, expected {list(table[key].shape)}")
     for key, adapter in inventory.adapters.items():
-        refs = [ref for ref in (adapter.a, adapter.b) if ref is not None]
+        refs = adapter.refs
         if key not in table or not table[key].adaptable:
             unknown += [str(ref) for ref in refs]
             continue
@@ -217,6 +222,9 @@ def _shorten(items: Sequence[str], limit: int = 4) -> str:
     return ", ".join(items[:limit]) + (f", and {len(items) - limit} more" if len(items) > limit else "")
 
 
+Factors = tuple[np.ndarray, np.ndarray]
+
+
 @dataclass
 class _Builder:
     """Makes leaves of weights."""
@@ -236,12 +244,15 @@ class _Builder:
         pieces, chunks = [], first.target_shape
         for weight in group:
             ref, adapter = self.filled[weight.key], merge.get(weight.key)
-            refs = [r for r in (ref, adapter.a if adapter else None, adapter.b if adapter else None) if r is not None]
-            blocks = row_blocks(weight, dtype) if not any(r.source.sequential for r in refs) else [None]
+            blocks = [None] if ref.source.sequential else row_blocks(weight, dtype)
+            factors = None if adapter is None else self._factors(adapter)
+            if factors is not None and len(blocks) > 1:
+                factors = functools.cache(factors)
+            refs = [ref, *([] if adapter is None else adapter.refs)]
             order = max((r.source.sequential, id(r.source), r.position) for r in refs)
             for number, rows in enumerate(blocks):
-                index = slice_index(weight, rows)
-                pieces.append(Piece(index, (*order, number), self._value(weight, ref, adapter, rows, dtype)))
+                value = self._value(weight, ref, factors, rows, dtype)
+                pieces.append(Piece(slice_index(weight, rows), (*order, number), value))
             if blocks[0] is not None:
                 axis = weight.transform.row_axis
                 block = blocks[0].stop - blocks[0].start
@@ -249,18 +260,29 @@ class _Builder:
         ones = (1,) * len(first.stack)
         return Leaf(first.path, (*first.stack, *first.target_shape), dtype, (*ones, *chunks), pieces)
 
+    def _factors(self, adapter: Adapter) -> Callable[[], Factors]:
+        """A function that reads a [in, rank] and b [rank, out] in float32."""
+
+        def read() -> Factors:
+            a, b = (self._read(ref, None).T.astype(np.float32) for ref in adapter.refs)
+            return a, b
+
+        return read
+
     def _value(
-        self, weight: Weight, ref: Ref, adapter: Adapter | None, rows: slice | None, dtype: np.dtype
+        self,
+        weight: Weight,
+        ref: Ref,
+        factors: Callable[[], Factors] | None,
+        rows: slice | None,
+        dtype: np.dtype,
     ) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            refs = {"weight": (ref, rows)}
-            if adapter is not None and adapter.a is not None and adapter.b is not None:
-                refs |= {"a": (adapter.a, None), "b": (adapter.b, None)}
-            in_order = sorted(refs.items(), key=lambda item: item[1][0].position)
-            tensors = {role: self._read(r, block) for role, (r, block) in in_order}
-            value = to_target(weight.transform, tensors["weight"])
-            if "a" in tensors:
-                a, b = tensors["a"].T.astype(np.float32), tensors["b"].T.astype(np.float32)
+        """A function that makes a weight, or a block of it, with its adapter folded in."""
+
+        def make() -> np.ndarray:
+            value = to_target(weight.transform, self._read(ref, rows))
+            if factors is not None:
+                a, b = factors()
                 if rows is not None:
                     a, b = (a[rows], b) if weight.transform is Transform.SAME else (a, b[:, rows])
                 update = a @ b
@@ -269,7 +291,7 @@ class _Builder:
                 value = update
             return value.astype(dtype, copy=False)
 
-        return read
+        return make
 
     def factor(self, group: list[Weight], role: Role, rank: int) -> Leaf:
         """One leaf of the LoRA tree; layers of the stack that have no adapter get zeros."""
