@@ -169,8 +169,12 @@ class DeepGenConfig:
         checks = [
             ("bridge.hidden_size", self.bridge.hidden_size, "text.hidden_size", self.text.hidden_size),
             ("vision.out_hidden_size", self.vision.out_hidden_size, "text.hidden_size", self.text.hidden_size),
-            ("mmdit.hidden_size", self.mmdit.hidden_size, "mmdit.caption_projection_dim",
-             self.mmdit.caption_projection_dim),
+            (
+                "mmdit.hidden_size",
+                self.mmdit.hidden_size,
+                "mmdit.caption_projection_dim",
+                self.mmdit.caption_projection_dim,
+            ),
             ("mmdit.in_channels", self.mmdit.in_channels, "vae.latent_channels", self.vae.latent_channels),
         ]
         for name, value, other, expected in checks:

@@ -5,11 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+if TYPE_CHECKING:
+    from deepgen_jax import DeepGenPipeline
+
+#: Stage checkpoints under ``tests/data`` by the name that ``goldens_checkpoints.npz`` gives them, with convert options.
+LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "sft": ("deepgen_sft.pth", {}),
+    "sft_adapters": ("deepgen_sft.pth", {"keep_lora": True}),
+    "pretrain": ("deepgen_pretrain.pth", {}),
+    "rl": ("deepgen_rl", {}),
+    "ds": ("deepgen_ds", {}),
+    "model_pt": ("model.pt", {}),
+    "zip": ("DeepGen_CKPT.zip.part-aa", {}),
+    "none": (None, {}),
+}
 DATA = Path(__file__).parent / "data"
 
 
@@ -51,4 +66,69 @@ def tolerance() -> Callable[[str, str], float]:
         if part and len(cells) >= 6 and cells[1] not in ("name", "---"):
             table[part, cells[1]] = float(cells[4]) if cells[4] else 0.0
 
-    return lambda golden_part, name: table[golden_part, name]
+    # The table does not list diffusers/*; its preamble gives them the tolerances of rl/*.
+    return lambda golden_part, name: table[golden_part, name.replace("diffusers/", "rl/")]
+
+
+@pytest.fixture(scope="session")
+def folders(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``folders("sft")`` -> a model folder converted from that layout (the names of ``LAYOUTS``), made once."""
+    from deepgen_jax.convert import convert
+
+    made: dict[str, Path] = {}
+
+    def make(layout: str) -> Path:
+        if layout not in made:
+            out = tmp_path_factory.mktemp("models") / layout
+            sources: dict[str, Any] = {"hparams": data_dir / "deepgen_config.json"}
+            if layout == "diffusers":
+                sources["diffusers"] = data_dir / "deepgen_diffusers"
+            else:
+                sources |= {"qwen": data_dir / "qwen2_5_vl", "sd3": data_dir / "sd3_5_kontext"}
+                checkpoint, options = LAYOUTS[layout]
+                if checkpoint is not None:
+                    sources["checkpoint"] = data_dir / checkpoint
+                sources |= options
+            convert(out=out, **sources)
+            made[layout] = out
+        return made[layout]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipelines(folders: Callable[[str], Path]) -> Callable[[str], DeepGenPipeline]:
+    """``pipelines("sft")`` -> a float32 pipeline on one device, loaded once."""
+    from deepgen_jax import DeepGenPipeline
+
+    loaded: dict[str, DeepGenPipeline] = {}
+
+    def load(layout: str) -> DeepGenPipeline:
+        if layout not in loaded:
+            loaded[layout] = DeepGenPipeline.from_pretrained(folders(layout))
+        return loaded[layout]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def pictures(goldens: Callable[[str], dict[str, np.ndarray]]) -> dict[str, Image.Image]:
+    """The small pictures that golden cases refer to by name."""
+    arrays = goldens("vision")
+    return {name.removeprefix("image/"): Image.fromarray(x) for name, x in arrays.items() if name.startswith("image/")}
+
+
+@pytest.fixture(scope="session")
+def check_golden(
+    goldens: Callable[[str], dict[str, np.ndarray]], tolerance: Callable[[str, str], float]
+) -> Callable[[str, str, Any], None]:
+    """``check_golden("dit", name, got)`` asserts shape and values within the tolerance of ``GOLDENS.md``."""
+
+    def check(part: str, name: str, got: Any) -> None:
+        want, actual = goldens(part)[name], np.asarray(got)
+        assert actual.shape == want.shape, name
+        allowed = 1.0 if want.dtype == np.uint8 else tolerance(part, name)
+        error = np.max(np.abs(actual.astype(np.float64) - want))
+        assert error <= allowed, f"{part} {name}: off by {error:.2e}, allowed {allowed:.0e}"
+
+    return check

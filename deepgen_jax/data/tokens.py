@@ -32,6 +32,11 @@ class TokenizedPrompt(NamedTuple):
     input_ids: np.ndarray
     position_ids: np.ndarray
 
+    def last(self, tokens: int) -> TokenizedPrompt:
+        """The prompt cut from the left to its last ``tokens`` tokens; rotary positions stay as they were."""
+        cut = max(len(self.input_ids) - tokens, 0)
+        return TokenizedPrompt(self.input_ids[cut:], self.position_ids[:, cut:])
+
 
 def format_prompt(text: str, image_tokens: Sequence[int] | None = None) -> str:
     """The template of the released system: text-to-image without images, editing with them.
@@ -65,19 +70,21 @@ def rope_positions(
     """
     pieces: list[np.ndarray] = []
     position = index = 0
-    ids = [*input_ids.tolist(), *([-1] * num_queries)]
-    remaining = list(grids)
-    while index < len(ids):
-        if ids[index] == image_token_id:
-            rows, columns = remaining.pop(0)
-            row, column = np.divmod(np.arange(rows * columns), columns)
-            pieces.append(position + np.stack([np.zeros_like(row), row, column]))
-            position += max(rows, columns)
-            index += rows * columns
-        else:
-            pieces.append(np.full((3, 1), position))
-            position += 1
-            index += 1
+    placeholders = np.flatnonzero(input_ids == image_token_id)
+
+    def text(length: int) -> np.ndarray:
+        return np.broadcast_to(position + np.arange(length), (3, length))
+
+    for rows, columns in grids:
+        start = int(placeholders[0])
+        pieces.append(text(start - index))
+        position += start - index
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        pieces.append(position + np.stack([np.zeros_like(row), row, column]))
+        position += max(rows, columns)
+        index = start + rows * columns
+        placeholders = placeholders[rows * columns :]
+    pieces.append(text(len(input_ids) + num_queries - index))
     return np.concatenate(pieces, axis=1).astype(np.int32)
 
 

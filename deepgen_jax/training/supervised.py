@@ -154,7 +154,7 @@ def apply_gradients(
     loss: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Updates the state, or only counts the step where the loss or the gradient is not finite; reports norms."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
@@ -172,9 +172,9 @@ def apply_gradients(
         ema=choose(ema, state.ema),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    norms = {"grad_norm": norm, "update_norm": optax.global_norm(updates), "skipped": 1.0 - finite}
+    norms = {"grad_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": 1.0 - finite}
     for name, tree in (("grad_norm", gradients), ("update_norm", updates)):
-        norms |= {f"{name}/{part}": optax.global_norm(child) for part, child in parts(tree).items()}
+        norms |= {f"{name}/{part}": optax.tree.norm(child) for part, child in parts(tree).items()}
     return new_state, norms
 
 
