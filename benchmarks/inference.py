@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.pipeline import DeepGenPipeline
+from deepgen_jax.model_folder import read_manifest
 from deepgen_jax.models import flops
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, make_mesh
 from deepgen_jax.parallel.rules import leaves
@@ -205,14 +207,11 @@ class Peer:
     """The stages of a workload in PyTorch, from the same weights, prompts and noise, warmed up."""
 
     def __init__(self, workload: Workload, name: str) -> None:
-        from torch_peer import TorchPeer, device_for, versions
+        from torch_peer import TorchPeer, versions
 
-        pipe, platform = workload.pipe, jax.devices()[0].platform
-        device = device_for(platform)
-        if device is None:
-            raise DeepGenError(f"--peer {name}: this torch has no {platform} device; install one that has")
+        pipe, dtype = workload.pipe, jnp.dtype(workload.pipe.model.dtype).name
         progress("copying weights to torch")
-        model = TorchPeer(pipe.config, pipe.params, jnp.dtype(pipe.model.dtype).name, device, name == "torch-compile")
+        model = TorchPeer(pipe.config, pipe.params, dtype, peer_device(name), name == "torch-compile")
         positive, negative = (TokenizedPrompt(**pipe.tokenize(text)) for text in (PROMPT, ""))
         prompts = [positive] * workload.batch + [negative] * workload.batch
         noise, sigmas = np.array(workload.noise()), workload.sigmas()
@@ -243,6 +242,46 @@ class Peer:
         }
 
 
+def pipeline_of(args: argparse.Namespace) -> DeepGenPipeline:
+    """The pipeline that the command line asks for; everything that can be refused is refused before weights are made.
+
+    Raises:
+      DeepGenError: the arguments do not fit the model or the machine.
+    """
+    mesh = make_mesh(args.mesh)
+    if args.batch_size % batch_size_multiple(mesh):
+        raise DeepGenError(f"--batch-size {args.batch_size} must be a multiple of {batch_size_multiple(mesh)} here")
+    if args.peer != "none" and mesh.size > 1:
+        raise DeepGenError(f"--peer {args.peer} runs on one device; leave --mesh out")
+    if args.peer != "none":
+        peer_device(args.peer)
+    config = PRESETS[args.preset] if args.preset else read_manifest(Path(args.model)).config
+    width, height = args.size
+    if width % config.image_multiple or height % config.image_multiple:
+        raise DeepGenError(f"--size {width}x{height}: both sides must be multiples of {config.image_multiple}")
+    progress("making weights" if args.preset else "loading weights")
+    if args.preset:
+        return random_pipeline(config, args.dtype, mesh)
+    return DeepGenPipeline.from_pretrained(args.model, args.dtype, mesh)
+
+
+def peer_device(name: str) -> str:
+    """The torch device beside JAX's.
+
+    Raises:
+      DeepGenError: the peer's packages are missing, or torch does not see the device.
+    """
+    try:
+        from torch_peer import device_for
+    except ImportError as error:
+        raise DeepGenError(f"--peer {name} needs {error.name}; install the project with its test extra") from error
+    platform = jax.devices()[0].platform
+    device = device_for(platform)
+    if device is None:
+        raise DeepGenError(f"--peer {name}: this torch has no {platform} device; install one that has")
+    return device
+
+
 def main() -> None:
     args = arguments()
     width, height = args.size
@@ -251,24 +290,11 @@ def main() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        mesh = make_mesh(args.mesh)
-        if args.batch_size % batch_size_multiple(mesh):
-            raise DeepGenError(f"--batch-size {args.batch_size} must be a multiple of {batch_size_multiple(mesh)} here")
-        if args.peer != "none" and mesh.size > 1:
-            raise DeepGenError(f"--peer {args.peer} runs on one device; leave --mesh out")
-        progress("making weights" if args.preset else "loading")
-        if args.preset:
-            pipe = random_pipeline(PRESETS[args.preset], args.dtype, mesh)
-        else:
-            pipe = DeepGenPipeline.from_pretrained(args.model, args.dtype, mesh)
-        unit = pipe.config.image_multiple
-        if width % unit or height % unit:
-            raise DeepGenError(f"--size {width}x{height}: both sides must be multiples of {unit}")
-        workload = Workload(pipe, args.batch_size, width, height, args.steps)
-        result = measure(workload, args.peer, args.repetitions)
+        workload = Workload(pipeline_of(args), args.batch_size, width, height, args.steps)
     except DeepGenError as error:
         progress(f"inference.py: error: {error}")
         sys.exit(2)
+    result = measure(workload, args.peer, args.repetitions)
     settings = vars(args) | {"size": f"{width}x{height}", "guidance_scale": GUIDANCE}
     print(json.dumps({"benchmark": "inference", **environment(PACKAGES), "settings": settings, **result}, indent=2))
 

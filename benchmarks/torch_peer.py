@@ -98,6 +98,8 @@ def _text_model(config: TextConfig) -> Any:
         use_cache=False,
         attn_implementation="sdpa",
         pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model: Any = Qwen2_5_VLTextModel(names)
     model.norm = nn.Identity()
@@ -192,7 +194,7 @@ class TorchPeer:
         missing = [key for key in missing if "add_q" not in key and "norm_added_q" not in key]
         if missing or unexpected:
             raise ValueError(f"peer's weights do not match: missing {missing}, unexpected {unexpected}")
-        return module.to(self.device, dtype).eval()
+        return module.eval()
 
     @torch.inference_mode()
     def condition(self, prompts: Sequence[TokenizedPrompt]) -> tuple[torch.Tensor, torch.Tensor]:
