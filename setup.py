@@ -18,7 +18,7 @@ CORE = [
     "pillow>=11.0",
     "tqdm>=4.66",
 ]
-CONVERT = ["torch>=2.6"]
+CONVERT = ["torch>=2.7"]
 REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27"]
 DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
 EXTRAS = {

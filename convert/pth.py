@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -122,17 +123,8 @@ class LegacyTorchFile(Source):
     """
 
     def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
-        import torch
-
         self.label, self._origin = str(path), origin
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError) as error:
-            reason = _first_line(error)
-            raise DeepGenError(f"{path} is truncated or no checkpoint ({reason}); download it again") from None
-        except pickle.UnpicklingError as error:
-            raise _refused(self.label, error) from None
-        self._tensors, self.layout, self.ignored = _find_weights(loaded, self.label)
+        self._tensors, self.layout, self.ignored = _find_weights(_load(path, self.label), self.label)
         dtypes = _dtype_names()
         self.tensors = {
             name: TensorInfo(tuple(tensor.shape), dtypes.get(tensor.dtype, str(tensor.dtype)))
@@ -179,13 +171,8 @@ def _unpickle(program: bytes, root: str, records: Mapping[str, zipfile.ZipInfo],
             info = archive.getinfo(name)
             names[info.header_offset + _LOCAL_HEADER_BYTES + len(name.encode())] = name
     skeleton.seek(0)
-    try:
-        with FakeTensorMode():
-            loaded = torch.load(skeleton, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(label, error) from None
-    except RuntimeError as error:
-        raise DeepGenError(f"{label}: torch cannot read it ({_first_line(error)}); download it again") from None
+    with FakeTensorMode():
+        loaded = _load(skeleton, label)
 
     def annotate(node: Any) -> None:
         if isinstance(node, torch.Tensor):
@@ -198,8 +185,18 @@ def _unpickle(program: bytes, root: str, records: Mapping[str, zipfile.ZipInfo],
     return loaded
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _load(file: Path | io.BytesIO, label: str) -> Any:
+    """What ``torch.load`` makes of a file, without running any code in it."""
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused(label, error) from None
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DeepGenError(f"{label} is truncated or no checkpoint ({reason}); download it again") from None
 
 
 def _refused(label: str, error: Exception) -> DeepGenError:
