@@ -23,8 +23,8 @@ class ConvertCommand:
     sd3: Path | None = None
     """Diffusers folder with transformer/, vae/ and scheduler/ (UniPic2-SD3.5M-Kontext)."""
     checkpoint: Path | None = None
-    """Stage checkpoint: a .pth, a DeepSpeed folder, a .safetensors, a folder of one, or the first part of the split zip
-    (read in place). Without it the bridge is freshly initialised, as for the start of training."""
+    """Stage checkpoint: .pth, DeepSpeed folder, .safetensors, or the first part of the split zip (it is read in place).
+    Without one, the bridge is freshly initialised, as for the start of training."""
     diffusers: Path | None = None
     """DeepGen diffusers release, instead of --qwen, --sd3 and --checkpoint."""
     hparams: Path | None = None

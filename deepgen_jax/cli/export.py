@@ -17,8 +17,7 @@ class ExportCommand:
     folder: Annotated[Path, tyro.conf.Positional]
     """Model folder."""
     format: Literal["diffusers", "pth"]
-    """diffusers: the folder layout of the release, adapters merged. pth: one checkpoint of everything, with adapters
-    where the folder keeps them."""
+    """The folders of the release (adapters are merged), or one checkpoint of everything (kept adapters stay apart)."""
     out: Path
     """Folder or file to write."""
     max_shard_size: str = "5GB"
