@@ -53,13 +53,13 @@ class Columns(NamedTuple):
         target = _first(values, self.image)
         if isinstance(target, list) and len(target) == 1:
             target = target[0]
-        if not target or isinstance(target, list):
+        if _absent(target) or isinstance(target, list):
             raise BadSample("missing field", f"no image under {' or '.join(self.image)}")
         if not self.references:
             return [target]
         references = _first(values, self.references)
         references = references if isinstance(references, list) else [references]
-        if not references or not all(references):
+        if not references or any(_absent(reference) for reference in references):
             raise BadSample("missing field", f"no reference under {' or '.join(self.references)}")
         return [target, *references]
 
@@ -89,6 +89,11 @@ def columns_of(config: SourceConfig, available: Iterable[str] | None = None) -> 
                     f"say which with fields={{'{key}': ...}}"
                 )
     return Columns(names["text"], names["image"], names.get("references", ()))
+
+
+def _absent(value: Any) -> bool:
+    # Not b"": that is an image file of no bytes.
+    return value is None or value == ""
 
 
 def _first(values: Mapping[str, Any], names: Iterable[str]) -> Any:

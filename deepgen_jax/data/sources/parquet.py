@@ -114,7 +114,7 @@ def _holds_paths(kind: Any) -> bool:
 
 def _image(value: Any, root: str) -> ImageData:
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, str) and value:
         return Blob(join(root, value))
     if isinstance(value, bytes):

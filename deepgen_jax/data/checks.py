@@ -1,0 +1,92 @@
+"""Is a sample usable? What the index asks of every sample once, reading headers only."""
+
+from __future__ import annotations
+
+import os
+from typing import BinaryIO, NamedTuple
+
+from PIL.Image import Image
+
+from deepgen_jax.data.files import Blob, open_blob
+from deepgen_jax.data.images import ImageError, decode_image, image_size
+from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.sources import BadSample, Row, Source, read_row
+from deepgen_jax.data.sources.base import ImageData
+
+# How far before a file's end its end marker is looked for: some programs append a few bytes.
+_TAIL = 64
+
+
+class Facts(NamedTuple):
+    """What the index keeps of a sample.
+
+    Attributes:
+      words: tokens of its prompt, image tokens not counted, not cut.
+      sizes: (width, height) of its images as stored, upright.
+    """
+
+    words: int
+    sizes: tuple[tuple[int, int], ...]
+
+
+def check_sample(source: Source, row: Row, prompts: Prompts, max_pixels: int) -> Facts:
+    """Reads a sample's text and the headers of its images.
+
+    Raises:
+      BadSample: it cannot be used.
+    """
+    record = read_row(source, row)
+    edit = source.config.task == "edit"
+    words = prompts.words(record.text, len(record.images) - 1 if edit else None)
+    return Facts(words, tuple(_measure(image, max_pixels) for image in record.images))
+
+
+def load_pixels(data: ImageData, max_pixels: int) -> Image:
+    """The decoded image, upright, RGB.
+
+    Raises:
+      BadSample: it cannot be read.
+    """
+    try:
+        with open_blob(data) as file:
+            return decode_image(file, max_pixels)
+    except (ImageError, OSError) as error:
+        raise _bad(data, error) from error
+
+
+def _measure(data: ImageData, max_pixels: int) -> tuple[int, int]:
+    """(width, height); a file without its end marker, or of a format without one, is decoded to see whether it can be.
+
+    Nearly all broken files that have a whole header are truncated ones, so that hardly any is left to be found while
+    training runs.
+    """
+    try:
+        with open_blob(data) as file:
+            whole = _has_end(file)
+            file.seek(0)
+            if whole:
+                return image_size(file, max_pixels)
+            return decode_image(file, max_pixels).size
+    except (ImageError, OSError) as error:
+        raise _bad(data, error) from error
+
+
+def _bad(data: ImageData, error: Exception) -> BadSample:
+    where = data.path if isinstance(data, Blob) else "image"
+    if isinstance(error, ImageError):
+        return BadSample(error.reason, f"{where}: {error}")
+    return BadSample("missing file" if isinstance(error, FileNotFoundError) else "unreadable file", f"{where}: {error}")
+
+
+def _has_end(file: BinaryIO) -> bool:
+    start = file.read(12)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _TAIL))
+    tail = file.read(_TAIL)
+    if start.startswith(b"\xff\xd8\xff"):
+        return b"\xff\xd9" in tail
+    if start.startswith(b"\x89PNG"):
+        return b"IEND\xae\x42\x60\x82" in tail
+    if start.startswith(b"RIFF"):
+        return int.from_bytes(start[4:8], "little") + 8 <= size
+    return start.startswith(b"GIF8") and tail.rstrip(b"\0").endswith(b"\x3b")

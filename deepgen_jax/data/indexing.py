@@ -1,0 +1,188 @@
+"""Building the index of a source, in parallel, and finding it again.
+
+The pass opens every image file once for its header (and its last bytes) and tokenises every text: about 3,000 samples a
+second and core from a local disk. What is kept: some 300 bytes a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deepgen_jax.data.checks import Facts, check_sample
+from deepgen_jax.data.config import DataConfig, SourceConfig
+from deepgen_jax.data.files import FileInfo, cache_folder
+from deepgen_jax.data.index import VERSION, Index, IndexWriter
+from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.sources import BadSample, Source, open_source
+from deepgen_jax.errors import DeepGenError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Samples that one task checks.
+_CHUNK = 256
+#: Below these, starting processes takes longer than they save.
+_MANY_ROWS, _MANY_BYTES = 50_000, 2**30
+
+
+def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
+    """The index of a source, built if it is not there yet.
+
+    Raises:
+      DeepGenError: the source is missing or empty, or more than ``max_bad_share`` of it is bad.
+    """
+    opened = open_source(source)
+    files = opened.files()
+    folder = cache_folder(config.cache_dir) / "index" / f"{source.name}-{_fingerprint(config, source, prompts, files)}"
+    if not (folder / "meta.json").is_file():
+        _build(config, opened, prompts, files, folder)
+    index = Index(folder)
+    bad = sum(index.meta["counts"].values())
+    if bad > config.max_bad_share * len(index):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in index.meta["counts"].items())
+        first = next(iter(index.meta["examples"].values()))
+        raise DeepGenError(
+            f"source {source.name}: {bad} of {len(index)} samples are bad ({reasons}; such as {first}), more than "
+            f"max_bad_share {config.max_bad_share:g} allows; mend the data, or raise the share"
+        )
+    return index
+
+
+def _fingerprint(config: DataConfig, source: SourceConfig, prompts: Prompts, files: Sequence[FileInfo]) -> str:
+    """Changes when the index would. Image files beside the listing ones are not looked at: there may be millions."""
+    settings = [VERSION, source.kind, source.task, source.path, source.root, source.split, config.max_pixels]
+    digest = hashlib.sha256(json.dumps([settings, sorted(source.fields.items()), prompts.digest]).encode())
+    for file in files:
+        digest.update(json.dumps(file).encode())
+    return digest.hexdigest()[:16]
+
+
+def _build(config: DataConfig, source: Source, prompts: Prompts, files: Sequence[FileInfo], folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with contextlib.ExitStack() as stack:
+            writer = IndexWriter(temporary, source.config.name)
+            pools = _Pools(config, stack)
+            _scan(source, files, writer, pools)
+            _check(source, prompts, config.max_pixels, writer, pools)
+            writer.finish()
+        # Another process may have been faster with the same result.
+        with contextlib.suppress(OSError):
+            os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Pools:
+    """Processes for large sources, threads for small ones; each started when first needed."""
+
+    def __init__(self, config: DataConfig, stack: contextlib.ExitStack) -> None:
+        self._config, self._stack = config, stack
+
+    def get(self, large: bool) -> tuple[Executor, int]:
+        """A pool and how many work in it."""
+        if self._config.index_workers == 1 or not (large or self._config.index_workers):
+            return self._threads, 4
+        return self._processes
+
+    @functools.cached_property
+    def _threads(self) -> Executor:
+        # More than cores: most of the time goes by waiting for files.
+        return self._stack.enter_context(ThreadPoolExecutor(4))
+
+    @functools.cached_property
+    def _processes(self) -> tuple[Executor, int]:
+        number = self._config.index_workers or os.cpu_count() or 1
+        # Forking is unsafe once JAX has started its threads.
+        return self._stack.enter_context(ProcessPoolExecutor(number, get_context("spawn"))), number
+
+
+def _scan(source: Source, files: Sequence[FileInfo], writer: IndexWriter, pools: _Pools) -> None:
+    name = source.config.name
+    if len(files) < 2 or sum(file.size for file in files) < _MANY_BYTES:
+        # In this process, row by row: one JSON file may hold millions.
+        with _progress(f"{name}: files", len(files)) as advance:
+            for file in files:
+                for rows in _chunks(map(_encoded, source.scan(file.path)), 10_000):
+                    writer.add_rows(rows)
+                advance(1)
+        return
+    pool, width = pools.get(large=True)
+    groups = list(_chunks(files, max(1, len(files) // (16 * width))))
+    with _progress(f"{name}: files", len(files)) as advance:
+        for rows in _ordered(pool, functools.partial(_scan_files, source), groups, 2 * width):
+            writer.add_rows(rows)
+            advance(len(groups[0]))
+
+
+def _check(source: Source, prompts: Prompts, max_pixels: int, writer: IndexWriter, pools: _Pools) -> None:
+    count = writer.finish_rows()
+    pool, width = pools.get(large=count >= _MANY_ROWS)
+    chunks = (writer.encoded_rows(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+    check = functools.partial(_check_rows, source, prompts, max_pixels)
+    with _progress(f"{source.config.name}: samples", count) as advance:
+        for facts in _ordered(pool, check, chunks, 4 * width):
+            writer.add_facts(facts)
+            advance(len(facts))
+
+
+def _scan_files(source: Source, files: Sequence[FileInfo]) -> list[bytes]:
+    return [_encoded(row) for file in files for row in source.scan(file.path)]
+
+
+def _check_rows(source: Source, prompts: Prompts, max_pixels: int, rows: Sequence[bytes]) -> list[Facts | BadSample]:
+    found: list[Facts | BadSample] = []
+    for row in rows:
+        try:
+            found.append(check_sample(source, json.loads(row), prompts, max_pixels))
+        except BadSample as bad:
+            found.append(bad)
+    return found
+
+
+def _encoded(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """``map`` in order that holds only so many items at a time."""
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+@contextlib.contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    # None: only where a person is watching, on a terminal.
+    with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
+        yield bar.update
