@@ -1,0 +1,209 @@
+"""A look at training data before a run: counts, buckets, token lengths, what is left out, speed, and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.data.buckets import Bucket
+from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.loader import Loader
+from deepgen_jax.data.plan import Plan
+from deepgen_jax.data.reader import Batch
+from deepgen_jax.data.sources import BadSample, Row, Source, open_source, read_row
+
+#: Micro-batches looked at for prompt lengths and for pictures.
+_LOOKED_AT = 64
+_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source.
+
+    Attributes:
+      samples: rows found; usable: those that are read.
+      share: of its task's samples that a run draws from it.
+      bad: samples that cannot be used, by reason; examples: one of each.
+      filtered: usable samples that the filters leave out, by reason.
+    """
+
+    name: str
+    task: str
+    samples: int
+    usable: int
+    share: float
+    bad: dict[str, int]
+    examples: dict[str, str]
+    filtered: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` finds.
+
+    Attributes:
+      buckets: every shape of batches, with its samples.
+      scarce: samples in buckets with fewer than a micro-batch, whose batches hold some of them more than once.
+      pixel_difference: mean share of pixels in which sizes differ from the exact rule.
+      token_lengths: (from, below) -> samples, prompt with image and think tokens, after the cut.
+      cut: samples whose prompt is cut.
+      batch_lengths: padded length -> micro-batches, of the first few.
+      samples_a_second: on this host, or None if not measured.
+      unreadable: samples that failed while the speed was measured, by (source, reason).
+      contact_sheet: where it was written.
+    """
+
+    sources: list[SourceReport]
+    buckets: list[Bucket]
+    scarce: int
+    pixel_difference: float
+    token_lengths: dict[tuple[int, int], int]
+    cut: int
+    batch_lengths: dict[int, int]
+    samples_a_second: float | None
+    unreadable: dict[tuple[str, str], int]
+    contact_sheet: Path | None
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        out = []
+        for source in self.sources:
+            usable = f"{source.usable} of {source.samples} samples usable"
+            out.append(f"{source.name}: {usable}, {source.share:.1%} of what {source.task} reads")
+            out += [f"  bad: {n} {reason}, such as {source.examples[reason]}" for reason, n in source.bad.items()]
+            out += [f"  left out: {count} {reason}" for reason, count in source.filtered.items()]
+        out.append(f"{len(self.buckets)} buckets; {self.pixel_difference:.2%} of the pixels differ from the size rule")
+        most = max(bucket.samples for bucket in self.buckets)
+        out += [f"  {_shape(bucket):<36} {_bar(bucket.samples, most)}" for bucket in self.buckets]
+        if self.scarce:
+            out.append(f"  {self.scarce} samples are in buckets with less than a micro-batch")
+        out.append(f"tokens of a prompt, image and think tokens included ({self.cut} are cut)")
+        most = max(self.token_lengths.values())
+        out += [f"  {low:>5} to {high - 1:<5} {_bar(n, most)}" for (low, high), n in self.token_lengths.items()]
+        lengths = ", ".join(f"{count} of {length}" for length, count in self.batch_lengths.items())
+        out.append(f"padded lengths of the first micro-batches: {lengths}")
+        if self.samples_a_second is not None:
+            out.append(f"{self.samples_a_second:.1f} samples a second")
+        out += [f"  unreadable: {count} of {name}: {reason}" for (name, reason), count in self.unreadable.items()]
+        if self.contact_sheet is not None:
+            out.append(f"contact sheet: {self.contact_sheet}")
+        return out
+
+
+def inspect(
+    config: DataConfig,
+    model: DeepGenConfig,
+    tokenizer: Path,
+    *,
+    contact_sheet: Path | None = None,
+    seconds: float = 5.0,
+) -> Report:
+    """Builds the indices and reads for some seconds.
+
+    Args:
+      config: of the data.
+      model: as for `Loader`.
+      tokenizer: folder with ``tokenizer.json``.
+      contact_sheet: a PNG with samples of every bucket is written here.
+      seconds: how long the speed is measured; 0 for not at all.
+
+    Raises:
+      DeepGenError: as `Loader`.
+    """
+    with Loader(config, model, tokenizer) as loader:
+        plan = loader.plan
+        rate = _speed(loader, seconds) if seconds else None
+        if contact_sheet is not None:
+            from deepgen_jax.data.contact_sheet import write_contact_sheet
+
+            write_contact_sheet(contact_sheet, _pictures(loader))
+        lengths = Counter(plan[number].length for number in range(_LOOKED_AT))
+        token_lengths, cut = _token_lengths(plan, model)
+        return Report(
+            sources=_sources(plan),
+            buckets=plan.buckets,
+            scarce=sum(bucket.samples for bucket in plan.buckets if bucket.samples < config.micro_batch),
+            pixel_difference=plan.pixel_difference,
+            token_lengths=token_lengths,
+            cut=cut,
+            batch_lengths=dict(sorted(lengths.items())),
+            samples_a_second=rate,
+            unreadable=dict(loader.skipped),
+            contact_sheet=contact_sheet,
+        )
+
+
+def _sources(plan: Plan) -> list[SourceReport]:
+    reports = []
+    for number, (source, index) in enumerate(zip(plan.config.sources, plan.indices, strict=True)):
+        filtered = dict(plan.filtered[source.name])
+        bad = dict(index.meta["counts"])
+        usable = len(index) - sum(bad.values()) - sum(filtered.values())
+        share = plan.shares[number]
+        examples = index.meta["examples"]
+        reports.append(SourceReport(source.name, source.task, len(index), usable, share, bad, examples, filtered))
+    return reports
+
+
+def _speed(loader: Loader, seconds: float) -> float:
+    """Samples a second, after what was prepared ahead is used up."""
+    config = loader.plan.config
+    for _ in range((config.prefetch + 1) * max(1, config.workers)):
+        next(loader)
+    samples, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        samples += len(next(loader)["sample_ids"])
+    return samples / elapsed
+
+
+def _pictures(loader: Loader) -> list[tuple[Batch, list[str]]]:
+    """The first batch of each bucket that comes soon, with the texts of its first samples."""
+    plan = loader.plan
+    sources = [open_source(source) for source in plan.config.sources]
+    found: dict[object, tuple[Batch, list[str]]] = {}
+    loader.set_state({**loader.get_state(), "position": 0})
+    for number in range(_LOOKED_AT):
+        batch, planned = next(loader), plan[number]
+        if planned.bucket not in found:
+            texts: list[str] = []
+            for source, row, dropped in zip(planned.sources, planned.rows, planned.dropped, strict=True):
+                if len(texts) < _PICTURES:
+                    # A sample that cannot be read was replaced by the next one in the batch.
+                    text = _text(sources[source], plan.indices[source].row(row))
+                    texts.append(f"(dropped) {text}" if dropped else text)
+            found[planned.bucket] = batch, texts
+    return list(found.values())
+
+
+def _text(source: Source, row: Row) -> str:
+    try:
+        return read_row(source, row).text
+    except BadSample as bad:
+        return f"({bad.reason})"
+
+
+def _token_lengths(plan: Plan, model: DeepGenConfig) -> tuple[dict[tuple[int, int], int], int]:
+    step = plan.config.token_multiple
+    counts: Counter[int] = Counter()
+    cut = 0
+    for words, image_tokens in plan.usable_words():
+        cut += int((words > model.max_prompt_tokens).sum())
+        total = np.minimum(words, model.max_prompt_tokens) + image_tokens + model.bridge.num_queries
+        steps, numbers = np.unique((total - 1) // step, return_counts=True)
+        counts.update(dict(zip(steps.tolist(), numbers.tolist(), strict=True)))
+    return {(step * n + 1, step * (n + 1) + 1): counts[n] for n in sorted(counts)}, cut
+
+
+def _shape(bucket: Bucket) -> str:
+    references = "".join(f" + {width}x{height}" for width, height in bucket.references)
+    return f"{bucket.task} {bucket.target[0]}x{bucket.target[1]}{references}"
+
+
+def _bar(count: int, most: int) -> str:
+    return f"{count:>10} {'#' * max(1, round(40 * count / most))}"

@@ -1,0 +1,178 @@
+"""The loader: a host's shares of an endless, globally defined sequence of micro-batches.
+
+    loader = Loader(config, model, tokenizer_folder, process_index=host, process_count=hosts)
+    batch = next(loader)
+    state = loader.get_state()      # JSON, the same on every host
+    loader.set_state(state)         # exactly the continuation, on any number of hosts
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.data.buckets import Bucket
+from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.indexing import open_index
+from deepgen_jax.data.plan import Plan
+from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.reader import Batch, Reader, Skipped, default_threads
+from deepgen_jax.errors import DeepGenError
+
+#: More micro-batches than any run has.
+_ENDLESS = 2**40
+# A source is not judged by its first few samples.
+_LEAST_SKIPPED = 10
+
+
+class Loader(Iterator[Batch]):
+    """Iterates over a host's shares of the micro-batches.
+
+    A batch is a dict; B is the host's share of the micro-batch, L and L + Q are the lengths of the padded prompts
+    without and with think tokens, equal on all hosts:
+
+    * ``task``: "t2i" or "edit"; ``bucket``: (target (w, h), tuple of reference (w, h)); all samples share them
+    * ``target``: uint8 [B, H, W, 3]; ``references``: tuple of uint8 [B, Hr, Wr, 3]
+    * ``input_ids``: int32 [B, L]; ``position_ids``: int32 [3, B, L + Q]
+    * ``real``, ``visible``: bool [B, L + Q], as in `deepgen_jax.data.tokens.PromptBatch`
+    * ``image_index``: int32 [B, L], place among the sample's own VLM tokens, all references in one row; else -1
+    * ``weight``: float32 [B], 1; 0 for a copy of another sample in the place of one that could not be read, which the
+      loss has to leave out
+    * ``sample_ids``: str [B], ``source/row@epoch``, "" where the weight is 0
+    * ``sample_index``: int64 [B], place in the global sequence, to derive random keys from
+
+    Attributes:
+      plan: the global sequence; ``plan[k]`` tells which samples micro-batch k holds.
+      loaded: samples delivered to this host by this loader, by source.
+      skipped: samples that this host could not read when their turn came, by (source, reason).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        model: DeepGenConfig,
+        tokenizer: Path,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        once: bool = False,
+    ) -> None:
+        """Opens the sources; builds the indices that are not there yet.
+
+        Args:
+          config: of the data.
+          model: gives special tokens, think tokens and the longest prompt.
+          tokenizer: folder with ``tokenizer.json``.
+          process_index, process_count: this host and how many there are.
+          once: end after every usable sample was read once; slots that remain in the last batch of a bucket hold copies
+            with weight 0.
+
+        Raises:
+          DeepGenError: a source cannot be used, or the micro-batch cannot be shared evenly.
+        """
+        if config.micro_batch % process_count:
+            raise DeepGenError(
+                f"data: micro_batch {config.micro_batch} cannot be shared by {process_count} processes evenly; "
+                "make it a multiple of them"
+            )
+        self._prompts = Prompts(tokenizer, model)
+        indices = [open_index(config, source, self._prompts) for source in config.sources]
+        self.plan = Plan(config, indices, self._prompts, once=once)
+        size = config.micro_batch // process_count
+        self._share = slice(process_index * size, (process_index + 1) * size)
+        self._position = 0
+        self._batches: Any = None
+        self.loaded: Counter[str] = Counter()
+        self.skipped: Counter[tuple[str, str]] = Counter()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = iter(self._pipeline())
+        batch = next(self._batches)
+        self._position += 1
+        self._count(batch)
+        return batch
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Every shape that batches can have."""
+        return self.plan.buckets
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the global sequence stands after the batches delivered so far; JSON, the same on every host."""
+        return {"position": self._position, "settings": self.plan.settings}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a saved state, whatever the number of hosts, workers and threads then and now.
+
+        Raises:
+          DeepGenError: the state was saved with other data or settings, so that there is no continuation of it.
+        """
+        saved, current = state["settings"], self.plan.settings
+        different = sorted(name for name in {*saved, *current} if saved.get(name) != current.get(name))
+        if different:
+            changes = ", ".join(f"{name} {saved.get(name)!r} -> {current.get(name)!r}" for name in different)
+            raise DeepGenError(
+                f"the data position was saved with other data or settings ({changes}); restore them, or start the data "
+                "afresh"
+            )
+        self.close()
+        self._position = int(state["position"])
+
+    def close(self) -> None:
+        """Ends reading ahead; the next batch starts it again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _pipeline(self) -> Any:
+        try:
+            import grain
+        except ImportError as error:
+            raise DeepGenError("reading data needs grain; run: pip install 'deepgen-jax[data]'") from error
+        config = self.plan.config
+        total = len(self.plan) if self.plan.once else _ENDLESS
+        reader = Reader(
+            self.plan,
+            self._prompts,
+            start=self._position,
+            length=max(0, total - self._position),
+            share=self._share,
+            threads=config.threads or default_threads(config.workers),
+        )
+        # grain's threads only wait: the reader has its own, one a sample, so that the first batch comes early.
+        options = grain.ReadOptions(num_threads=config.prefetch, prefetch_buffer_size=config.prefetch)
+        batches = grain.MapDataset.source(reader).to_iter_dataset(options)
+        if config.workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():
+                # grain's worker processes ask for their flags, which nobody has parsed in a program without absl.
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.workers, config.prefetch))
+        return batches
+
+    def _count(self, batch: Batch) -> None:
+        skipped: tuple[Skipped, ...] = batch.pop("skipped")
+        self.loaded.update(str(name).partition("/")[0] for name in batch["sample_ids"] if name)
+        for sample in skipped:
+            self.skipped[sample.source, sample.reason] += 1
+            bad = sum(count for (source, _), count in self.skipped.items() if source == sample.source)
+            share = self.plan.config.max_bad_share
+            if bad > max(_LEAST_SKIPPED, share * (bad + self.loaded[sample.source])):
+                raise DeepGenError(
+                    f"source {sample.source}: {bad} samples could not be read, more than max_bad_share {share:g} of "
+                    f"{bad + self.loaded[sample.source]}; the last: {sample.reason} ({sample.detail})"
+                )

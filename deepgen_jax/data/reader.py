@@ -1,0 +1,153 @@
+"""One host's share of a micro-batch: reading, decoding, resizing and tokenising what a plan names."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepgen_jax.data.checks import load_pixels
+from deepgen_jax.data.plan import BatchPlan, Plan
+from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.sources import BadSample, Source, open_source, read_row
+from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
+from deepgen_jax.data.transforms import resize
+from deepgen_jax.errors import DeepGenError
+
+#: A host's share of a micro-batch, see `deepgen_jax.data.loader.Loader`.
+Batch = dict[str, Any]
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be read when its turn came."""
+
+    source: str
+    sample: str
+    reason: str
+    detail: str
+
+
+class Reader:
+    """Random access to a host's micro-batches, for grain; picklable for its worker processes."""
+
+    def __init__(self, plan: Plan, prompts: Prompts, *, start: int, length: int, share: slice, threads: int) -> None:
+        """Reads nothing yet.
+
+        Args:
+          plan: names the samples.
+          prompts: tokenises them.
+          start: the micro-batch that item 0 is.
+          length: number of items.
+          share: this host's slots of each micro-batch.
+          threads: that read and decode.
+        """
+        self._plan, self._prompts = plan, prompts
+        self._start, self._length, self._share, self._threads = start, length, share, threads
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pool", "_sources")}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, item: int) -> Batch:
+        batch = self._plan[self._start + item]
+        slots = range(len(batch.rows))[self._share]
+        bucket, count = batch.bucket, len(slots)
+        target, *references = (
+            np.empty((count, height, width, 3), np.uint8) for width, height in (bucket.target, *bucket.references)
+        )
+        images = (target, *references)
+        results = list(self._pool.map(functools.partial(self._load, batch, slots, images), range(count)))
+        skipped, weight = [], np.zeros(count, np.float32)
+        prompts: list[TokenizedPrompt] = []
+        for place, result in enumerate(results):
+            if isinstance(result, BadSample):
+                skipped.append(self._skipped(batch, slots[place], result))
+                result = self._substitute(batch, slots[place], images, place)
+            else:
+                weight[place] = slots[place] < batch.real
+            prompts.append(result)
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        padded = pad_prompts(
+            prompts, [max(length, batch.visible) for length in lengths], self._prompts.model, multiple=batch.length
+        )
+        ids = [
+            self._plan.name(batch.sources[slot], batch.rows[slot], batch.epochs[slot]) if weight[place] else ""
+            for place, slot in enumerate(slots)
+        ]
+        return {
+            "task": bucket.task,
+            "bucket": (bucket.target, bucket.references),
+            "target": target,
+            "references": tuple(references),
+            "input_ids": padded.input_ids,
+            "position_ids": padded.position_ids,
+            "real": padded.real,
+            "visible": padded.visible,
+            "image_index": padded.image_slots,
+            "weight": weight,
+            "sample_ids": np.array(ids),
+            "sample_index": batch.number * len(batch.rows) + np.array(slots, np.int64),
+            "skipped": tuple(skipped),
+        }
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, "deepgen-data")
+
+    @functools.cached_property
+    def _sources(self) -> Sequence[Source]:
+        return [open_source(source) for source in self._plan.config.sources]
+
+    def _load(
+        self, batch: BatchPlan, slots: Sequence[int], images: Sequence[np.ndarray], place: int
+    ) -> TokenizedPrompt | BadSample:
+        """Writes a slot's pixels into ``images[...][place]`` and returns its prompt, or what is wrong with it."""
+        try:
+            return self._sample(batch, slots[place], [image[place] for image in images])
+        except BadSample as bad:
+            return bad
+
+    def _sample(self, batch: BatchPlan, slot: int, out: Sequence[np.ndarray]) -> TokenizedPrompt:
+        config, bucket = self._plan.config, batch.bucket
+        source, row = int(batch.sources[slot]), int(batch.rows[slot])
+        index = self._plan.indices[source]
+        record = read_row(self._sources[source], index.row(row))
+        if len(record.images) != len(out):
+            raise BadSample("changed since indexed", f"it has {len(record.images)} images")
+        sizes = (bucket.target, *bucket.references)
+        for data, stored, size, pixels in zip(record.images, index.sizes[row], sizes, out, strict=False):
+            image = load_pixels(data, config.max_pixels)
+            if image.size != tuple(stored):
+                raise BadSample("changed since indexed", f"an image is now {image.width}x{image.height}")
+            pixels[...] = np.asarray(resize(image, config.image_size, config.transform, size))
+        references = bucket.references if bucket.task == "edit" else None
+        if batch.dropped[slot]:
+            return self._prompts("", references, self._prompts.empty)
+        return self._prompts(record.text, references, int(index.words[row]))
+
+    def _substitute(
+        self, batch: BatchPlan, slot: int, images: Sequence[np.ndarray], place: int
+    ) -> TokenizedPrompt:
+        """Puts the next sample of the global micro-batch that can be read into a slot: the same on any host count."""
+        for step in range(1, len(batch.rows)):
+            try:
+                return self._sample(batch, (slot + step) % len(batch.rows), [image[place] for image in images])
+            except BadSample:
+                continue
+        raise DeepGenError(f"data: no sample of micro-batch {batch.number} can be read; is a disk or store gone?")
+
+    def _skipped(self, batch: BatchPlan, slot: int, bad: BadSample) -> Skipped:
+        source, row, epoch = batch.sources[slot], batch.rows[slot], batch.epochs[slot]
+        name = self._plan.config.sources[source].name
+        return Skipped(name, self._plan.name(source, row, epoch), bad.reason, bad.detail)
+
+
+def default_threads(workers: int) -> int:
+    """Cores of this machine for each of ``workers`` reading processes, or for this one."""
+    return max(1, (os.cpu_count() or 1) // max(1, workers))
