@@ -20,6 +20,8 @@ _PART = re.compile(r"^(?P<stem>.+\.part-?)(?P<number>[a-z]+|\d+)$")
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
+#: Bytes at both ends of a compressed member that are kept in memory.
+KEPT_BYTES = 16 * 2**20
 #: What reading a damaged zip file raises, besides DeepGenError.
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError,
@@ -105,6 +107,69 @@ class _Window(io.RawIOBase):
 
     def close(self) -> None:
         self._file.close()
+        super().close()
+
+
+class _Inflated(io.RawIOBase):
+    """A compressed member. Going forward decompresses; going back starts anew, except to its first and last bytes.
+
+    Those are kept from the first pass, since that is where a torch checkpoint has its tables.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+        self._archive, self._info = archive, info
+        self._size, self._position = info.file_size, 0
+        self._stream, self._stream_position = archive.open(info), 0
+        self._head, self._tail = bytearray(), bytearray()
+        self._tail_start = max(0, self._size - KEPT_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = _sought(offset, whence, self._position, self._size)
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        count = max(0, min(len(buffer), self._size - self._position))
+        in_tail = self._position - self._tail_start
+        if self._position < len(self._head):
+            data = bytes(self._head[self._position : self._position + count])
+        elif 0 <= in_tail < len(self._tail):
+            data = bytes(self._tail[in_tail : in_tail + count])
+        else:
+            if self._position < self._stream_position:
+                self._stream.close()
+                self._stream, self._stream_position = self._archive.open(self._info), 0
+            while self._stream_position < self._position:
+                self._inflate(min(2**20, self._position - self._stream_position))
+            data = self._inflate(count)
+        memoryview(buffer)[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _inflate(self, count: int) -> bytes:
+        """The next bytes of the stream."""
+        data = self._stream.read(count)
+        if count and not data:
+            raise EOFError("its compressed data end too early")
+        start = self._stream_position
+        self._stream_position += len(data)
+        if start == len(self._head):
+            self._head += data[: max(0, KEPT_BYTES - start)]
+        known = self._tail_start + len(self._tail)
+        if start <= known < self._stream_position:
+            self._tail += data[known - start :]
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
         super().close()
 
 
@@ -219,7 +284,7 @@ def _names(infos: Sequence[zipfile.ZipInfo]) -> str:
 def open_member(archive: zipfile.ZipFile, file: BinaryIO, info: zipfile.ZipInfo) -> tuple[BinaryIO, bool]:
     """A member as a seekable file, and whether seeking back in it is slow (it is compressed)."""
     if info.compress_type != zipfile.ZIP_STORED:
-        return cast(BinaryIO, archive.open(info)), True
+        return cast(BinaryIO, io.BufferedReader(_Inflated(archive, info))), True
     file.seek(info.header_offset)
     name_length, extra_length = struct.unpack("<HH", file.read(30)[26:30])
     start = info.header_offset + 30 + name_length + extra_length
