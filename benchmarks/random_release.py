@@ -1,6 +1,6 @@
-"""Writes a checkpoint of the released model's size with random weights, 13 GB in the diffusers-release layout.
+"""Writes random weights in the diffusers-release layout: of the released model's size (13 GB), or tiny (2 MB).
 
-    python benchmarks/full_size_checkpoint.py --out full
+    python benchmarks/random_release.py --size full --out full
     deepgen convert --diffusers full --out full-model
 
 Tensors go to disk one by one, so little memory is needed. Prints JSON: bytes, seconds, peak memory.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from deepgen_jax.convert.synthetic import write_release
+from deepgen_jax.convert.synthetic import tiny_config, write_release
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
@@ -27,6 +27,7 @@ from deepgen_jax.errors import DeepGenError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="default: full")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
     parser.add_argument("--seed", type=int, default=0)
@@ -35,11 +36,11 @@ def main() -> int:
     start = time.perf_counter()
     try:
         write_release(
-            options.out, DeepGenConfig(), seed=options.seed, dtype=options.dtype,
+            options.out, DeepGenConfig() if options.size == "full" else tiny_config(), seed=options.seed, dtype=options.dtype,
             max_shard_size=options.max_shard_size, overwrite=options.overwrite,
         )  # fmt: skip
     except DeepGenError as error:
-        print(f"full_size_checkpoint: error: {error}", file=sys.stderr)
+        print(f"random_release: error: {error}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     result = {

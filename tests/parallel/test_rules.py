@@ -1,0 +1,57 @@
+"""The sharding table and meshes."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from deepgen_jax import model_folder
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models.deepgen import abstract_params
+from deepgen_jax.parallel import rules
+from deepgen_jax.parallel.mesh import AXES, make_mesh, parse_mesh
+
+
+@pytest.fixture(scope="module")
+def full():
+    return abstract_params(DeepGenConfig())
+
+
+def test_every_parameter_matches_exactly_one_rule(full):
+    assert {path: n for path, _ in rules.leaves(full) if (n := len(rules.matching_rules(path))) != 1} == {}
+
+
+def test_stored_and_adapter_parameters_match_exactly_one_rule(folders):
+    folder = folders("sft_adapters")
+    for name in ("params", "lora"):
+        for path, _ in rules.leaves(model_folder.stored_tree(folder, name)):
+            assert len(rules.matching_rules(path)) == 1, path
+
+
+def test_no_large_parameter_is_whole_on_every_device(full):
+    mesh = AbstractMesh((1, 8, 1), AXES)
+    for path, leaf in rules.leaves(full):
+        if leaf.size * 2 > 4 * 2**20:
+            assert rules.partition_spec(path, leaf.shape, mesh) != PartitionSpec(*[None] * len(leaf.shape)), path
+
+
+def test_axes_that_do_not_divide_a_dimension_are_left_out():
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    assert rules.partition_spec("text/x/q_proj/kernel", (6, 10), mesh) == PartitionSpec(None, "tensor")
+    with pytest.raises(ValueError, match="matches 0 rules"):
+        rules.partition_spec("text/x/unheard_of", (4,), mesh)
+
+
+def test_mesh_text():
+    assert parse_mesh("tensor=2, data=4") == {"data": 4, "fsdp": 1, "tensor": 2}
+    for wrong in ("", "model=2", "data", "data=0", "data=-1", "data=2,data=2", "data=x"):
+        with pytest.raises(DeepGenError, match="data=1,fsdp=8,tensor=1"):
+            parse_mesh(wrong)
+
+
+def test_mesh_must_use_the_devices_there_are():
+    assert make_mesh(None).size == 1
+    with pytest.raises(DeepGenError, match=f"needs 64 devices, but there are {len(jax.devices())}"):
+        make_mesh("data=64")
