@@ -249,7 +249,7 @@ class _Builder:
             if factors is not None and len(blocks) > 1:
                 factors = functools.cache(factors)
             refs = [ref, *([] if adapter is None else adapter.refs)]
-            order = max((r.source.sequential, id(r.source), r.position) for r in refs)
+            order = self._order(refs)
             for number, rows in enumerate(blocks):
                 value = self._value(weight, ref, factors, rows, dtype)
                 pieces.append(Piece(slice_index(weight, rows), (*order, number), value))
@@ -259,6 +259,13 @@ class _Builder:
                 chunks = tuple(block if i == axis else n for i, n in enumerate(weight.target_shape))
         ones = (1,) * len(first.stack)
         return Leaf(first.path, (*first.stack, *first.target_shape), dtype, (*ones, *chunks), pieces)
+
+    @staticmethod
+    def _order(refs: Sequence[Ref]) -> tuple[bool, int, int]:
+        """Sorts pieces so that a source that cannot go back cheaply is read from its start to its end."""
+        sequential = [ref for ref in refs if ref.source.sequential]
+        first = min(sequential or refs[:1], key=lambda ref: ref.position)
+        return first.source.sequential, id(first.source), first.position
 
     def _factors(self, adapter: Adapter) -> Callable[[], Factors]:
         """A function that reads a [in, rank] and b [rank, out] in float32."""
@@ -309,7 +316,7 @@ class _Builder:
         pieces = []
         for weight in group:
             ref = refs.get(weight.key)
-            order = (ref.source.sequential, id(ref.source), ref.position, 0) if ref else (False, 0, 0, 0)
+            order = (*self._order([ref]), 0) if ref else (False, 0, 0, 0)
             pieces.append(Piece(weight.index, order, value(ref)))
         path = (*first.path[:-1], role.value)
         return Leaf(path, (*first.stack, *shape), dtype, (*(1,) * len(first.stack), *shape), pieces)

@@ -20,8 +20,10 @@ _PART = re.compile(r"^(?P<stem>.+\.part-?)(?P<number>[a-z]+|\d+)$")
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
-#: Bytes at both ends of a compressed member that are kept in memory.
+#: Bytes of a compressed member that are kept in memory: at each of its ends, and behind the place of reading.
 KEPT_BYTES = 16 * 2**20
+RECENT_BYTES = 64 * 2**20
+_STEP_BYTES = 8 * 2**20
 #: What reading a damaged zip file raises, besides DeepGenError.
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError,
@@ -111,16 +113,17 @@ class _Window(io.RawIOBase):
 
 
 class _Inflated(io.RawIOBase):
-    """A compressed member. Going forward decompresses; going back starts anew, except to its first and last bytes.
+    """A compressed member. Going forward decompresses, going back starts anew, except to bytes that are kept.
 
-    Those are kept from the first pass, since that is where a torch checkpoint has its tables.
+    Those are its first and last, where a torch checkpoint has its tables, and those just passed, since an adapter's
+    factors may stand between the weight and the bias of its layer.
     """
 
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self._archive, self._info = archive, info
         self._size, self._position = info.file_size, 0
         self._stream, self._stream_position = archive.open(info), 0
-        self._head, self._tail = bytearray(), bytearray()
+        self._head, self._tail, self._recent = bytearray(), bytearray(), bytearray()
         self._tail_start = max(0, self._size - KEPT_BYTES)
 
     def readable(self) -> bool:
@@ -137,22 +140,28 @@ class _Inflated(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self._size - self._position))
-        in_tail = self._position - self._tail_start
-        if self._position < len(self._head):
-            data = bytes(self._head[self._position : self._position + count])
-        elif 0 <= in_tail < len(self._tail):
-            data = bytes(self._tail[in_tail : in_tail + count])
-        else:
+        count = max(0, min(len(buffer), self._size - self._position, _STEP_BYTES))
+        data = self._kept(count)
+        if data is None:
             if self._position < self._stream_position:
                 self._stream.close()
                 self._stream, self._stream_position = self._archive.open(self._info), 0
+                self._recent.clear()
             while self._stream_position < self._position:
-                self._inflate(min(2**20, self._position - self._stream_position))
+                self._inflate(min(_STEP_BYTES, self._position - self._stream_position))
             data = self._inflate(count)
         memoryview(buffer)[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _kept(self, count: int) -> bytes | None:
+        """Up to ``count`` bytes at the position, if they are kept."""
+        behind = self._stream_position - len(self._recent)
+        for kept, start in ((self._head, 0), (self._tail, self._tail_start), (self._recent, behind)):
+            place = self._position - start
+            if 0 <= place < len(kept):
+                return bytes(memoryview(kept)[place : place + count])
+        return None
 
     def _inflate(self, count: int) -> bytes:
         """The next bytes of the stream."""
@@ -166,6 +175,9 @@ class _Inflated(io.RawIOBase):
         known = self._tail_start + len(self._tail)
         if start <= known < self._stream_position:
             self._tail += data[known - start :]
+        self._recent += data
+        if len(self._recent) > 2 * RECENT_BYTES:
+            del self._recent[:-RECENT_BYTES]
         return data
 
     def close(self) -> None:
