@@ -36,9 +36,13 @@ def main() -> int:
     start = time.perf_counter()
     try:
         write_release(
-            options.out, DeepGenConfig() if options.size == "full" else tiny_config(), seed=options.seed, dtype=options.dtype,
-            max_shard_size=options.max_shard_size, overwrite=options.overwrite,
-        )  # fmt: skip
+            options.out,
+            DeepGenConfig() if options.size == "full" else tiny_config(),
+            seed=options.seed,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            overwrite=options.overwrite,
+        )
     except DeepGenError as error:
         print(f"random_release: error: {error}", file=sys.stderr)
         return 2

@@ -46,9 +46,9 @@ def _bilinear_matrix(length: int, size: int) -> np.ndarray:
     return matrix
 
 
-def patch_grid(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
-    """(rows, columns) of the vision tower's patches for a reference image of this size in pixels."""
-    down, across = (side * _SCALE[0] // _SCALE[1] // config.patch_size for side in (height, width))
+def patch_grid(size: Sequence[int], config: VisionConfig) -> tuple[int, int]:
+    """(rows, columns) of the vision tower's patches for a reference image of (height, width) pixels."""
+    down, across = (side * _SCALE[0] // _SCALE[1] // config.patch_size for side in size)
     return down, across
 
 
@@ -64,7 +64,7 @@ def patchify_for_vlm(pixels: ArrayT, config: VisionConfig) -> ArrayT:
       frame doubled in time.
     """
     patch, merge = config.patch_size, config.spatial_merge_size
-    grid = patch_grid(*pixels.shape[:2], config)
+    grid = patch_grid(pixels.shape[:2], config)
     vertical, horizontal = (
         _bilinear_matrix(side, count * patch) for side, count in zip(pixels.shape[:2], grid, strict=True)
     )
@@ -106,7 +106,7 @@ def batch_images(
     """
     from deepgen_jax.models.qwen_vision import patch_layout
 
-    grids = [patch_grid(*image.shape[:2], config) for image in images]
+    grids = [patch_grid(image.shape[:2], config) for image in images]
     parts = [patchify_for_vlm(image, config) for image in images]
     unit = config.spatial_merge_size**2
     longest = max(len(x) for x in parts)

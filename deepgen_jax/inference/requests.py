@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import Any
 
 from PIL import Image
 
@@ -40,7 +41,8 @@ class Requests:
         """The same, with the last entry repeated until the number of entries is a multiple of ``multiple``."""
         rows = list(range(self.count)) + [self.count - 1] * (-self.count % multiple)
         fields = ("prompts", "negative_prompts", "images", "seeds", "indices")
-        return replace(self, rows=rows, **{name: [getattr(self, name)[row] for row in rows] for name in fields})
+        repeated: dict[str, Any] = {name: [getattr(self, name)[row] for row in rows] for name in fields}
+        return replace(self, rows=rows, **repeated)
 
 
 def collect(

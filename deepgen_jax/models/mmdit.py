@@ -9,7 +9,8 @@ use its update.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ _EPS = 1e-6
 TIMESTEP_CHANNELS = 256
 
 #: Which keys may be attended: the masks among the arguments of :func:`attention`, none where all may.
-Visible = dict[str, jax.Array]
+Visible = Mapping[str, Any]
 
 
 class BlockRun(NamedTuple):

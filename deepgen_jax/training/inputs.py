@@ -93,7 +93,7 @@ def encode(model: DeepGen, frozen: dict[str, Any], target: jax.Array, references
 
     tokens = [jnp.zeros((batch, 0, config.vision.out_hidden_size), model.dtype)]
     for image in references:
-        grid = patch_grid(*image.shape[1:3], config.vision)
+        grid = patch_grid(image.shape[1:3], config.vision)
         layout = (jnp.broadcast_to(x, (batch, x.size)) for x in patch_layout(*grid, config.vision))
         with jax.default_matmul_precision("highest"):
             patches = jax.vmap(lambda x: patchify_for_vlm(x, config.vision))(pixels(image))
@@ -129,7 +129,8 @@ def assemble(
 
     def tokens(moments: Moments, noise: jax.Array) -> tuple[jax.Array, np.ndarray]:
         z = normalise(sample_posterior(moments.mean, moments.logvar, noise), model.config.vae)
-        ids = grids.position_ids(*z.shape[1:3], config.patch_size, config.pos_embed_max_size)
+        height, width = z.shape[1:3]
+        ids = grids.position_ids(height, width, config.patch_size, config.pos_embed_max_size)
         return grids.patchify(jnp.moveaxis(z, -1, 1), config.patch_size), ids
 
     def padded(parts: list[tuple[jax.Array, np.ndarray]], size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
