@@ -35,6 +35,10 @@ class Bucket(NamedTuple):
     references: Sizes
     samples: int
 
+    def __str__(self) -> str:
+        sizes = " + ".join(f"{width}x{height}" for width, height in (self.target, *self.references))
+        return f"{self.task} {sizes}"
+
     @property
     def image_tokens(self) -> int:
         """VLM tokens of all references."""

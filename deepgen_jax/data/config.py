@@ -114,7 +114,8 @@ class DataConfig:
       padding: which pads the model sees, one of `PADDINGS`.
       max_bad_share: a source with a larger share of bad samples stops the run.
       cache_dir: where indices are kept; "" is ``$DEEPGEN_CACHE`` or ``~/.cache/deepgen-jax``.
-      threads: that decode in each reading process; 0 is the number of cores, shared among the workers.
+      threads: that read and decode in each reading process; 0 is the number of cores, shared among the workers. Remote
+        data want more: while one waits for its store, others decode.
       workers: reading processes; 0 reads in threads of this process.
       prefetch: micro-batches prepared ahead, in each worker.
       index_workers: processes that build an index; 0 chooses by the number of samples.

@@ -69,7 +69,13 @@ def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
     """
     if is_remote(path):
         fs, inner = _remote(path)
-        return fs.cat_file(inner, start=offset or None, end=None if size is None else offset + size)
+        try:
+            return fs.cat_file(inner, start=offset or None, end=None if size is None else offset + size)
+        except OSError:
+            raise
+        except Exception as error:
+            # Every store has errors of its own.
+            raise OSError(f"{type(error).__name__}: {error}") from error
     with open(path, "rb", buffering=0) as file:
         if size is None:
             file.seek(offset)

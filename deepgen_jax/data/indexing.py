@@ -1,7 +1,8 @@
 """Building the index of a source, in parallel, and finding it again.
 
-The pass opens every image file once for its header (and its last bytes) and tokenises every text: about 3,000 samples a
-second and core from a local disk. What is kept: some 300 bytes a sample.
+The pass opens every image file once for its header (and its last bytes) and tokenises every text: about 2,000 samples a
+second and core from a local disk; remote files are fetched whole. What is kept: some 300 bytes a sample. Hosts that
+share a cache folder had better not all build it: run ``deepgen data inspect`` on one of them first.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 from deepgen_jax.data.checks import Facts, check_sample
 from deepgen_jax.data.config import DataConfig, SourceConfig
-from deepgen_jax.data.files import FileInfo, cache_folder
+from deepgen_jax.data.files import FileInfo, cache_folder, is_remote
 from deepgen_jax.data.index import VERSION, Index, IndexWriter
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.sources import BadSample, Source, open_source
@@ -33,6 +34,8 @@ R = TypeVar("R")
 
 #: Samples that one task checks.
 _CHUNK = 256
+#: Files of a remote store that are read at a time by one task.
+_REMOTE_READS = 16
 #: Below these, starting processes takes longer than they save.
 _MANY_ROWS, _MANY_BYTES = 50_000, 2**30
 
@@ -70,8 +73,14 @@ def _fingerprint(config: DataConfig, source: SourceConfig, prompts: Prompts, fil
 
 
 def _build(config: DataConfig, source: Source, prompts: Prompts, files: Sequence[FileInfo], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise DeepGenError(
+            f"the index of source {source.config.name} cannot be written ({error}); name another folder with cache_dir "
+            "or DEEPGEN_CACHE"
+        ) from error
     try:
         with contextlib.ExitStack() as stack:
             writer = IndexWriter(temporary, source.config.name)
@@ -144,13 +153,17 @@ def _scan_files(source: Source, files: Sequence[FileInfo]) -> list[bytes]:
 
 
 def _check_rows(source: Source, prompts: Prompts, max_pixels: int, rows: Sequence[bytes]) -> list[Facts | BadSample]:
-    found: list[Facts | BadSample] = []
-    for row in rows:
+    def check(row: bytes) -> Facts | BadSample:
         try:
-            found.append(check_sample(source, json.loads(row), prompts, max_pixels))
+            return check_sample(source, json.loads(row), prompts, max_pixels)
         except BadSample as bad:
-            found.append(bad)
-    return found
+            return bad
+
+    if is_remote(source.config.path) or is_remote(source.config.root):
+        # A store answers late, but many at a time.
+        with ThreadPoolExecutor(_REMOTE_READS) as pool:
+            return list(pool.map(check, rows))
+    return [check(row) for row in rows]
 
 
 def _encoded(row: Any) -> bytes:

@@ -80,7 +80,7 @@ class Report:
             out += [f"  left out: {count} {reason}" for reason, count in source.filtered.items()]
         out.append(f"{len(self.buckets)} buckets; {self.pixel_difference:.2%} of the pixels differ from the size rule")
         most = max(bucket.samples for bucket in self.buckets)
-        out += [f"  {_shape(bucket):<36} {_bar(bucket.samples, most)}" for bucket in self.buckets]
+        out += [f"  {bucket!s:<36} {_bar(bucket.samples, most)}" for bucket in self.buckets]
         if self.scarce:
             out.append(f"  {self.scarce} samples are in buckets with less than a micro-batch")
         out.append(f"tokens of a prompt, image and think tokens included ({self.cut} are cut)")
@@ -198,11 +198,6 @@ def _token_lengths(plan: Plan, model: DeepGenConfig) -> tuple[dict[tuple[int, in
         steps, numbers = np.unique((total - 1) // step, return_counts=True)
         counts.update(dict(zip(steps.tolist(), numbers.tolist(), strict=True)))
     return {(step * n + 1, step * (n + 1) + 1): counts[n] for n in sorted(counts)}, cut
-
-
-def _shape(bucket: Bucket) -> str:
-    references = "".join(f" + {width}x{height}" for width, height in bucket.references)
-    return f"{bucket.task} {bucket.target[0]}x{bucket.target[1]}{references}"
 
 
 def _bar(count: int, most: int) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from make_data import TOKENIZER, edit_samples, encoded, model, t2i_samples, write_captions, write_json, write_tar
@@ -144,6 +146,33 @@ def test_processes_find_the_same(tmp_path: Path, prompts: Prompts, monkeypatch: 
     assert together.meta == alone.meta
     assert together.meta["counts"]["damaged tar"] == 1
     assert [together.row(i) for i in range(0, len(alone), 50)] == [alone.row(i) for i in range(0, len(alone), 50)]
+
+
+def test_two_builders_at_a_time(tmp_path: Path, prompts: Prompts):
+    source = config_source(write_json(tmp_path, t2i_samples(40)))
+    settings = config(source, tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: open_index(settings, source, prompts), range(4)))
+    assert len({index.folder for index in found}) == 1
+    assert sorted(path.name for path in found[0].folder.parent.iterdir()) == [found[0].folder.name]
+    assert found[0].meta["counts"] == {}
+
+
+def test_remote_files(tmp_path: Path, prompts: Prompts):
+    memory = fsspec.filesystem("memory")
+    write_json(tmp_path / "j", t2i_samples(10))
+    memory.put(str(tmp_path / "j"), "/index/j", recursive=True)
+    memory.rm("/index/j/3.img")
+    source = SourceConfig("r", "json", "memory://index/j")
+    index = open_index(config(source, tmp_path, max_bad_share=0.5), source, prompts)
+    assert index.meta["counts"] == {"missing file": 1}
+
+
+def test_a_cache_folder_that_cannot_be(tmp_path: Path, prompts: Prompts):
+    source = config_source(write_json(tmp_path, t2i_samples(1)))
+    (tmp_path / "cache").write_bytes(b"a file")
+    with pytest.raises(DeepGenError, match="DEEPGEN_CACHE"):
+        open_index(config(source, tmp_path), source, prompts)
 
 
 def test_an_empty_source(tmp_path: Path, prompts: Prompts):
