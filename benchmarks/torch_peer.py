@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepgen_jax.convert.names import MMDIT, TEXT, VAE, weights
-from deepgen_jax.convert.transforms import to_source
 from torch import nn
 from torch.nn import functional as F
 
 from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig
+from deepgen_jax.convert.names import MMDIT, TEXT, VAE, weights
+from deepgen_jax.convert.transforms import to_source
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.models.qwen_text import selected_layers
 

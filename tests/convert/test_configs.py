@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deepgen_jax.convert import configs, release
 
 from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, SchedulerConfig, TextConfig, VAEConfig
+from deepgen_jax.convert import configs, release
 from deepgen_jax.errors import DeepGenError
 
 Parser = Callable[[Mapping[str, Any], str], Any]

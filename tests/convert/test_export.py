@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deepgen_jax.convert import convert, export
 from safetensors.torch import load_file
 
+from deepgen_jax.convert import convert, export
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import load_lora, read_manifest, read_scheduler
 

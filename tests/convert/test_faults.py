@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from deepgen_jax.convert import convert
-from deepgen_jax.convert.detect import open_checkpoint
-from deepgen_jax.convert.sources import WEIGHT_DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deepgen_jax.convert import convert
+from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.sources import WEIGHT_DTYPES
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import read_manifest
 

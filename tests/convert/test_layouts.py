@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepgen_jax.convert import convert, load_tree
-from deepgen_jax.convert.exporting import _flatten
 from safetensors.torch import load_file, save_file
 
 from deepgen_jax.config import LoRAConfig
+from deepgen_jax.convert import convert, load_tree
+from deepgen_jax.convert.exporting import _flatten
 from deepgen_jax.model_folder import PARTS, load_params, read_manifest, read_scheduler
 
 Flat = dict[str, np.ndarray]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deepgen_jax.convert import convert
-from deepgen_jax.convert.synthetic import tiny_config, write_byte_tokenizer, write_release
 
 from deepgen_jax.config import SchedulerConfig, TextConfig
+from deepgen_jax.convert import convert
+from deepgen_jax.convert.synthetic import tiny_config, write_byte_tokenizer, write_release
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import read_manifest, read_scheduler
 

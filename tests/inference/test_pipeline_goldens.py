@@ -71,9 +71,8 @@ def test_adapters_merged_or_kept(layout, cases, pipelines, check_golden):
 
 
 def test_adapter_scale(data_dir, cases, tmp_path, check_golden):
-    from deepgen_jax.convert import convert
-
     from deepgen_jax import DeepGenPipeline
+    from deepgen_jax.convert import convert
 
     convert(
         out=tmp_path / "model",

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepgen_jax.convert.names import MMDIT, VAE, Weight, mmdit_weights, vae_weights
-from deepgen_jax.convert.transforms import to_target
 
 from deepgen_jax.config import MMDiTConfig, VAEConfig
+from deepgen_jax.convert.names import MMDIT, VAE, Weight, mmdit_weights, vae_weights
+from deepgen_jax.convert.transforms import to_target
 
 State = dict[str, Any]
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepgen_jax.convert import names, transforms
 
 from deepgen_jax import model_folder
+from deepgen_jax.convert import names, transforms
 from deepgen_jax.data.tokens import PromptTokenizer, pad_prompts
 from deepgen_jax.flow.schedule import sigma_from_u
 from deepgen_jax.models import patches as grids
