@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .conversion import Report, convert
     from .exporting import export
-    from .trees import load_tree
 
-__all__ = ["Report", "convert", "export", "load_tree"]
+__all__ = ["Report", "convert", "export"]
 
-_MODULES = {"Report": "conversion", "convert": "conversion", "export": "exporting", "load_tree": "trees"}
+_MODULES = {"Report": "conversion", "convert": "conversion", "export": "exporting"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepgen_jax.config import LoRAConfig
-from deepgen_jax.convert import convert, load_tree
-from deepgen_jax.convert.exporting import _flatten
+from deepgen_jax.convert import convert
 from deepgen_jax.model_folder import PARTS, load_params, read_manifest, read_scheduler
 
 Flat = dict[str, np.ndarray]
@@ -266,17 +265,3 @@ def test_large_tensors_are_converted_in_blocks(
     ours = read_flat(tmp_path / "m")
     for name, value in expected.items():
         np.testing.assert_allclose(ours[name].astype(np.float32), value.astype(np.float32), 0, 1e-6, name)
-
-
-@pytest.mark.parametrize("part", ["text", "vision", "mmdit", "vae", "bridge"])
-def test_trees_from_state_dicts_equal_the_folder(
-    part: str, data_dir: Path, folders: Callable[[str], Path], read_flat: Callable[..., Flat]
-) -> None:
-    release = data_dir / "deepgen_diffusers"
-    folder = {"mmdit": "transformer", "vae": "vae", "bridge": "connector"}.get(part, "vlm")
-    state = {k: v for file in (release / folder).glob("*.safetensors") for k, v in load_file(file).items()}
-    tree = _flatten(load_tree(part, state, read_manifest(folders("diffusers")).config))
-    arrays = read_flat(folders("diffusers"))
-    assert {"/".join((part, *path)) for path in tree} == {name for name in arrays if name.startswith(f"{part}/")}
-    for path, value in tree.items():
-        np.testing.assert_array_equal(value, arrays["/".join((part, *path))].astype(np.float32))
