@@ -204,7 +204,7 @@ class DeepGenPipeline:
     def velocity(
         self,
         latents: Sequence[np.ndarray],
-        references: Sequence[Sequence[np.ndarray]] | None,
+        references: Sequence[Sequence[np.ndarray] | None] | None,
         timestep: np.ndarray,
         pooled: np.ndarray,
         sequence: np.ndarray,
@@ -214,7 +214,7 @@ class DeepGenPipeline:
 
         Args:
           latents: B noisy latents [C, h, w].
-          references: reference latents [C, h, w] of each sample; None for none.
+          references: reference latents [C, h, w] of each sample (None or empty for none); None for none at all.
           timestep: [B] on the 0..1000 scale.
           pooled: [B, P].
           sequence: [B, L, J].
@@ -224,9 +224,9 @@ class DeepGenPipeline:
           B arrays [C, h, w], float32.
         """
         config = self.config.mmdit
-        none: list[list[np.ndarray]] = [[] for _ in latents]
+        rows_of_references = [()] * len(latents) if references is None else [row or () for row in references]
         sizes = {"patch_size": config.patch_size, "max_size": config.pos_embed_max_size}
-        packed = grids.pack(latents, none if references is None else references, **sizes)
+        packed = grids.pack(latents, rows_of_references, **sizes)
         seen = np.ones(np.shape(sequence)[:2], bool) if mask is None else np.asarray(mask, bool)
         inputs = [packed.patches, packed.position_ids, np.asarray(timestep, np.float32), np.asarray(pooled)]
         inputs += [np.asarray(sequence), packed.patch_mask, seen]
