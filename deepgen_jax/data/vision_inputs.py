@@ -11,6 +11,7 @@ from einops import rearrange, repeat
 from PIL import Image
 
 from deepgen_jax.config import VisionConfig
+from deepgen_jax.data.tokens import round_up
 
 if TYPE_CHECKING:
     import jax
@@ -110,7 +111,7 @@ def batch_images(
     parts = [patchify_for_vlm(image, config) for image in images]
     unit = config.spatial_merge_size**2
     longest = max(len(x) for x in parts)
-    length = -(-longest // (multiple * unit)) * multiple * unit
+    length = round_up(longest, multiple * unit)
     shape = (max(rows, len(images)), length)
     patches = np.zeros((*shape, config.patch_dim), np.float32)
     layout = np.zeros((2, *shape), np.int32)

@@ -11,7 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from deepgen_jax.data.tokens import Padding, PromptBatch, PromptTokenizer, TokenizedPrompt, pad_prompts, visible_lengths
+from deepgen_jax.data.tokens import (
+    Padding,
+    PromptBatch,
+    PromptTokenizer,
+    TokenizedPrompt,
+    pad_prompts,
+    round_up,
+    visible_lengths,
+)
 from deepgen_jax.data.vision_inputs import batch_images, to_pixels
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.programs import Condition, Params
@@ -40,7 +48,7 @@ class PromptEncoder:
 
     def encode_images(self, images: Images) -> tuple[jax.Array, tuple[int, ...]]:
         """VLM tokens of pictures: [M', N, hidden] (M' and N padded), and how many tokens each picture has."""
-        rows = -(-len(images) // batch_size_multiple(self.mesh)) * batch_size_multiple(self.mesh)
+        rows = round_up(len(images), batch_size_multiple(self.mesh))
         pixels = [to_pixels(image) for image in images]
         batch = batch_images(pixels, self.model.config.vision, multiple=IMAGE_BUCKET, rows=rows)
         arrays = (batch.patches, batch.rows, batch.columns, batch.windows)

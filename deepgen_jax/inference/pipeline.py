@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
-from deepgen_jax.data.tokens import Padding, PromptTokenizer
+from deepgen_jax.data.tokens import Padding, PromptTokenizer, round_up
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.schedule import make_sigmas
@@ -339,7 +339,7 @@ class DeepGenPipeline:
             latents,
             patch_size=config.patch_size,
             max_size=config.pos_embed_max_size,
-            reference_tokens=-(-tokens // REFERENCE_BUCKET) * REFERENCE_BUCKET,
+            reference_tokens=round_up(tokens, REFERENCE_BUCKET),
         )
         padded = not packed.patch_mask.all()
         return programs.References(

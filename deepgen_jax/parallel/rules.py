@@ -6,7 +6,6 @@ other large dimension over "fsdp". Leading axes of stacked layers are never spli
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -86,12 +85,3 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str
         else:
             out[name] = NamedSharding(mesh, partition_spec(path, child.shape, mesh))
     return out
-
-
-def bytes_per_device(tree: Mapping[str, Any], mesh: Mesh) -> int:
-    """Bytes of a tree's arrays that one device of the mesh holds."""
-    total = 0
-    for path, leaf in leaves(tree):
-        shard = NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)).shard_shape(leaf.shape)
-        total += math.prod(shard) * leaf.dtype.itemsize
-    return total

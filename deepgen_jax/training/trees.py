@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.rules import leaves
 
@@ -90,9 +89,3 @@ def init_lora(text: Mapping[str, Any], rank: int, key: jax.Array) -> Tree:
             node = node.setdefault(part, {})
         node[module[-1]] = pair
     return {"text": adapters}
-
-
-def check_lora(config: DeepGenConfig, trains: Sequence[str]) -> None:
-    """Raises DeepGenError where "lora" is to be trained without a configuration of the adapters."""
-    if "lora" in trains and config.lora is None:
-        raise DeepGenError("lora is to be trained, but no rank is set; give lora.rank and lora.alpha")
