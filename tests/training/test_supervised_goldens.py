@@ -18,7 +18,16 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.training.inputs import MicroBatch, Moments, Text, TokenBudget, assemble, encode
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
-from deepgen_jax.training.supervised import Draws, apply_gradients, init_state, parts, supervised_losses
+from deepgen_jax.training.supervised import (
+    Draws,
+    StepSettings,
+    apply_gradients,
+    draw,
+    init_state,
+    parts,
+    supervised_losses,
+    train_step,
+)
 from deepgen_jax.training.trees import join, split
 
 SFT = ("bridge", "mmdit", "lora")
@@ -205,3 +214,39 @@ def test_moments_are_of_the_documented_shape(setups, pictures):
     assert isinstance(features.target, Moments)
     assert features.target.mean.shape == (1, 8, 12, 16)
     assert features.image_tokens.shape == (1, 0, 32)
+
+
+def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, goldens):
+    """Two equal micro-batches in a scan give the update of their mean; a NaN leaves all but the counters alone."""
+    setup = setups("pretrain")
+    micro, _ = t2i(setup, goldens("train"), cases)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), micro)
+    keys = jax.random.split(jax.random.key(0), 4).reshape(2, 2)
+    settings = StepSettings(setup.scheduler, ema_decay=0.9)
+    optimizer = make_optimizer(OptimizerConfig(schedule="constant", warmup=0), steps=1)
+    state = init_state(optimizer, setup.trainable["params"], None, ema=True)
+    step = jax.jit(partial(train_step, setup.model, optimizer, settings))
+    new, metrics = step(state, setup.frozen, {"t2i": stacked}, {"t2i": keys})
+
+    def mean_loss(trainable):
+        pairs = [(micro, draw(keys[i], micro, settings)) for i in range(2)]
+        return sum(setup.loss(trainable, *pair) for pair in pairs) / len(pairs)
+
+    loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(state.trainable)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss/t2i"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax_norm(gradients), rtol=1e-5)
+    assert metrics["loss_bin_counts"].sum() == 4
+    np.testing.assert_allclose(metrics["loss_bin_sums"].sum() / 4, loss, rtol=1e-5)
+    assert (int(new.step), int(new.skipped)) == (1, 0)
+    old_queries, queries, average = (
+        tree["params"]["bridge"]["meta_queries"] for tree in (state.trainable, new.trainable, new.ema)
+    )
+    assert np.any(old_queries != queries)
+    np.testing.assert_allclose(average, 0.9 * old_queries + 0.1 * queries, rtol=1e-6, atol=1e-8)
+
+    broken = stacked._replace(latents=stacked.latents.at[0, 0, 0, 0].set(jnp.nan))
+    after, metrics = step(new, setup.frozen, {"t2i": broken}, {"t2i": keys})
+    assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (2, 1, 1.0)
+    jax.tree.map(np.testing.assert_array_equal, after.trainable, new.trainable)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, new.opt_state)
