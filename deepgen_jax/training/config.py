@@ -1,0 +1,174 @@
+"""Frozen dataclasses that describe a training run; `configs/` holds one file for each published stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from deepgen_jax.data.config import DataConfig
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+#: What can be trained by name; "lora" are adapters on the language model.
+Trainable = Literal["bridge", "mmdit", "lora", "vae"]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA adapters on every Linear and the Embedding of the language model (paper, Table 9).
+
+    Attributes:
+      rank: of each adapter.
+      alpha: the update is scaled by alpha / rank.
+      dropout: probability with which an adapter's input is dropped.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        _at_least("lora.rank", self.rank, 1)
+        if not 0 <= self.dropout < 1:
+            raise DeepGenError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept.
+
+    Attributes:
+      every: steps between checkpoints; one more is written at the end and on SIGTERM.
+      keep_last: the newest ones that are kept.
+      keep_every: those of steps divisible by this are kept for good; 0 keeps none.
+    """
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoints.every", self.every, 1)
+        _at_least("checkpoints.keep_last", self.keep_last, 1)
+        _at_least("checkpoints.keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go, besides `metrics.jsonl` in the run's folder.
+
+    Attributes:
+      every: steps between entries.
+      tensorboard: write event files.
+      wandb: Weights & Biases project; "" for none.
+      sample_ids: write the ids of the samples of every step to `samples-HOST.jsonl`.
+      peak_flops: of one device, for MFU; 0 looks the device up, and leaves MFU out where it is not known.
+    """
+
+    every: int = 1
+    tensorboard: bool = True
+    wandb: str = ""
+    sample_ids: bool = False
+    peak_flops: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("log.every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Pictures made during training, always from the same noise.
+
+    Attributes:
+      every: steps between them; 0 for none.
+      prompts: what to generate.
+      images: reference image of each prompt, "" for none; empty for no references at all.
+      size: side of the pictures in pixels.
+      num_inference_steps, guidance_scale, seed: as those of the pipeline.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    size: int = 512
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _at_least("samples.every", self.every, 0)
+        if self.every and not self.prompts:
+            raise DeepGenError("samples.every asks for pictures but samples.prompts is empty; give prompts")
+        if self.images and len(self.images) != len(self.prompts):
+            raise DeepGenError(f"samples: {len(self.images)} images for {len(self.prompts)} prompts; give one each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all stages share.
+
+    Attributes:
+      model: model folder that the run starts from.
+      start: folder of an earlier run whose newest trained weights replace the model folder's; "" for none.
+      out: folder of this run; a run that was interrupted goes on from its newest checkpoint there.
+      steps: optimiser steps.
+      trains: names of the parts that train.
+      seed: of noise, noise levels, dropout and fresh adapters.
+      mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" puts all devices on fsdp.
+      dtype: of the computation; trained parameters are float32 masters all the same.
+      remat: what the backward pass computes again: "none", "dots" (all but products of matrices) or "full".
+      ema_decay: of a moving average of the trained parameters; None for none.
+      max_bad_steps: the run stops after so many steps in a row without a finite loss and gradient.
+    """
+
+    model: str
+    out: str
+    start: str = ""
+    steps: int
+    trains: tuple[Trainable, ...]
+    seed: int = 0
+    mesh: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float | None = None
+    max_bad_steps: int = 10
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("max_bad_steps", self.max_bad_steps, 1)
+        if not 0 <= self.seed < 2**32:
+            raise DeepGenError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+        if not self.trains or len(set(self.trains)) != len(self.trains):
+            raise DeepGenError(f"trains is {self.trains}; name each part that trains once")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise DeepGenError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedConfig(RunConfig):
+    """Stages 1 and 2: flow matching on pictures with texts.
+
+    Attributes:
+      data: what is learned from.
+      accumulation: micro-batches of one optimiser step; a multiple of the mixture's cycle gives every step the same
+        shares of the tasks, and one program.
+      weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
+    """
+
+    data: DataConfig
+    accumulation: int = 3
+    weighting: Literal["auto", "none", "logit_normal"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("accumulation", self.accumulation, 1)
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if value < low:
+        raise DeepGenError(f"{name} is {value}; it must be at least {low}")
