@@ -20,7 +20,7 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.qwen_vision import patch_layout
 from deepgen_jax.models.vae import normalise, sample_posterior
 
-#: What a key of (seed, step, slot) is for.
+#: What a key of (seed, sample) is for; reference i takes REFERENCE_POSTERIOR + i.
 TARGET_POSTERIOR, FLOW_NOISE, NOISE_LEVEL, LORA_DROPOUT, REFERENCE_POSTERIOR = range(5)
 
 
@@ -59,6 +59,7 @@ class MicroBatch(NamedTuple):
       latents: [B, T, D] float32, clean target patches; target_ids, target_mask: [B, T].
       references: [B, R, D] float32; reference_ids, reference_mask: [B, R]. R is 0 without references.
       image_tokens: [B, V, hidden]; V is 0 without references.
+      weight: [B] float32, the share of each sample in the micro-batch's mean loss; 0 leaves it out.
       text: the prompts.
     """
 
@@ -69,6 +70,7 @@ class MicroBatch(NamedTuple):
     reference_ids: jax.Array
     reference_mask: jax.Array
     image_tokens: jax.Array
+    weight: jax.Array
     text: Text
 
 
@@ -105,6 +107,18 @@ def _frozen(model: DeepGen, params: dict[str, Any], method: str, *args: jax.Arra
     return jax.lax.stop_gradient(model.apply({"params": params}, *args, method=method))
 
 
+def sample_keys(seed: int | jax.Array, index: jax.Array) -> jax.Array:
+    """A key of each sample, [B], from ``index`` uint32 [B, 2]: high and low half of its place in the data's sequence.
+
+    So randomness depends on the seed and the sample alone: not on the mesh, the host or the place in a batch.
+    """
+
+    def one(pair: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), pair[0]), pair[1])
+
+    return jax.vmap(one)(index)
+
+
 def posterior_noise(keys: jax.Array, purpose: int, like: Moments) -> jax.Array:
     """Standard normal noise [B, h, w, C], each sample's from its own key."""
 
@@ -118,6 +132,7 @@ def assemble(
     model: DeepGen,
     features: Features,
     text: Text,
+    weight: jax.Array,
     target_noise: jax.Array,
     reference_noise: Sequence[jax.Array],
     budget: TokenBudget,
@@ -149,5 +164,6 @@ def assemble(
         *padded([tokens(features.target, target_noise)], budget.target),
         *padded([tokens(moments, noise) for moments, noise in pairs], budget.references),
         jnp.pad(features.image_tokens, ((0, 0), (0, missing), (0, 0))),
+        weight,
         text,
     )

@@ -1,4 +1,7 @@
-"""Stages 1 and 2: one training step; what trains is a matter of which tree holds the parameters."""
+"""Stages 1 and 2: one training step; what trains is a matter of which tree holds the parameters.
+
+Everything is a pure function of global arrays: under `jax.jit` with shardings the same step runs on any mesh.
+"""
 
 from __future__ import annotations
 
@@ -124,9 +127,10 @@ def train_step(
     def mean_loss(trainable: Tree, micro: MicroBatch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         draws = draw(keys, micro, settings)
         losses = supervised_losses(model, trainable, frozen, micro, draws, settings.lora_scale)
+        weighted = losses * micro.weight
         bins = jnp.clip((draws.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
-        sums = jnp.zeros(TIMESTEP_BINS).at[bins].add(losses)
-        return jnp.mean(losses) / count, (sums, jnp.zeros(TIMESTEP_BINS).at[bins].add(1.0))
+        sums, counts = (jnp.zeros(TIMESTEP_BINS).at[bins].add(x) for x in (weighted, micro.weight))
+        return jnp.sum(weighted) / jnp.sum(micro.weight) / count, (sums, counts)
 
     gradients = jax.tree.map(jnp.zeros_like, state.trainable)
     bins = (jnp.zeros(TIMESTEP_BINS), jnp.zeros(TIMESTEP_BINS))
@@ -173,6 +177,7 @@ def apply_gradients(
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
     norms = {"grad_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": 1.0 - finite}
+    norms["skipped_in_a_row"] = new_state.skipped
     for name, tree in (("grad_norm", gradients), ("update_norm", updates)):
         norms |= {f"{name}/{part}": optax.tree.norm(child) for part, child in parts(tree).items()}
     return new_state, norms

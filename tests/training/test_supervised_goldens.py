@@ -92,7 +92,7 @@ def t2i(setup, arrays, cases, max_tokens=None):
     empty = jnp.zeros((2, 0, packed.patches.shape[-1]))
     none = jnp.zeros((2, 0), jnp.int32)
     tokens = jnp.zeros((2, 0, setup.config.text.hidden_size))
-    micro = MicroBatch(*map(jnp.asarray, packed[:3]), empty, none, none.astype(bool), tokens, text)
+    micro = MicroBatch(*map(jnp.asarray, packed[:3]), empty, none, none.astype(bool), tokens, jnp.ones(2), text)
     return micro, Draws(jnp.asarray(arrays["t2i/sigma"]), jnp.asarray(setup.pack(noise).patches), None)
 
 
@@ -107,7 +107,7 @@ def i2i(setup, arrays, cases, pictures, goldens, check_golden):
         features = encode(setup.model, setup.frozen, jnp.asarray(np.asarray(pictures[target]))[None], images)
         noise = [jnp.moveaxis(jnp.asarray(arrays[f"i2i/eps_ref/{i}/{j}"]), 0, -1)[None] for j in range(len(images))]
         target_noise = jnp.moveaxis(jnp.asarray(arrays[f"i2i/eps_target/{i}"]), 0, -1)[None]
-        micros.append(assemble(setup.model, features, text, target_noise, noise, TokenBudget(64, 160, 16)))
+        micros.append(assemble(setup.model, features, text, jnp.ones(1), target_noise, noise, TokenBudget(64, 160, 16)))
         latent = grids.unpatchify(
             micros[-1].latents[0, : np.prod(arrays[f"i2i/latent/{i}"].shape[1:]) // 4],
             *arrays[f"i2i/latent/{i}"].shape[1:],
@@ -244,6 +244,10 @@ def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, go
     )
     assert np.any(old_queries != queries)
     np.testing.assert_allclose(average, 0.9 * old_queries + 0.1 * queries, rtol=1e-6, atol=1e-8)
+
+    halves = [stacked._replace(weight=jnp.asarray([row, row], jnp.float32)) for row in ([1, 0], [0, 1])]
+    shares = [step(state, setup.frozen, {"t2i": half}, {"t2i": keys})[1]["loss"] for half in halves]
+    np.testing.assert_allclose(sum(shares) / 2, loss, rtol=1e-6)  # each half counts its own samples alone
 
     broken = stacked._replace(latents=stacked.latents.at[0, 0, 0, 0].set(jnp.nan))
     after, metrics = step(new, setup.frozen, {"t2i": broken}, {"t2i": keys})

@@ -1,0 +1,155 @@
+"""Checkpoints of a run: trainable parameters, optimiser, moving average, counters and positions as one unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.training.supervised import TrainState
+from deepgen_jax.training.trees import Tree
+
+#: Where a run's folder keeps its checkpoints.
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """A run's checkpoints, written in the background by all hosts together; one that is not complete is never seen.
+
+    Writing goes on while training does. Leaving the context waits for what is being written.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig) -> None:
+        """Opens or makes ``run/checkpoints`` and removes what a killed run left half written there."""
+        self._folder = (run / FOLDER).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every or None,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Starts writing; returns when the state is copied, so that its buffers may be reused.
+
+        Args:
+          step: optimiser steps taken.
+          state: arrays on the mesh.
+          position: everything else that resuming needs, JSON.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), position=ocp.args.JsonSave(position))
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """A checkpoint's state, laid out on the mesh as ``like`` is, and its position.
+
+        Args:
+          step: of the checkpoint.
+          like: arrays, or shapes with shardings; the mesh may differ from the one that saved.
+
+        Raises:
+          DeepGenError: the checkpoint is damaged or of another model or setting.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like._asdict()
+        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax wraps errors of reading in bare exceptions
+            raise _unusable(self._folder / str(step), error) from error
+        return TrainState(**restored["state"]), dict(restored["position"])
+
+
+def newest_step(run: Path) -> int:
+    """Step of a run's newest complete checkpoint.
+
+    Raises:
+      DeepGenError: it has none.
+    """
+    folder = run / FOLDER
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    if not steps:
+        raise DeepGenError(f"{run} has no checkpoint; give the folder of a training run that has saved one")
+    return max(steps)
+
+
+def stored_weights(run: Path, step: int, tree: str = "trainable") -> Tree:
+    """Shapes of a checkpoint's ``trainable`` or ``ema`` tree: {"params": ..., "lora": ...}.
+
+    Raises:
+      DeepGenError: no such checkpoint, it is damaged, or it has no such tree.
+    """
+    folder = (run / FOLDER / str(step)).absolute()
+    if not folder.is_dir():
+        raise DeepGenError(f"{run} has no checkpoint of step {step}; it has {_steps(run)}")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder / "state").item_metadata.tree
+    except Exception as error:
+        raise _unusable(folder, error) from error
+    stored = metadata.get(tree)
+    if not stored:
+        raise DeepGenError(f"{folder} has no moving average; the run had no ema_decay")
+    return {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored.get(name) or {})
+        for name in ("params", "lora")
+    }
+
+
+def load_weights(run: Path, step: int, wanted: Tree, tree: str = "trainable") -> Tree:
+    """Arrays of a checkpoint's ``trainable`` or ``ema`` tree.
+
+    Args:
+      run: folder of the run.
+      step: of the checkpoint.
+      wanted: the part of :func:`stored_weights` that is read, each leaf with its dtype and sharding.
+      tree: "trainable" or "ema".
+
+    Raises:
+      DeepGenError: the checkpoint is damaged.
+    """
+    folder = (run / FOLDER / str(step)).absolute()
+    item = {tree: wanted}
+
+    def arguments(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding)
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(arguments, item), partial_restore=True)
+            return checkpointer.restore(folder / "state", args=args)[tree]
+    except Exception as error:
+        raise _unusable(folder, error) from error
+
+
+def _steps(run: Path) -> Sequence[int] | str:
+    folder = run / FOLDER
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    return ", ".join(map(str, steps)) or "none"
+
+
+def _unusable(folder: Path, error: Exception) -> DeepGenError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return DeepGenError(f"checkpoint {folder} cannot be used ({reason}); remove its folder to go on from an earlier one")
