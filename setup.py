@@ -20,6 +20,7 @@ CORE = [
 ]
 CONVERT = ["torch>=2.7"]
 REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27"]
+CURVES = ["matplotlib>=3.9", "tensorboardX>=2.6"]
 DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
 EXTRAS = {
     "convert": CONVERT,
@@ -27,11 +28,12 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "data": DATA,
-    "log": ["matplotlib>=3.9", "tensorboardX>=2.6", "wandb>=0.19"],
+    "log": [*CURVES, "wandb>=0.19"],
     "test": [
         *CONVERT,
         *REWARDS,
         *DATA,
+        *CURVES,
         "diffusers>=0.35",
         "pytest>=8.3",
         "pytest-xdist>=3.6",
@@ -41,7 +43,7 @@ EXTRAS = {
     ],
 }
 
-SUBPACKAGES = {"deepgen_jax.convert": "convert"}
+SUBPACKAGES = {"deepgen_jax.convert": "convert", "deepgen_jax.configs": "configs"}
 
 setup(
     name="deepgen-jax",
