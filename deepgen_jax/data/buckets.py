@@ -45,21 +45,22 @@ class Bucket(NamedTuple):
         return sum(width * height for width, height in self.references) // UNIT**2
 
 
-def exact_sizes(sizes: np.ndarray, config: DataConfig) -> tuple[np.ndarray, list[Sizes]]:
+def exact_sizes(sizes: np.ndarray, config: DataConfig, *, final: bool = False) -> tuple[np.ndarray, list[Sizes]]:
     """The sizes that the rule gives to each sample's images.
 
     Args:
       sizes: int [n, images, 2], (width, height) as stored; zeros stand for images that a sample does not have.
       config: names the rule.
+      final: the sizes stay as they are: those of cached features.
 
     Returns:
       int64 [n], which of the list's entries a sample has; and the list of different entries.
     """
     wide = sizes.astype(np.int64)
     pairs, inverse = np.unique(wide[..., 0] << 32 | wide[..., 1], return_inverse=True)
+    stored = [(int(pair >> 32), int(pair & 0xFFFFFFFF)) for pair in pairs]
     fitted = [
-        target_size(int(pair >> 32), int(pair & 0xFFFFFFFF), config.image_size, config.transform) if pair else (0, 0)
-        for pair in pairs
+        size if final or size == (0, 0) else target_size(*size, config.image_size, config.transform) for size in stored
     ]
     different = sorted(set(fitted))
     place = {size: number for number, size in enumerate(different)}

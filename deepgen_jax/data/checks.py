@@ -11,7 +11,7 @@ from deepgen_jax.data.files import Blob, open_blob
 from deepgen_jax.data.images import ImageError, decode_image, image_size
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.sources import BadSample, Row, Source, read_row
-from deepgen_jax.data.sources.base import ImageData
+from deepgen_jax.data.sources.base import CachedImage, ImageData
 
 # How far before a file's end its end marker is looked for: some programs append a few bytes.
 _TAIL = 64
@@ -35,13 +35,13 @@ def check_sample(source: Source, row: Row, prompts: Prompts, max_pixels: int) ->
     Raises:
       BadSample: it cannot be used.
     """
-    record = read_row(source, row)
+    record = read_row(source, row, sizes_only=True)
     edit = source.config.task == "edit"
     words = prompts.words(record.text, len(record.images) - 1 if edit else None)
     return Facts(words, tuple(_measure(image, max_pixels) for image in record.images))
 
 
-def load_pixels(data: ImageData, max_pixels: int) -> Image:
+def load_pixels(data: bytes | Blob, max_pixels: int) -> Image:
     """The decoded image, upright, RGB.
 
     Raises:
@@ -60,6 +60,8 @@ def _measure(data: ImageData, max_pixels: int) -> tuple[int, int]:
     Nearly all broken files that have a whole header are truncated ones, so that hardly any is left to be found while
     training runs.
     """
+    if isinstance(data, CachedImage):
+        return data.size
     try:
         with open_blob(data) as file:
             whole = _has_end(file)
@@ -71,7 +73,7 @@ def _measure(data: ImageData, max_pixels: int) -> tuple[int, int]:
         raise _bad(data, error) from error
 
 
-def _bad(data: ImageData, error: Exception) -> BadSample:
+def _bad(data: bytes | Blob, error: Exception) -> BadSample:
     where = data.path if isinstance(data, Blob) else "image"
     if isinstance(error, ImageError):
         return BadSample(error.reason, f"{where}: {error}")

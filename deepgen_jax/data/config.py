@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 TASKS = ("t2i", "edit")
 #: Formats of data sets; `deepgen_jax.data.sources` holds one file for each.
-KINDS = ("json", "captions", "webdataset", "parquet", "array_record", "tfds", "image_folder")
+KINDS = ("json", "captions", "webdataset", "parquet", "array_record", "tfds", "image_folder", "features")
 #: What `SourceConfig.fields` may rename.
 FIELDS = ("text", "image", "references", "annotation")
 #: Which left pads of a micro-batch the model sees: none, or those up to its longest prompt, as in the released system.
@@ -165,6 +165,13 @@ class DataConfig:
                 limits = f"at least {low}" if high is None else f"from {low} to {high}"
                 raise DeepGenError(f"data: {name} is {value}; it must be {limits}")
         for task in TASKS:
+            kinds = {source.kind == "features" for source in self.sources if source.task == task}
+            if len(kinds) > 1:
+                uncached = ", ".join(s.name for s in self.sources if s.task == task and s.kind != "features")
+                raise DeepGenError(
+                    f"data: some sources of task {task} are cached features and some are not ({uncached}); run "
+                    "`deepgen data cache` over all of the task's sources, or over none"
+                )
             weights = [source.weight for source in self.sources if source.task == task]
             some = any(weight is not None for weight in weights)
             if (task in self.mixture.tasks) != bool(weights):
@@ -175,6 +182,10 @@ class DataConfig:
                 raise DeepGenError(f"data: task {task} has {len(weights)} sources and the mixture disagrees; {mend}")
             if some and None in weights:
                 raise DeepGenError(f"data: some sources of task {task} have a weight and some none; weigh all or none")
+
+    def cached(self, task: str) -> bool:
+        """Whether a task's samples come as features that `deepgen data cache` wrote; if so, all of them do."""
+        return any(source.kind == "features" for source in self.sources if source.task == task)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "data") -> T:

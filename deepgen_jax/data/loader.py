@@ -20,13 +20,12 @@ from deepgen_jax.data.config import DataConfig
 from deepgen_jax.data.indexing import open_index
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompts import Prompts
-from deepgen_jax.data.reader import Batch, Reader, Skipped, default_threads
+from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
+from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
 
 #: More micro-batches than any run has.
 _ENDLESS = 2**40
-# A source is not judged by its first few samples.
-_LEAST_SKIPPED = 10
 
 
 class Loader(Iterator[Batch]):
@@ -36,7 +35,9 @@ class Loader(Iterator[Batch]):
     without and with think tokens, equal on all hosts:
 
     * ``task``: "t2i" or "edit"; ``bucket``: (target (w, h), tuple of reference (w, h)); all samples share them
-    * ``target``: uint8 [B, H, W, 3]; ``references``: tuple of uint8 [B, Hr, Wr, 3]
+    * ``target``: uint8 [B, H, W, 3]; ``references``: tuple of uint8 [B, Hr, Wr, 3]; or, in place of both, where the
+      task's sources are cached, ``features``: ``target`` and each of the tuple ``references`` are (mean, logvar),
+      float32 [B, h, w, C], and ``image_tokens`` [B, V, hidden] are the VLM tokens of all references, V = 0 without any
     * ``input_ids``: int32 [B, L]; ``position_ids``: int32 [3, B, L + Q]
     * ``real``, ``visible``: bool [B, L + Q], as in `deepgen_jax.data.tokens.PromptBatch`
     * ``image_index``: int32 [B, L], place among the sample's own VLM tokens, all references in one row; else -1
@@ -60,6 +61,7 @@ class Loader(Iterator[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         once: bool = False,
+        weights: str | None = None,
     ) -> None:
         """Opens the sources; builds the indices that are not there yet.
 
@@ -70,6 +72,8 @@ class Loader(Iterator[Batch]):
           process_index, process_count: this host and how many there are.
           once: end after every usable sample was read once; slots that remain in the last batch of a bucket hold copies
             with weight 0.
+          weights: digest of the frozen encoders, which cached features must come from; what
+            `deepgen_jax.training.features.encoder_digest` gives. Needed with cached sources only.
 
         Raises:
           DeepGenError: a source cannot be used, or the micro-batch cannot be shared evenly.
@@ -79,6 +83,7 @@ class Loader(Iterator[Batch]):
                 f"data: micro_batch {config.micro_batch} cannot be shared by {process_count} processes evenly; "
                 "make it a multiple of them"
             )
+        self._token_dtypes = _check_features(config, model, weights)
         self._prompts = Prompts(tokenizer, model)
         indices = [open_index(config, source, self._prompts) for source in config.sources]
         self.plan = Plan(config, indices, self._prompts, once=once)
@@ -151,6 +156,7 @@ class Loader(Iterator[Batch]):
             length=max(0, total - self._position),
             share=self._share,
             threads=config.threads or default_threads(config.workers),
+            token_dtypes=self._token_dtypes,
         )
         # grain's threads only wait: the reader has its own, one a sample, so that the first batch comes early.
         options = grain.ReadOptions(num_threads=config.prefetch, prefetch_buffer_size=config.prefetch)
@@ -170,9 +176,26 @@ class Loader(Iterator[Batch]):
         for sample in skipped:
             self.skipped[sample.source, sample.reason] += 1
             bad = sum(count for (source, _), count in self.skipped.items() if source == sample.source)
-            share = self.plan.config.max_bad_share
-            if bad > max(_LEAST_SKIPPED, share * (bad + self.loaded[sample.source])):
-                raise DeepGenError(
-                    f"source {sample.source}: {bad} samples could not be read, more than max_bad_share {share:g} of "
-                    f"{bad + self.loaded[sample.source]}; the last: {sample.reason} ({sample.detail})"
-                )
+            check_share(sample, bad, bad + self.loaded[sample.source], self.plan.config.max_bad_share)
+
+
+def _check_features(config: DataConfig, model: DeepGenConfig, weights: str | None) -> dict[str, str]:
+    """The dtype of cached VLM tokens by task, once it is clear that the features are of this model.
+
+    Raises:
+      DeepGenError: they are not, or those of a task differ in dtype.
+    """
+    dtypes: dict[str, str] = {}
+    for source in config.sources:
+        if source.kind != "features":
+            continue
+        manifest = Features(source).manifest
+        if weights is None:
+            raise DeepGenError(f"source {source.name} holds cached features; say of which weights they must be")
+        manifest.check(f"source {source.name}", config, model, weights)
+        if dtypes.setdefault(source.task, manifest.dtype) != manifest.dtype:
+            raise DeepGenError(
+                f"source {source.name} was cached in {manifest.dtype}, another source of task {source.task} in "
+                f"{dtypes[source.task]}; cache both in one dtype"
+            )
+    return dtypes

@@ -132,6 +132,14 @@ class Plan:
         """The id of a sample in the log: ``source/row@epoch``."""
         return f"{self.config.sources[source].name}/{row}@{epoch}"
 
+    def rows_by_bucket(self, source: int) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """The usable rows of a source, int32, in the order in which `once` reads them."""
+        for task in self._tasks.values():
+            for bucket, cells in zip(task.buckets, task.cells, strict=True):
+                for cell in cells:
+                    if cell.source == source:
+                        yield bucket, self._orders[source].array[cell.start : cell.start + cell.size]
+
     def usable_words(self) -> Iterator[tuple[np.ndarray, int]]:
         """Words of all usable samples, some at a time, with the image tokens that each of them has."""
         for task in self._tasks.values():
@@ -215,14 +223,16 @@ class Plan:
 
     def _sort(self, task: str, sources: Sequence[int], differences: list[tuple[float, int]]) -> _TaskPlan:
         """The plan of a task; adds the order of each of its sources, and (pixel difference, samples) of each size."""
+        # Features have the size of the bucket that their images were resized to.
+        final = self.config.cached(task)
         found: dict[int, tuple[np.ndarray, np.ndarray, list[Sizes]]] = {}
         counts: Counter[Sizes] = Counter()
         for source in sources:
             rows = self._usable(source)
-            keys, entries = exact_sizes(self.indices[source].sizes[rows], self.config)
+            keys, entries = exact_sizes(self.indices[source].sizes[rows], self.config, final=final)
             found[source] = rows, keys, entries
             counts.update(dict(zip(entries, np.bincount(keys, minlength=len(entries)).tolist(), strict=True)))
-        chosen = choose_buckets(counts, self.config)
+        chosen = {sizes: sizes for sizes in counts} if final else choose_buckets(counts, self.config)
         for entry, count in counts.items():
             each = [pixel_difference(a, b) for a, b in zip(entry, chosen[entry], strict=True)]
             differences.append((sum(each) / len(each), count))
@@ -252,9 +262,11 @@ class Plan:
         sizes = np.asarray(index.sizes)
         there = sizes[..., 0] > 0
         short, long = sizes.min(axis=-1), sizes.max(axis=-1)
+        # The sides of an image that was resized for the cache tell nothing of the original's, which passed.
+        original = config.sources[source].kind != "features"
         filters = {
-            f"side of at most {config.min_side} px": (there & (short <= config.min_side)).any(axis=1),
-            f"aspect beyond {config.max_aspect:g}:1": (long > short * config.max_aspect).any(axis=1),
+            f"side of at most {config.min_side} px": original & (there & (short <= config.min_side)).any(axis=1),
+            f"aspect beyond {config.max_aspect:g}:1": original & (long > short * config.max_aspect).any(axis=1),
             f"more than {config.max_references} references": there.sum(axis=1) > 1 + config.max_references,
         }
         left = np.asarray(index.status) == 0

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from deepgen_jax.data.checks import load_pixels
+from deepgen_jax.data.buckets import Bucket
+from deepgen_jax.data.features import token_dtype
+from deepgen_jax.data.payload import Cached, Layout, Payload, Pixels
 from deepgen_jax.data.plan import BatchPlan, Plan
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.sources import BadSample, Source, open_source, read_row
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
-from deepgen_jax.data.transforms import resize
+from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
+
+# A source is not judged by its first few samples.
+_LEAST_SKIPPED = 10
 
 #: A host's share of a micro-batch, see `deepgen_jax.data.loader.Loader`.
 Batch = dict[str, Any]
@@ -34,7 +39,17 @@ class Skipped(NamedTuple):
 class Reader:
     """Random access to a host's micro-batches, for grain; picklable for its worker processes."""
 
-    def __init__(self, plan: Plan, prompts: Prompts, *, start: int, length: int, share: slice, threads: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        prompts: Prompts,
+        *,
+        start: int,
+        length: int,
+        share: slice,
+        threads: int,
+        token_dtypes: Mapping[str, str],
+    ) -> None:
         """Reads nothing yet.
 
         Args:
@@ -44,8 +59,9 @@ class Reader:
           length: number of items.
           share: this host's slots of each micro-batch.
           threads: that read and decode.
+          token_dtypes: of cached VLM tokens, by task.
         """
-        self._plan, self._prompts = plan, prompts
+        self._plan, self._prompts, self._token_dtypes = plan, prompts, token_dtypes
         self._start, self._length, self._share, self._threads = start, length, share, threads
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,10 +74,7 @@ class Reader:
         batch = self._plan[self._start + item]
         slots = range(len(batch.rows))[self._share]
         bucket, count = batch.bucket, len(slots)
-        target, *references = (
-            np.empty((count, height, width, 3), np.uint8) for width, height in (bucket.target, *bucket.references)
-        )
-        images = (target, *references)
+        images = self._payload(bucket, count)
         results = list(self._pool.map(functools.partial(self._load, batch, slots, images), range(count)))
         skipped, weight = [], np.zeros(count, np.float32)
         prompts: list[TokenizedPrompt] = []
@@ -83,8 +96,7 @@ class Reader:
         return {
             "task": bucket.task,
             "bucket": (bucket.target, bucket.references),
-            "target": target,
-            "references": tuple(references),
+            **images.entries(),
             "input_ids": padded.input_ids,
             "position_ids": padded.position_ids,
             "real": padded.real,
@@ -104,40 +116,38 @@ class Reader:
     def _sources(self) -> Sequence[Source]:
         return [open_source(source) for source in self._plan.config.sources]
 
+    def _payload(self, bucket: Bucket, count: int) -> Payload:
+        if bucket.task not in self._token_dtypes:
+            return Pixels(self._plan.config, bucket, count)
+        model, dtype = self._prompts.model, token_dtype(self._token_dtypes[bucket.task])
+        layout = Layout(model.vae.downscale, model.vae.latent_channels, UNIT, model.vision.out_hidden_size, dtype)
+        return Cached(layout, bucket, count)
+
     def _load(
-        self, batch: BatchPlan, slots: Sequence[int], images: Sequence[np.ndarray], place: int
+        self, batch: BatchPlan, slots: Sequence[int], images: Payload, place: int
     ) -> TokenizedPrompt | BadSample:
-        """Writes a slot's pixels into ``images[...][place]`` and returns its prompt, or what is wrong with it."""
+        """Puts a slot's images into their place and returns its prompt, or what is wrong with it."""
         try:
-            return self._sample(batch, slots[place], [image[place] for image in images])
+            return self._sample(batch, slots[place], images, place)
         except BadSample as bad:
             return bad
 
-    def _sample(self, batch: BatchPlan, slot: int, out: Sequence[np.ndarray]) -> TokenizedPrompt:
-        config, bucket = self._plan.config, batch.bucket
+    def _sample(self, batch: BatchPlan, slot: int, images: Payload, place: int) -> TokenizedPrompt:
+        bucket = batch.bucket
         source, row = int(batch.sources[slot]), int(batch.rows[slot])
         index = self._plan.indices[source]
         record = read_row(self._sources[source], index.row(row))
-        if len(record.images) != len(out):
-            raise BadSample("changed since indexed", f"it has {len(record.images)} images")
-        sizes = (bucket.target, *bucket.references)
-        for data, stored, size, pixels in zip(record.images, index.sizes[row], sizes, out, strict=False):
-            image = load_pixels(data, config.max_pixels)
-            if image.size != tuple(stored):
-                raise BadSample("changed since indexed", f"an image is now {image.width}x{image.height}")
-            pixels[...] = np.asarray(resize(image, config.image_size, config.transform, size))
+        images.put(place, record, index.sizes[row])
         references = bucket.references if bucket.task == "edit" else None
         if batch.dropped[slot]:
             return self._prompts("", references, self._prompts.empty)
         return self._prompts(record.text, references, int(index.words[row]))
 
-    def _substitute(
-        self, batch: BatchPlan, slot: int, images: Sequence[np.ndarray], place: int
-    ) -> TokenizedPrompt:
+    def _substitute(self, batch: BatchPlan, slot: int, images: Payload, place: int) -> TokenizedPrompt:
         """Puts the next sample of the global micro-batch that can be read into a slot: the same on any host count."""
         for step in range(1, len(batch.rows)):
             try:
-                return self._sample(batch, (slot + step) % len(batch.rows), [image[place] for image in images])
+                return self._sample(batch, (slot + step) % len(batch.rows), images, place)
             except BadSample:
                 continue
         raise DeepGenError(f"data: no sample of micro-batch {batch.number} can be read; is a disk or store gone?")
@@ -146,6 +156,24 @@ class Reader:
         source, row, epoch = batch.sources[slot], batch.rows[slot], batch.epochs[slot]
         name = self._plan.config.sources[source].name
         return Skipped(name, self._plan.name(source, row, epoch), bad.reason, bad.detail)
+
+
+def check_share(last: Skipped, bad: int, read: int, limit: float) -> None:
+    """Whether a source may go on.
+
+    Args:
+      last: of its samples that could not be read.
+      bad: how many there were, of ``read``.
+      limit: `DataConfig.max_bad_share`.
+
+    Raises:
+      DeepGenError: too many of its samples cannot be read.
+    """
+    if bad > max(_LEAST_SKIPPED, limit * read):
+        raise DeepGenError(
+            f"source {last.source}: {bad} samples could not be read, more than max_bad_share {limit:g} of {read}; "
+            f"the last: {last.reason} ({last.detail})"
+        )
 
 
 def default_threads(workers: int) -> int:

@@ -18,6 +18,7 @@ _SOURCES = {
     "array_record": ("array_record", "ArrayRecord"),
     "tfds": ("tfds", "TensorFlowDataset"),
     "image_folder": ("image_folder", "ImageFolder"),
+    "features": ("features", "Features"),
 }
 assert set(_SOURCES) == set(KINDS)
 

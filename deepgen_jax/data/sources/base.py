@@ -7,12 +7,30 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.files import Blob, FileInfo
 
-#: The encoded file of one image: in memory, or where to read it.
-ImageData: TypeAlias = bytes | Blob
+
+class CachedImage(NamedTuple):
+    """What the frozen encoders made of an image.
+
+    Attributes:
+      size: (width, height) in pixels of the image that they saw.
+      mean, logvar: float32 [h, w, C], the VAE's posterior; None where only the size was asked for.
+      tokens: [n, hidden], VLM tokens of a reference; None for a target.
+    """
+
+    size: tuple[int, int]
+    mean: np.ndarray | None = None
+    logvar: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+
+#: The encoded file of one image, in memory, or where to read it; or its features.
+ImageData: TypeAlias = bytes | Blob | CachedImage
 #: What finds a sample again, as JSON; `bad_row` where there is nothing to find.
 Row: TypeAlias = Any
 
@@ -82,21 +100,25 @@ class Source(abc.ABC):
           BadSample: it cannot be used.
         """
 
+    def look(self, row: Row) -> Record:
+        """`read`, for who wants the text and can do with images that tell their sizes."""
+        return self.read(row)
+
 
 def bad_row(reason: str, detail: str = "") -> Row:
     """Stands in for a sample that was found to be of no use during the scan."""
     return {_BAD: [reason, detail]}
 
 
-def read_row(source: Source, row: Row) -> Record:
-    """`Source.read` of any row.
+def read_row(source: Source, row: Row, *, sizes_only: bool = False) -> Record:
+    """`Source.read` of any row, or `Source.look` where only text and sizes are wanted.
 
     Raises:
       BadSample: the row is a `bad_row`, or the sample cannot be used.
     """
     if isinstance(row, dict) and _BAD in row:
         raise BadSample(*row[_BAD])
-    return source.read(row)
+    return source.look(row) if sizes_only else source.read(row)
 
 
 def load_json(data: bytes, where: str) -> Any:

@@ -1,0 +1,96 @@
+"""Features that `deepgen data cache` wrote, a folder a source; see `deepgen_jax.data.features`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from deepgen_jax.data import files
+from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.features import LINES, MANIFEST, RECORDS, FeatureManifest, read_features
+from deepgen_jax.data.files import FileInfo, join
+from deepgen_jax.data.sources.array_record import ShardReaders
+from deepgen_jax.data.sources.base import (
+    BadSample,
+    CachedImage,
+    Record,
+    Row,
+    Source,
+    bad_row,
+    load_json,
+    read_file,
+)
+from deepgen_jax.errors import DeepGenError
+
+
+class Features(Source):
+    """Rows are [shard, record, text, sizes]."""
+
+    suffixes = (RECORDS,)
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(config)
+        self._readers = ShardReaders()
+
+    def __reduce__(self) -> tuple[type[Features], tuple[SourceConfig]]:
+        return Features, (self.config,)
+
+    @functools.cached_property
+    def manifest(self) -> FeatureManifest:
+        """What made the features.
+
+        Raises:
+          DeepGenError: there is none, or it is of another task.
+        """
+        where = f"source {self.config.name}"
+        path = join(self.config.path, MANIFEST)
+        try:
+            found = FeatureManifest.from_json(files.read(path), path)
+        except OSError as error:
+            raise DeepGenError(
+                f"{where}: {self.config.path} holds no {MANIFEST}; give the folder of one source that `deepgen data "
+                "cache` wrote"
+            ) from error
+        if found.task != self.config.task:
+            raise DeepGenError(f"{where}: {self.config.path} holds features for {found.task}; set task to that")
+        return found
+
+    def files(self) -> list[FileInfo]:
+        manifest = self.manifest
+        found = super().files()
+        if len(found) != manifest.shards:
+            raise DeepGenError(
+                f"source {self.config.name}: {self.config.path} holds {len(found)} of {manifest.shards} shards; run "
+                "the same `deepgen data cache` again, which goes on where it ended"
+            )
+        return found
+
+    def scan(self, path: str) -> Iterator[Row]:
+        record = 0
+        try:
+            lines = read_file(path.removesuffix(RECORDS) + LINES).splitlines()
+            parsed = [load_json(line, path) for line in lines]
+            good = sum("bad" not in line for line in parsed)
+            if good and self._readers.open(path).num_records() != good:
+                raise BadSample("damaged shard", f"{path} does not hold the {good} records that it should")
+        except BadSample as bad:
+            yield bad_row(bad.reason, bad.detail)
+            return
+        for line in parsed:
+            if "bad" in line:
+                yield bad_row(*line["bad"])
+                continue
+            yield [path, record, line["text"], line["sizes"]]
+            record += 1
+
+    def look(self, row: Row) -> Record:
+        _, _, text, sizes = row
+        return Record(text, tuple(CachedImage((width, height)) for width, height in sizes))
+
+    def read(self, row: Row) -> Record:
+        path, record, *_ = row
+        try:
+            text, images = read_features(self._readers.read(path, record))
+        except ValueError as error:
+            raise BadSample("damaged record", f"{path}: record {record}: {error}") from error
+        return Record(text, tuple(images))
