@@ -35,10 +35,10 @@ from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_fo
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.notices import notify
+from deepgen_jax.terminal import progress_bar
 
 #: Side of an image where nothing says another, if the model was made for at least that.
 DEFAULT_SIDE = 512
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} images [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 @dataclass
@@ -246,14 +246,7 @@ class SamplingCommand(PromptArguments):
             return []
         sizes = batch_sizes(planned, self._batch_size())
         failures: list[Failure] = []
-        with tqdm(
-            total=len(planned),
-            initial=len(planned) - len(todo),
-            desc="compiling ",
-            unit=" images",
-            bar_format=_BAR,
-            disable=not sys.stderr.isatty(),
-        ) as bar:
+        with progress_bar(len(planned), len(planned) - len(todo), "images") as bar:
             for batch in render(pipe, todo, sizes, settings):
                 for request, result in batch:
                     if isinstance(result, DeepGenError):
