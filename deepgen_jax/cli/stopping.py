@@ -36,11 +36,13 @@ class Stop:
     second ends the process. ``Stop(graceful=False)``: the first is raised as usual, or ends the process if the main
     thread does not come to that.
 
-    Outside the main thread it does nothing, because signals cannot be caught there.
+    Outside the main thread it does nothing, because signals cannot be caught there. ``unit`` is what a person is told
+    is being finished.
     """
 
-    def __init__(self, graceful: bool) -> None:
+    def __init__(self, graceful: bool, unit: str = "batch") -> None:
         self.graceful = graceful
+        self._unit = unit
         self.signum: int | None = None
         self._active = False
         self._noticed = threading.Event()
@@ -85,7 +87,10 @@ class Stop:
                 seen += 1
                 name = _NAMES[signal.Signals(data[0])]
                 if self.graceful and seen == 1:
-                    print(f"\ndeepgen: {name}: finishing the batch in hand; once more to stop at once", file=sys.stderr)
+                    print(
+                        f"\ndeepgen: {name}: finishing the {self._unit} in hand; once more to stop at once",
+                        file=sys.stderr,
+                    )
                 elif self.graceful or not self._noticed.wait(_PATIENCE_SECONDS):
                     print(f"\ndeepgen: stopped by {name}", file=sys.stderr, flush=True)
                     os._exit(128 + data[0])

@@ -27,7 +27,7 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_implementation
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
-from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple
+from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
 
 OutputType = Literal["pil", "np", "latent"]
 Posterior = Literal["mean", "sample"]
@@ -151,10 +151,10 @@ class DeepGenPipeline:
         images: list[Image.Image] | np.ndarray | None = None
         if output_type != "latent":
             pixels = programs.vae_decode(self.model, self._vae, final, one_by_one=self.mesh.size == 1)
-            images = to_uint8(np.asarray(pixels)[:count])
+            images = to_uint8(to_host(pixels)[:count])
             if output_type == "pil":
                 images = [Image.fromarray(array) for array in images]
-        return PipelineOutput(images, np.asarray(final)[:count])
+        return PipelineOutput(images, to_host(final)[:count])
 
     def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
         """Tokens of one plain prompt text, the template applied inside.

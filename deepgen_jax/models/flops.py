@@ -7,6 +7,7 @@ of one sample; a training step's backward pass costs twice the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
@@ -157,3 +158,26 @@ def text_to_image(
         sampler=sides * steps * mmdit(config.mmdit, targets, length),
         decoder=vae_decoder(config.vae, height, width),
     )
+
+
+def training(
+    config: DeepGenConfig, trains: Collection[str], targets: int, context: int, references: int = 0
+) -> int:
+    """Forward and backward pass of one sample through language model, bridge and MMDiT.
+
+    A part that trains costs three forward passes; one that only hands gradients on, two; one before all that trains,
+    one. Adapters' own products and what is computed again to save memory are not counted.
+
+    Args:
+      config: the model.
+      trains: names of the parts that train: "bridge", "mmdit", "lora".
+      targets, references: image tokens.
+      context: prompt and think tokens.
+    """
+    states = len(selected_layers(config.text.num_layers, config.bridge.selection_stride))
+    dims = (config.mmdit.pooled_projection_dim, config.mmdit.joint_attention_dim)
+    before = {"text": "lora" in trains, "bridge": bool({"lora", "bridge"} & set(trains))}
+    total = (2 if before["text"] else 1) * text(config.text, context)
+    passes = 3 if "bridge" in trains else 2 if before["bridge"] else 1
+    total += passes * bridge(config.bridge, context, states, *dims)
+    return total + (3 if "mmdit" in trains else 2) * mmdit(config.mmdit, targets, context, references)

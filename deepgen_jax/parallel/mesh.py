@@ -65,3 +65,37 @@ def batch_sharding(mesh: Mesh, ndim: int, axis: int = 0) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch this host's devices hold: (index, number of parts).
+
+    Hosts that a tensor axis joins hold the same part.
+
+    Raises:
+      DeepGenError: the mesh spreads a host's devices so that its part of a batch is not one piece.
+    """
+    rows = batch_size_multiple(mesh)
+    sharding = batch_sharding(mesh, 1)
+    parts: dict[int, set[int]] = {}
+    for device, (piece,) in sharding.devices_indices_map((rows,)).items():
+        start, stop, _ = piece.indices(rows)
+        parts.setdefault(device.process_index, set()).update(range(start, stop))
+    mine = sorted(parts[jax.process_index()])
+    if len({len(part) for part in parts.values()}) > 1 or mine != list(range(mine[0], mine[-1] + 1)):
+        raise DeepGenError(f"mesh {dict(mesh.shape)} splits batches unevenly over hosts; let data * fsdp follow the hosts")
+    return mine[0] // len(mine), rows // len(mine)
+
+
+def to_global(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
+    """A batch over all hosts from this host's part of it, split along dimension ``axis``."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh, local.ndim, axis), local)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array on every host, wherever its pieces lie."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -9,7 +9,7 @@ from deepgen_jax.data.config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.optimizer import OptimizerConfig
 
-#: What can be trained by name; "lora" are adapters on the language model.
+#: What can be trained by name, as `deepgen_jax.training.trees.TRAINABLE`.
 Trainable = Literal["bridge", "mmdit", "lora", "vae"]
 
 

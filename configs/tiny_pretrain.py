@@ -1,0 +1,27 @@
+"""Stage 1 on a tiny model and a dozen drawn pictures: some seconds on a CPU. README tells how to make both."""
+
+from deepgen_jax.data.config import DataConfig, SourceConfig
+from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+SOURCES = (
+    SourceConfig("pictures", "json", "out/example/t2i.json"),
+    SourceConfig("edits", "json", "out/example/edit.json", task="edit"),
+)
+
+
+def get_config() -> SupervisedConfig:
+    """30 steps of 12 samples."""
+    return SupervisedConfig(
+        model="out/tiny",
+        out="out/runs/tiny_pretrain",
+        steps=30,
+        trains=("bridge",),
+        dtype="float32",
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.1),
+        data=DataConfig(sources=SOURCES, micro_batch=4, image_size=64, min_side=16, token_multiple=256),
+        accumulation=3,
+        checkpoints=CheckpointConfig(every=10),
+        samples=SampleConfig(every=15, prompts=("a red circle",), size=64, num_inference_steps=4),
+    )

@@ -1,0 +1,75 @@
+"""``deepgen train``: runs a training stage that a configuration file describes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from deepgen_jax.errors import DeepGenError
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Trains, or goes on training where the run's folder has a checkpoint.
+
+    On SIGTERM or Ctrl-C the step in hand is finished and saved; the same command goes on from there.
+    """
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """A .py file with `get_config()`, or the name of a packaged one, such as pretrain or sft."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = field(default=())
+    """Changes to it, such as steps=1000 optimizer.learning_rate=2e-5 data.sources.pairs.path=/data/pairs.json."""
+    show: bool = False
+    """Print the whole configuration as JSON, and do nothing else."""
+    coordinator: str = ""
+    """Address:port of process 0 when several processes train together; "auto" asks SLURM, Kubernetes or the TPU VM."""
+    num_processes: int = 0
+    """How many processes, with an address."""
+    process_id: int = -1
+    """Which of them this is, with an address."""
+    compilation_cache: str | None = None
+    """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
+
+    def run(self) -> int:
+        """Trains; returns the exit status."""
+        from deepgen_jax.training import overrides
+
+        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        if self.show:
+            print(json.dumps(overrides.to_json(config), indent=2))
+            return 0
+        for name in ("model", "out"):
+            if not getattr(config, name):
+                raise DeepGenError(f"{name} is not set; give {name}=FOLDER")
+
+        import jax
+
+        from deepgen_jax.cli.stopping import Stop
+        from deepgen_jax.inference.cache import enable_compilation_cache
+        from deepgen_jax.parallel import hosts
+        from deepgen_jax.parallel.mesh import make_mesh
+        from deepgen_jax.training.loop import train
+
+        hosts.join(self.coordinator, self.num_processes, self.process_id)
+        enable_compilation_cache(self.compilation_cache)
+        mesh = make_mesh(config.mesh or f"fsdp={jax.device_count()}")
+
+        def say(text: str) -> None:
+            if jax.process_index() == 0:
+                print(f"deepgen: {text}", file=sys.stderr, flush=True)
+
+        say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+        with Stop(graceful=True, unit="step") as stop:
+            outcome = train(config, mesh, stop, say)
+        if outcome.skipped:
+            say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
+        if not outcome.finished:
+            say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command goes on from there")
+            return 0 if stop.signum == signal.SIGTERM else 128 + signal.SIGINT
+        say(f"done: {outcome.step} steps in {config.out}")
+        return 0

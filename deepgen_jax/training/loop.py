@@ -1,0 +1,218 @@
+"""The training loop that all stages share: resume, step, log, checkpoint, stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.devices import peak_flops, peak_memory
+from deepgen_jax.parallel.hosts import Agreement
+from deepgen_jax.training import overrides
+from deepgen_jax.training.checkpoint import Checkpoints
+from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.progress import Progress
+from deepgen_jax.training.samples import check_images, grid, make_samples
+from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
+from deepgen_jax.training.tracking import Tracker
+from deepgen_jax.training.weights import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
+
+# What a run cannot change half-way, because its checkpoints would not be those of one run.
+_FIXED = ("model", "start", "trains", "seed", "lora")
+
+
+class StopSignal(Protocol):
+    """Tells whether the run was asked to stop."""
+
+    signum: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      step: optimiser steps taken and saved.
+      finished: all steps of the config were taken; else it was asked to stop.
+      skipped: steps without a finite loss and gradient, in the whole run.
+    """
+
+    step: int
+    finished: bool
+    skipped: int
+
+
+def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], None]) -> Outcome:
+    """Runs a stage to its last step, going on from the newest checkpoint in ``config.out``.
+
+    Args:
+      config: of the run.
+      mesh: of all hosts' devices.
+      stop: looked at between steps; when it is set, the run saves and returns.
+      say: takes lines for a person.
+
+    Raises:
+      DeepGenError: something in the config cannot be used, or too many steps in a row were not finite. Checkpoints
+        that are complete stay.
+    """
+    check_images(config.samples)
+    run = Path(config.out)
+    describe(run, config)
+    with ExitStack() as stack:
+        stage = make_stage(config, mesh)
+        stack.callback(stage.close)
+        checkpoints = stack.enter_context(Checkpoints(run, config.checkpoints))
+        start, skipped = 0, 0
+        if (latest := checkpoints.latest()) is not None:
+            state, position = checkpoints.restore(latest, stage.state)
+            stage.resume(state, position["stage"])
+            start, skipped = latest, position["skipped"]
+            say(f"goes on from step {start} of {run}")
+        for line in stage.facts():
+            say(line)
+        if start >= config.steps:
+            say(f"all {config.steps} steps are done; raise steps to train on")
+            return Outcome(start, True, skipped)
+        host = jax.process_index()
+        tracker = stack.enter_context(Tracker(run, config.log, overrides.to_json(config), start, process_index=host))
+        bar = stack.enter_context(Progress(config.steps, start)) if host == 0 else None
+        return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped).run(start, stop)
+
+
+def describe(run: Path, config: RunConfig) -> None:
+    """Writes the run's description, unless the folder holds another run.
+
+    Raises:
+      DeepGenError: it does, or something else.
+    """
+    values = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
+    values["config"] = overrides.to_json(config)
+    path = run / RUN_FILE
+    if path.is_file():
+        earlier = read_run(run)
+        if earlier["kind"] != values["kind"]:
+            raise DeepGenError(f"{run} holds a run of kind {earlier['kind']}, not {values['kind']}; give another out")
+        for name in _FIXED:
+            before, now = earlier["config"].get(name), values["config"][name]
+            if before != now:
+                raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
+    elif run.is_dir() and any(run.iterdir()):
+        raise DeepGenError(f"{run} holds something else than a training run; give another out")
+    if jax.process_index() == 0:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{RUN_FILE}.new")
+            temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise DeepGenError(f"{run} cannot be written ({error.strerror}); give another out") from None
+
+
+class _Loop:
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        bar: Progress | None,
+        mesh: Mesh,
+        skipped: int,
+    ) -> None:
+        self._config, self._stage, self._checkpoints = config, stage, checkpoints
+        self._tracker, self._bar, self._mesh = tracker, bar, mesh
+        self._skipped = skipped
+        peak = config.log.peak_flops or peak_flops(mesh.devices.flat[0])
+        self._peak = peak * mesh.size if peak else None
+
+    def run(self, step: int, stop: StopSignal) -> Outcome:
+        """Takes steps. The metrics of one are read while the next one runs."""
+        agreement = Agreement(self._mesh)
+        pending: tuple[int, StepReport] | None = None
+        self._mark = time.perf_counter()
+        asked = saved = False
+        while step < self._config.steps and not asked:
+            report = self._stage.step()
+            step += 1
+            asked = agreement.any(stop.signum is not None)
+            if pending:
+                self._finish(*pending)
+            pending = step, report
+            saved = self._is_due(step, self._config.checkpoints.every)
+            sampled = self._is_due(step, self._config.samples.every)
+            if saved or sampled:
+                self._finish(*pending)
+                pending = None
+            if saved:
+                self._save(step)
+            if sampled:
+                self._sample(step)
+        if pending:
+            self._finish(*pending)
+        if not saved:
+            self._save(step)
+        return Outcome(step, step >= self._config.steps, self._skipped)
+
+    @staticmethod
+    def _is_due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _save(self, step: int) -> None:
+        self._checkpoints.save(step, self._stage.state, {"stage": self._stage.position(), "skipped": self._skipped})
+
+    def _sample(self, step: int) -> None:
+        pictures = make_samples(self._stage.pipeline(), self._config.samples)
+        self._tracker.picture(step, "samples", grid(pictures))
+        self._mark = time.perf_counter()
+
+    def _finish(self, step: int, report: StepReport) -> None:
+        """Waits for a step, logs it, and stops the run where too many were not finite."""
+        metrics = {name: _plain(value) for name, value in report.metrics.items()}
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        skipped = bool(metrics.pop("skipped", 0.0))
+        in_a_row = metrics.pop("skipped_in_a_row", 0.0)
+        self._skipped += skipped
+        metrics |= self._speed(report, seconds) | {"skipped_steps": float(self._skipped)}
+        if self._config.log.sample_ids:
+            self._tracker.sample_ids(step, report.sample_ids)
+        if self._is_due(step, self._config.log.every) or skipped or step == self._config.steps:
+            self._tracker.log(step, metrics)
+        for name, picture in report.pictures.items():
+            self._tracker.picture(step, name, picture)
+        if self._bar is not None:
+            self._bar.show(step, metrics)
+        if isinstance(in_a_row, float) and in_a_row >= self._config.max_bad_steps:
+            last = self._checkpoints.latest()
+            kept = "no checkpoint was written yet" if last is None else f"the checkpoint of step {last} is kept"
+            raise DeepGenError(
+                f"loss or gradient was not finite in {in_a_row:.0f} steps in a row, up to step {step}; {kept}; lower "
+                "optimizer.learning_rate or look at the samples of these steps (log.sample_ids=true)"
+            )
+
+    def _speed(self, report: StepReport, seconds: float) -> dict[str, Any]:
+        speed = {
+            "samples_per_second": report.samples / seconds,
+            "tokens_per_second": report.tokens / seconds,
+            "seconds/step": seconds,
+            **{f"seconds/{phase}": value for phase, value in report.seconds.items()},
+        }
+        if self._peak:
+            speed["mfu"] = report.flops / seconds / self._peak
+        if (memory := peak_memory()) is not None:
+            speed["device_memory_gib"] = memory / 2**30
+        return speed
+
+
+def _plain(value: Any) -> float | list[float]:
+    array = np.asarray(value, np.float64)
+    return float(array) if array.ndim == 0 else array.tolist()

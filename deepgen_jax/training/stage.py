@@ -1,0 +1,124 @@
+"""What the training loop drives: a stage takes steps; the loop does everything that all stages share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
+from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.supervised import TrainState, init_state
+from deepgen_jax.training.weights import Weights
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+#: Name of a stage -> module and class of its config, module and class of the stage.
+STAGES = {
+    "supervised": (
+        ("deepgen_jax.training.config", "SupervisedConfig"),
+        ("deepgen_jax.training.supervised_stage", "SupervisedStage"),
+    ),
+}
+
+
+@dataclass
+class StepReport:
+    """What a step tells the loop.
+
+    Attributes:
+      metrics: by name; device scalars and vectors are read a step later, so that devices never wait for the host.
+      samples, tokens, flops: of the step, over all hosts.
+      sample_ids: of this host.
+      seconds: host seconds by phase; "data" is waiting for the loader.
+      pictures: name -> picture for the log.
+    """
+
+    metrics: dict[str, Any]
+    samples: int
+    tokens: int
+    flops: float
+    sample_ids: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+
+
+class Stage(Protocol):
+    """One kind of training. All that resuming needs is ``state`` (arrays) and ``position()`` (JSON)."""
+
+    state: TrainState
+
+    def step(self) -> StepReport:
+        """Takes one optimiser step."""
+        ...
+
+    def position(self) -> dict[str, Any]:
+        """Everything beside the state that the next step depends on, JSON, the same on every host."""
+        ...
+
+    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        ...
+
+    def pipeline(self) -> DeepGenPipeline:
+        """The model as it is now, to make pictures with."""
+        ...
+
+    def facts(self) -> list[str]:
+        """Lines that a person wants to see before the first step: what trains, shapes in use."""
+        ...
+
+    def close(self) -> None:
+        """Ends reading ahead."""
+        ...
+
+
+def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
+    """The stage that a config is of, its weights loaded and its data opened."""
+    module, name = STAGES[kind_of(config)][1]
+    return getattr(importlib.import_module(module), name)(config, mesh)
+
+
+def kind_of(config: RunConfig) -> str:
+    """Name of the stage that a config is of."""
+    return next(kind for kind, (owner, _) in STAGES.items() if owner[1] == type(config).__name__)
+
+
+def check_micro_batch(name: str, size: int, mesh: Mesh) -> None:
+    """Raises a DeepGenError where micro-batches cannot be split evenly over the mesh."""
+    if size % (pieces := batch_size_multiple(mesh)):
+        raise DeepGenError(
+            f"{name} is {size}, but the mesh splits batches into {pieces} pieces; make it a multiple of {pieces}"
+        )
+
+
+def start_state(
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh, *, ema: bool
+) -> TrainState:
+    """A state at step 0, laid out on the mesh; the optimiser's moments lie like the parameters they belong to.
+
+    The arrays of ``weights.trainable`` are donated to it.
+    """
+    trainable = weights.trainable
+    make = partial(init_state, optimizer, ema=ema)
+    shapes = jax.eval_shape(make, trainable["params"], trainable["lora"])
+    layout, everywhere = shardings_of(trainable), replicated(mesh)
+    opt_state = optax.tree.map_params(
+        optimizer, lambda _, like: like, shapes.opt_state, layout, transform_non_params=lambda _: everywhere
+    )
+    shardings = TrainState(everywhere, layout, opt_state, layout if ema else None, everywhere)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
+
+
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every array."""
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -1,0 +1,129 @@
+"""Stages 1 and 2 as the training loop drives them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from deepgen_jax.data.loader import Loader
+from deepgen_jax.data.tokens import PromptTokenizer
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.mesh import host_share, replicated
+from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.feed import Feed
+from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.stage import StepReport, check_micro_batch, shardings_of, start_state
+from deepgen_jax.training.supervised import StepSettings, TrainState, parts, train_step
+from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.weights import current_params, load_start
+
+if TYPE_CHECKING:
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+
+class SupervisedStage:
+    """Flow matching on pictures with texts; see `deepgen_jax.training.stage.Stage`."""
+
+    state: TrainState
+
+    def __init__(self, config: SupervisedConfig, mesh: Mesh) -> None:
+        """Loads the weights onto the mesh and opens the data.
+
+        Raises:
+          DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
+        """
+        check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
+        if "vae" in config.trains:
+            raise DeepGenError("trains: this stage does not train the vae; leave it out")
+        self._config, self._mesh = config, mesh
+        self._weights = load_start(config, mesh)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        self.state = start_state(optimizer, self._weights, mesh, ema=config.ema_decay is not None)
+        # The state takes the weights over: what it was made from is donated.
+        self._weights = self._weights._replace(trainable={})
+        share, shares = host_share(mesh)
+        self._loader = Loader(
+            config.data, self._weights.config, self._weights.tokenizer, process_index=share, process_count=shares
+        )
+        devices = list(mesh.devices.flat)
+        model = DeepGen(
+            self._weights.config,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            attention=choose_implementation(devices, config.dtype),
+        )
+        self._feed = Feed(
+            self._loader,
+            model,
+            self._weights.frozen,
+            mesh,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            trains=config.trains,
+        )
+        settings = StepSettings(self._weights.scheduler, self._weights.lora_scale, config.weighting, config.ema_decay)
+        rate = learning_rate(config.optimizer, config.steps)
+        # The feed's VAE and vision tower take no part in the step.
+        self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part not in ("vae", "vision")}
+        dropout = config.lora.dropout if "lora" in config.trains else 0.0
+        trained = model.clone(lora_dropout=dropout)
+
+        def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+            new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
+            sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
+            return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
+
+        layout = (shardings_of(self.state), replicated(mesh))
+        self._step = jax.jit(step, donate_argnums=0, out_shardings=layout)
+
+    def step(self) -> StepReport:
+        """Takes one optimiser step."""
+        batch = next(self._feed)
+        self.state, metrics = self._step(self.state, self._frozen, batch.micro_batches, batch.keys)
+        waited = {"data": batch.seconds}
+        return StepReport(metrics, batch.samples, batch.tokens, batch.flops, batch.sample_ids, waited)
+
+    def position(self) -> dict[str, Any]:
+        """The seed and where the data stand."""
+        return {"seed": self._config.seed, "data": self._loader.get_state()}
+
+    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+          DeepGenError: the data or the seed are others than those of the checkpoint.
+        """
+        if position["seed"] != self._config.seed:
+            raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
+        self._loader.set_state(position["data"])
+        self.state = state
+
+    def pipeline(self) -> DeepGenPipeline:
+        """The model as it is now, or its moving average where there is one."""
+        from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+        params = current_params(self._weights, self.state, self._config.dtype, self._mesh)
+        tokenizer = PromptTokenizer(self._weights.tokenizer, self._weights.config)
+        config = replace(self._weights.config, lora=None)
+        return DeepGenPipeline(config, self._weights.scheduler, params, tokenizer, self._mesh, self._config.dtype)
+
+    def facts(self) -> list[str]:
+        """What trains, and the shapes that batches have."""
+        trees = parts(self.state.trainable)
+        trained = ", ".join(f"{name} {sum(x.size for x in jax.tree.leaves(tree)):,}" for name, tree in trees.items())
+        samples = self._config.accumulation * self._config.data.micro_batch
+        buckets = ", ".join(str(bucket) for bucket in self._loader.buckets)
+        return [
+            f"trains {trained} parameters; {samples} samples a step in {self._config.accumulation} micro-batches",
+            f"{len(self._loader.buckets)} buckets: {buckets}",
+        ]
+
+    def close(self) -> None:
+        """Ends reading ahead."""
+        self._loader.close()
