@@ -74,6 +74,12 @@ COMMANDS = {
         "write a model folder back into a released layout",
         ("deepgen export deepgen --format diffusers --out DeepGen-diffusers",),
     ),
+    "plot": Subcommand(
+        "deepgen_jax.cli.plot",
+        "PlotCommand",
+        "draw the curves of training runs",
+        ("deepgen plot runs/pretrain", "deepgen plot runs/a runs/b --metrics loss,grad_norm --out compared.png"),
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
@@ -187,9 +188,16 @@ class Tracker:
         start_step: int = 0,
         *,
         process_index: int = 0,
-        process_count: int = 1,
+        process_count: int | None = None,
     ) -> None:
         """Opens the logs of the run in ``folder``, and drops what they say of steps after ``start_step``.
+
+        Args:
+          folder: of the run.
+          log: what is asked for.
+          config: the whole resolved configuration, JSON-ready.
+          start_step: optimiser steps that were done before.
+          process_index, process_count: which of how many processes this is; by default their number is JAX's.
 
         Raises:
           DeepGenError: a file cannot be written, or W&B is asked for and not to be had.
@@ -203,7 +211,7 @@ class Tracker:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DeepGenError(f"folder {folder} cannot be made: {error.strerror or error}") from error
-        self._truncate_samples(start_step, process_count)
+        self._truncate_samples(start_step, jax.process_count() if process_count is None else process_count)
         try:
             if log.sample_ids:
                 path = folder / SAMPLES_FILE.format(process_index)
