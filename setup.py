@@ -16,10 +16,12 @@ CORE = [
     "huggingface_hub>=0.30",
     "tyro>=0.9.20",
     "pillow>=11.0",
+    "pyyaml>=6.0",
     "tqdm>=4.66",
 ]
 CONVERT = ["torch>=2.7"]
-REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27"]
+# rapidocr from 3.10 on holds the ONNX models that it uses by default, and so downloads nothing.
+REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27", "rapidocr>=3.10,<4", "onnxruntime>=1.20"]
 CURVES = ["matplotlib>=3.9", "tensorboardX>=2.6"]
 DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
 EXTRAS = {

@@ -2,10 +2,64 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
+from deepgen_jax.rewards.base import LocalReward, Missing, RewardSample
+
+#: The reward does not apply to a prompt that asks for no text.
+NO_TEXT = Missing("the prompt quotes no text", permanent=True)
+
+
+class OCRReward(LocalReward):
+    """Text accuracy of what rapidocr reads in the image; its models lie inside its package.
+
+    Args:
+      workers: images read at once, each by a recogniser and on a core of its own; 0 for as many as there are cores, at
+        most 8.
+      min_confidence: lines recognised with less are ignored.
+
+    Raises:
+      DeepGenError: rapidocr, onnxruntime or rapidfuzz is not installed.
+    """
+
+    def __init__(self, workers: int = 0, min_confidence: float = 0.5) -> None:
+        if workers < 0:
+            raise DeepGenError(f"workers is {workers}; it must be at least 0")
+        workers = workers or min(os.cpu_count() or 1, 8)
+        self.executor = self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
+        self.min_confidence = min_confidence
+        self._local = threading.local()
+        self._told = threading.Lock()
+        _require_packages()
+
+    def score_one(self, sample: RewardSample) -> float | Missing:
+        if target_text(sample.prompt) is None:
+            # Told once in the life of the reward: the lock is never released.
+            if self._told.acquire(blocking=False):
+                notify(f"no OCR reward for prompts that quote no text, such as {sample.prompt[:80]!r}")
+            return NO_TEXT
+        return text_accuracy(self.recognise(sample.image), sample.prompt)
+
+    def recognise(self, image: np.ndarray) -> list[tuple[str, float]]:
+        """Lines of text in an image, uint8 [H, W, 3], with their confidence in 0..1, from top to bottom."""
+        if not hasattr(self._local, "engine"):
+            self._local.engine = _engine(self.min_confidence)
+        # An array is taken as blue, green, red.
+        found = self._local.engine(np.ascontiguousarray(image[:, :, ::-1]))
+        return list(zip(found.txts or (), map(float, found.scores or ()), strict=True))
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def target_text(prompt: str) -> str | None:
@@ -52,3 +106,23 @@ def _edit_distance(first: str, second: str) -> int:
     except ImportError as error:
         raise DeepGenError("the OCR reward needs rapidfuzz; run pip install 'deepgen-jax[rewards]'") from error
     return Levenshtein.distance(first, second)
+
+
+def _require_packages() -> None:
+    for package in ("rapidocr", "onnxruntime", "rapidfuzz"):
+        if importlib.util.find_spec(package) is None:
+            raise DeepGenError(f"the OCR reward needs {package}; run pip install 'deepgen-jax[rewards]'")
+
+
+def _engine(min_confidence: float) -> Any:
+    from rapidocr import RapidOCR
+
+    # One thread an engine: several images are read at once, and the loop that generates them needs cores, too.
+    return RapidOCR(
+        params={
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            "Global.log_level": "error",
+            "Global.text_score": min_confidence,
+        }
+    )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores
+from deepgen_jax.rewards.client import ClientConfig, RequestFailed
+from deepgen_jax.rewards.judge import Judge, check_template, filled
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _VERDICT = re.compile(r"\bimage\s+([12])\s+is\s+better\b", re.IGNORECASE)
@@ -47,3 +54,85 @@ def win_rates(n: int, verdicts: Iterable[Verdict]) -> np.ndarray:
             comparisons[index] += 1
             wins[index] += 0.5 if preferred is None else float(preferred == position)
     return np.round(wins / np.maximum(comparisons, 1), 3)
+
+
+TEMPLATE = "Compare these two images based on the prompt: {prompt}\nWhich image is better?"
+
+
+class PreferenceReward(Reward):
+    """Win rate of an image against the others of its group (paper, appendix B).
+
+    All pairs of a group go to a judge, which answers "Image 1 is better" or "Image 2 is better" inside ``<answer>``. A
+    comparison without a reply is left out. A reply without an answer counts half to both as in `win_rates`, and is
+    noted; but an image that got no answer at all has no score.
+
+    Args:
+      url, model, max_tokens, quality, client: of the `Judge`.
+      both_orders: ask about each pair twice, with the images exchanged, since judges tend to favour a place.
+      template: the question; ``{prompt}`` stands for the prompt.
+    """
+
+    needs_group = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str = "UnifiedReward-Think",
+        both_orders: bool = False,
+        template: str = TEMPLATE,
+        max_tokens: int = 2048,
+        quality: int = 95,
+        client: ClientConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        check_template(template)
+        self.both_orders, self.template = both_orders, template
+        self._judge = Judge(url, model, max_tokens, quality, client)
+
+    async def score(self, samples: Sequence[RewardSample]) -> Scores:
+        groups: dict[int, list[int]] = {}
+        for place, sample in enumerate(samples):
+            groups.setdefault(sample.group, []).append(place)
+        notes: Counter[str] = Counter()
+        results: list[float | Missing] = [Missing("")] * len(samples)
+        scored = await asyncio.gather(*(self._group([samples[i] for i in places], notes) for places in groups.values()))
+        for places, scores in zip(groups.values(), scored, strict=True):
+            for place, score in zip(places, scores, strict=True):
+                results[place] = score
+        return Scores.of(results, notes)
+
+    def counts(self) -> Counter[str]:
+        return self._judge.client.counts.copy()
+
+    async def close(self) -> None:
+        await self._judge.client.close()
+
+    async def _group(self, samples: Sequence[RewardSample], notes: Counter[str]) -> list[float | Missing]:
+        if len(samples) < 2:
+            return [Missing("there is no other image to compare with", permanent=True)] * len(samples)
+        images = await asyncio.gather(*(asyncio.to_thread(self._judge.data_url, s.image) for s in samples))
+        pairs = list(itertools.combinations(range(len(samples)), 2))
+        if self.both_orders:
+            pairs += [(second, first) for first, second in pairs]
+        replies = await asyncio.gather(*(self._compare(samples[i].prompt, images[i], images[j]) for i, j in pairs))
+
+        verdicts: list[Verdict] = []
+        answered: set[int] = set()
+        reasons: dict[int, Counter[str]] = {i: Counter() for i in range(len(samples))}
+        for pair, reply in zip(pairs, replies, strict=True):
+            if isinstance(reply, str):
+                verdicts.append((*pair, reply))
+            if isinstance(reply, str) and _ANSWER.search(reply):
+                answered.update(pair)
+                continue
+            reason = reply.reason if isinstance(reply, Missing) else "no <answer> in the reply"
+            notes[reason] += 1
+            for i in pair:
+                reasons[i][reason] += 1
+        rates = win_rates(len(samples), verdicts)
+        return [float(rates[i]) if i in answered else Missing(reasons[i].most_common(1)[0][0]) for i in reasons]
+
+    async def _compare(self, prompt: str, first: str, second: str) -> str | Missing:
+        try:
+            return await self._judge.ask(filled(self.template, prompt), [first, second])
+        except RequestFailed as failure:
+            return Missing(str(failure))

@@ -1,0 +1,140 @@
+"""What a reward is: it scores a batch of images, and says why where it gives no score."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deepgen_jax.errors import DeepGenError
+
+
+@dataclass(frozen=True, eq=False)
+class RewardSample:
+    """One generated image.
+
+    Attributes:
+      image: uint8 [H, W, 3], RGB.
+      prompt: what it was generated from.
+      group: number of its group; images of one prompt that are compared with each other share it.
+      metadata: further fields of the prompt's record.
+    """
+
+    image: np.ndarray
+    prompt: str
+    group: int = 0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[-1] != 3:
+            raise DeepGenError(f"a reward's image is {self.image.dtype} {self.image.shape}; give uint8 [H, W, 3]")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Stands in place of a score.
+
+    Attributes:
+      reason: a few words, the same for all failures of a kind, because they are counted by it.
+      permanent: trying again cannot help; the reward does not apply to the sample.
+    """
+
+    reason: str
+    permanent: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a batch.
+
+    Attributes:
+      values: float32 [N], NaN where there is no score.
+      missing: why, for every NaN, by its place in the batch.
+      notes: how often something worth knowing happened that did not cost a score.
+    """
+
+    values: np.ndarray
+    missing: Mapping[int, Missing] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, results: Sequence[float | Missing], notes: Counter[str] | None = None) -> Scores:
+        """Scores from one result a sample; a value that is not finite is missing, too."""
+        checked = [
+            r if isinstance(r, Missing) or math.isfinite(r) else Missing("the score is not finite") for r in results
+        ]
+        values = np.array([math.nan if isinstance(r, Missing) else r for r in checked], np.float32)
+        missing = {i: r for i, r in enumerate(checked) if isinstance(r, Missing)}
+        return cls(values, missing, Counter() if notes is None else notes)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Number of samples without a score by reason."""
+        return Counter(entry.reason for entry in self.missing.values())
+
+
+class Reward(abc.ABC):
+    """Scores images; the higher the better.
+
+    Attributes:
+      needs_group: a sample's score depends on the other images of its group, so that ``score`` must see whole groups.
+    """
+
+    needs_group: bool = False
+
+    @abc.abstractmethod
+    async def score(self, samples: Sequence[RewardSample]) -> Scores:
+        """Scores a batch.
+
+        A sample that cannot be scored is `Missing` and costs no other sample its score. Called on an event loop, which
+        long computations must not block.
+
+        Raises:
+          DeepGenError: the reward cannot work at all, such as for want of a package.
+        """
+
+    def counts(self) -> Counter[str]:
+        """What happened so far, such as requests sent, retries and failures by reason."""
+        return Counter()
+
+    async def close(self) -> None:  # noqa: B027 - optional to implement
+        """Lets go of connections and threads."""
+
+
+class LocalReward(Reward):
+    """A reward computed image by image in threads of this process."""
+
+    #: None for asyncio's own pool of threads.
+    executor: Executor | None = None
+
+    @abc.abstractmethod
+    def score_one(self, sample: RewardSample) -> float | Missing:
+        """The score of one image; called from several threads at once."""
+
+    async def score(self, samples: Sequence[RewardSample]) -> Scores:
+        loop = asyncio.get_running_loop()
+        jobs = [loop.run_in_executor(self.executor, guarded, self.score_one, sample) for sample in samples]
+        return Scores.of(await asyncio.gather(*jobs))
+
+
+def guarded(function: Callable[[RewardSample], float | Missing], sample: RewardSample) -> float | Missing:
+    """``function(sample)``; an exception other than a DeepGenError is that sample's missing score."""
+    try:
+        return function(sample)
+    except DeepGenError:
+        raise
+    except Exception as error:
+        return Missing(failure_reason(error))
+
+
+def failure_reason(error: Exception) -> str:
+    """An exception in one short line."""
+    text = " ".join(str(error).split())[:120]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

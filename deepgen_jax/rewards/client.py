@@ -1,0 +1,235 @@
+"""One HTTP client for judges and remote rewards: limits, time-outs, retries, and answers that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.rewards.base import failure_reason
+from deepgen_jax.rewards.cache import AnswerCache, request_key
+
+if TYPE_CHECKING:
+    import httpx
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """How a service is asked.
+
+    Attributes:
+      concurrency: requests under way at once, each on a connection of its own from the pool.
+      connect_seconds: to open a connection.
+      read_seconds: for one try, from sending the request to the end of the answer.
+      total_seconds: for one request with all its tries and the waits between them.
+      tries: how often a request is sent at most.
+      backoff_seconds: wait before the second try; doubles with every further one, and is then drawn between half of it
+        and all of it.
+      max_backoff_seconds: longest such wait. A server's ``Retry-After`` takes its place, however long, if
+        ``total_seconds`` allow it.
+      cache: file that keeps answers, so that a run that is resumed gets the same ones; "" keeps them in memory alone.
+      cache_entries: answers kept in memory, the ones used last.
+      api_key_variable: environment variable that holds a bearer token; "" sends none.
+    """
+
+    concurrency: int = 32
+    connect_seconds: float = 10.0
+    read_seconds: float = 120.0
+    total_seconds: float = 600.0
+    tries: int = 5
+    backoff_seconds: float = 0.5
+    max_backoff_seconds: float = 30.0
+    cache: str = ""
+    cache_entries: int = 65536
+    api_key_variable: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "tries", "cache_entries"):
+            if getattr(self, name) < 1:
+                raise DeepGenError(f"client.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("connect_seconds", "read_seconds", "total_seconds"):
+            if not getattr(self, name) > 0:
+                raise DeepGenError(f"client.{name} is {getattr(self, name)}; it must be above 0")
+        if min(self.backoff_seconds, self.max_backoff_seconds) < 0:
+            raise DeepGenError("client.backoff_seconds and client.max_backoff_seconds must not be negative")
+
+
+class RequestFailed(Exception):
+    """A request got no usable answer; the text is a short reason to count by."""
+
+
+class _TryFailed(Exception):
+    """One try failed; ``after`` are the seconds that the server asks to wait, if it does."""
+
+    def __init__(self, reason: str, retry: bool, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.retry, self.after = reason, retry, after
+
+
+class Client:
+    """Posts JSON and gets JSON.
+
+    `counts` tells what happened: "requests" asked for, of which "cached" and "failed"; "tries" sent, "retries" among
+    them, and "try failed: REASON" for every try that failed.
+    """
+
+    def __init__(self, config: ClientConfig | Mapping[str, Any] | None = None) -> None:
+        """Sets up; connections open on first use.
+
+        Args:
+          config: settings, or their values by name.
+
+        Raises:
+          DeepGenError: a setting is unknown or cannot be used, or httpx is not installed.
+        """
+        self.config = config if isinstance(config, ClientConfig) else _config(config or {})
+        self.counts: Counter[str] = Counter()
+        self._cache = AnswerCache(self.config.cache, self.config.cache_entries)
+        self._slots = asyncio.Semaphore(self.config.concurrency)
+        self._headers = _headers(self.config.api_key_variable)
+        self._http: httpx.AsyncClient | None = None
+        _httpx()
+
+    async def post(
+        self,
+        url: str,
+        payload: Mapping[str, Any],
+        parse: Callable[[Any], Any],
+        keep: Callable[[Any], bool] = lambda result: True,
+    ) -> Any:
+        """Asks, and asks again after 429, 5xx, time-outs, lost connections and unreadable answers.
+
+        Args:
+          url: of the service.
+          payload: the request, JSON-ready; it alone is the key of the cache.
+          parse: makes the answer's JSON the result, which must be JSON-ready, too; raises ValueError where it cannot.
+          keep: whether a result may be kept in the cache.
+
+        Raises:
+          RequestFailed: all tries failed, the time is up, or the server refuses the request.
+        """
+        self.counts["requests"] += 1
+        key = request_key(payload)
+        if (answer := self._cache.get(key)) is not None:
+            self.counts["cached"] += 1
+            return answer
+        try:
+            async with self._slots, asyncio.timeout(self.config.total_seconds):
+                answer = await self._insist(url, payload, parse)
+        except TimeoutError:
+            self.counts["failed"] += 1
+            raise RequestFailed("no answer in time") from None
+        except RequestFailed:
+            self.counts["failed"] += 1
+            raise
+        if keep(answer):
+            self._cache.put(key, answer)
+        return answer
+
+    async def close(self) -> None:
+        """Closes connections and the cache's file."""
+        if self._http is not None:
+            await self._http.aclose()
+            self._http = None
+        self._cache.close()
+
+    async def _insist(self, url: str, payload: Mapping[str, Any], parse: Callable[[Any], Any]) -> Any:
+        body = json.dumps(payload).encode()
+        backoff = self.config.backoff_seconds
+        for number in range(1, self.config.tries + 1):
+            self.counts["tries"] += 1
+            self.counts["retries"] += number > 1
+            try:
+                return await self._try(url, body, parse)
+            except _TryFailed as failure:
+                self.counts[f"try failed: {failure.reason}"] += 1
+                if not failure.retry or number == self.config.tries:
+                    raise RequestFailed(failure.reason) from None
+                wait = min(backoff, self.config.max_backoff_seconds) * random.uniform(0.5, 1)
+                await asyncio.sleep(wait if failure.after is None else failure.after)
+                backoff *= 2
+        raise AssertionError("the last try returns or raises")
+
+    async def _try(self, url: str, body: bytes, parse: Callable[[Any], Any]) -> Any:
+        httpx = _httpx()
+        if self._http is None:
+            self._http = httpx.AsyncClient(
+                headers=self._headers,
+                # The semaphore keeps to the pool's size, so that no request waits for a connection.
+                limits=httpx.Limits(
+                    max_connections=self.config.concurrency, max_keepalive_connections=self.config.concurrency
+                ),
+                timeout=httpx.Timeout(self.config.read_seconds, connect=self.config.connect_seconds, pool=None),
+            )
+        try:
+            # httpx's own limit is for each read: a server that trickles bytes would never reach it.
+            async with asyncio.timeout(self.config.read_seconds):
+                response = await self._http.post(url, content=body)
+        except (httpx.TimeoutException, TimeoutError):
+            raise _TryFailed("timeout", retry=True) from None
+        except httpx.UnsupportedProtocol as error:
+            raise DeepGenError(f"{url} is no address of a service ({error}); write http://HOST:PORT/...") from None
+        except httpx.TransportError:
+            raise _TryFailed("connection error", retry=True) from None
+        if response.status_code != 200:
+            retry = response.status_code == 429 or response.status_code >= 500
+            after = _retry_after(response.headers.get("retry-after")) if retry else None
+            raise _TryFailed(f"HTTP {response.status_code}", retry, after)
+        try:
+            return parse(response.json())
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            raise _TryFailed("unreadable answer", retry=True) from None
+
+
+def _config(values: Mapping[str, Any]) -> ClientConfig:
+    from deepgen_jax.rewards.registry import suggestion
+
+    known = [field.name for field in dataclasses.fields(ClientConfig)]
+    for name in values:
+        if name not in known:
+            raise DeepGenError(f"client: unknown option {name!r}; {suggestion(name, known)}")
+    try:
+        return ClientConfig(**values)
+    except TypeError as error:
+        raise DeepGenError(f"client: an option has the wrong type ({failure_reason(error)})") from None
+
+
+def _headers(variable: str) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if variable:
+        token = os.environ.get(variable)
+        if not token:
+            raise DeepGenError(f"the environment variable {variable} is not set; it must hold the service's token")
+        headers["Authorization"] = f"Bearer {token}"
+    return headers
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds that a ``Retry-After`` header asks for, which holds seconds or a date; None where it is unreadable."""
+    if text is None:
+        return None
+    try:
+        return max(float(text), 0.0) if text.strip().isdigit() else _seconds_until(text)
+    except ValueError:
+        return None
+
+
+def _seconds_until(date: str) -> float:
+    return max(parsedate_to_datetime(date).timestamp() - time.time(), 0.0)
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise DeepGenError("judges and remote rewards need httpx; run pip install 'deepgen-jax[rewards]'") from error
+    return httpx

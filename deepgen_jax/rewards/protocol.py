@@ -1,0 +1,118 @@
+"""The JSON protocol between the `http` reward and a scoring server, checked on both sides.
+
+Request, ``POST /score``::
+
+    {"reward": NAME, "samples": [{"image": PNG file in base64, "prompt": TEXT, "group": INTEGER, "metadata": {...}}]}
+
+Answer::
+
+    {"scores": [NUMBER or null, one a sample],
+     "failures": {"PLACE": {"reason": TEXT, "permanent": true or false}, one for every null}}
+
+``group`` (0 where absent) is the same number for images to be compared with each other, ``metadata`` ({} where absent)
+the further fields of the prompt. "failures" may be absent; ``permanent`` says that asking again cannot help. An error
+is answered with a status of 400 or above and ``{"error": TEXT}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.rewards.base import Missing, RewardSample, Scores
+from deepgen_jax.rewards.images import decode_png_base64, png_base64
+
+_SAMPLE_FIELDS = {"image", "prompt", "group", "metadata"}
+
+
+def write_request(reward: str, samples: Sequence[RewardSample]) -> dict[str, Any]:
+    """The request that asks for the scores of samples."""
+    return {"reward": reward, "samples": [_write_sample(sample) for sample in samples]}
+
+
+def read_request(request: Any) -> tuple[str, list[RewardSample]]:
+    """The reward's name and the samples of a request.
+
+    Raises:
+      DeepGenError: something is missing, unknown or of the wrong type.
+    """
+    if not isinstance(request, dict):
+        raise DeepGenError("the request is no JSON object")
+    _only(request, {"reward", "samples"}, "the request")
+    name, samples = request.get("reward"), request.get("samples")
+    if not isinstance(name, str):
+        raise DeepGenError("'reward' must be the name of a reward")
+    if not isinstance(samples, list) or not samples:
+        raise DeepGenError("'samples' must be a list of at least one sample")
+    return name, [_read_sample(sample, f"samples[{place}]") for place, sample in enumerate(samples)]
+
+
+def write_answer(scores: Scores) -> dict[str, Any]:
+    """The answer that tells scores."""
+    return {
+        "scores": [float(value) if math.isfinite(value) else None for value in scores.values],
+        "failures": {
+            str(place): {"reason": entry.reason, "permanent": entry.permanent}
+            for place, entry in scores.missing.items()
+        },
+    }
+
+
+def read_answer(answer: Any, count: int) -> list[float | Missing]:
+    """One result for each of ``count`` samples.
+
+    Raises:
+      ValueError: the answer does not have the form of the protocol.
+    """
+    scores, failures = answer["scores"], answer.get("failures", {})
+    if not isinstance(scores, list) or len(scores) != count or not isinstance(failures, dict):
+        raise ValueError("wrong form")
+    results: list[float | Missing] = []
+    for place, score in enumerate(scores):
+        if score is None:
+            entry = failures.get(str(place), {"reason": "the server gave no reason"})
+            results.append(Missing(str(entry["reason"])[:200], entry.get("permanent") is True))
+        elif isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
+            results.append(float(score))
+        else:
+            raise ValueError("a score is no number")
+    return results
+
+
+def _write_sample(sample: RewardSample) -> dict[str, Any]:
+    return {
+        "image": png_base64(sample.image),
+        "prompt": sample.prompt,
+        "group": sample.group,
+        "metadata": dict(sample.metadata),
+    }
+
+
+def _read_sample(sample: Any, where: str) -> RewardSample:
+    if not isinstance(sample, dict):
+        raise DeepGenError(f"{where} is no JSON object")
+    _only(sample, _SAMPLE_FIELDS, where)
+    wanted: Mapping[str, tuple[type, Any]] = {
+        "image": (str, None),
+        "prompt": (str, None),
+        "group": (int, 0),
+        "metadata": (dict, {}),
+    }
+    values = {}
+    for name, (kind, default) in wanted.items():
+        value = values[name] = sample.get(name, default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DeepGenError(f"{where}.{name} must be {kind.__name__}")
+    try:
+        image = decode_png_base64(values["image"])
+    except DeepGenError as error:
+        raise DeepGenError(f"{where}.image: {error}") from None
+    return RewardSample(image, values["prompt"], values["group"], values["metadata"])
+
+
+def _only(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise DeepGenError(f"{where} has the unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")

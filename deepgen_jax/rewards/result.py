@@ -1,0 +1,85 @@
+"""Rewards of a micro-batch or a step, with what is missing and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.rewards.base import Missing, RewardSample
+
+
+@dataclass(frozen=True, eq=False)
+class RewardResult:
+    """Rewards of N samples by K rewards.
+
+    Attributes:
+      names: of the rewards, in the order of the columns.
+      samples: what was scored, N.
+      rewards: float32 [N, K], NaN where a reward is missing: not wanted by the sample's data set, or failed.
+      weights: float32 [N, K], as the data sets give them, 0 for a reward that is not wanted. That of a reward that
+        failed stays: whoever computes advantages leaves NaN out.
+      missing: why a wanted reward is missing, by (row, column).
+      notes: by (reward, text), how often something worth knowing happened that did not cost a reward.
+      seconds: from submission to the last score, by reward; of several micro-batches, the sum.
+    """
+
+    names: tuple[str, ...]
+    samples: tuple[RewardSample, ...]
+    rewards: np.ndarray
+    weights: np.ndarray
+    missing: dict[tuple[int, int], Missing]
+    notes: Counter[tuple[str, str]]
+    seconds: dict[str, float]
+
+    @property
+    def failures(self) -> Counter[tuple[str, str]]:
+        """Number of samples that a reward failed for, by (reward, reason); without those it does not apply to."""
+        return self._counted(permanent=False)
+
+    @property
+    def inapplicable(self) -> Counter[tuple[str, str]]:
+        """Number of samples that a wanted reward does not apply to, by (reward, reason)."""
+        return self._counted(permanent=True)
+
+    def present_share(self) -> dict[str, float]:
+        """By reward, the share of the samples that want it, and that it applies to, which have it; 1 of none."""
+        failed = Counter(column for (_, column), entry in self.missing.items() if not entry.permanent)
+        present = (np.isfinite(self.rewards) & (self.weights != 0)).sum(axis=0)
+        wanted = {column: int(present[column]) + failed[column] for column in range(len(self.names))}
+        return {name: float(present[k]) / wanted[k] if wanted[k] else 1.0 for k, name in enumerate(self.names)}
+
+    def _counted(self, permanent: bool) -> Counter[tuple[str, str]]:
+        return Counter(
+            (self.names[column], entry.reason)
+            for (_, column), entry in self.missing.items()
+            if entry.permanent == permanent
+        )
+
+
+def concatenate(results: Sequence[RewardResult]) -> RewardResult:
+    """The results of several micro-batches as one, in their order.
+
+    Raises:
+      DeepGenError: there are none.
+    """
+    if not results:
+        raise DeepGenError("no micro-batch was submitted; there are no rewards to collect")
+    missing: dict[tuple[int, int], Missing] = {}
+    start = 0
+    for result in results:
+        missing |= {(start + row, column): entry for (row, column), entry in result.missing.items()}
+        start += len(result.samples)
+    names = results[0].names
+    return RewardResult(
+        names,
+        tuple(sample for result in results for sample in result.samples),
+        np.concatenate([result.rewards for result in results]),
+        np.concatenate([result.weights for result in results]),
+        missing,
+        sum((result.notes for result in results), Counter()),
+        {name: sum(result.seconds[name] for result in results) for name in names},
+    )
