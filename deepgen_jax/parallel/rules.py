@@ -40,6 +40,8 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r".*/embed_tokens/b", (None, "fsdp")),
     (rf".*/({_COLUMN})/a", ("fsdp", None)),
     (rf".*/({_COLUMN})/b", (None, "tensor")),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/a", ("fsdp", None)),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/b", (None, "tensor")),
     (rf".*/({_ROW})/a", ("tensor", None)),
     (rf".*/({_ROW})/b", (None, "fsdp")),
 )

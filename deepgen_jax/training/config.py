@@ -10,7 +10,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 #: What can be trained by name, as `deepgen_jax.training.trees.TRAINABLE`.
-Trainable = Literal["bridge", "mmdit", "lora", "vae"]
+Trainable = Literal["bridge", "mmdit", "lora", "mmdit_lora", "vae"]
 
 
 @dataclass(frozen=True)

@@ -122,32 +122,58 @@ def train_step(
     Returns:
       The new state and float32 scalars (and [TIMESTEP_BINS] sums and counts of the loss by noise level).
     """
+    gradients, metrics = supervised_gradients(model, settings, state.trainable, frozen, micro_batches, keys)
+    new_state, norms = apply_gradients(optimizer, settings.ema_decay, state, gradients, metrics["loss"])
+    return new_state, metrics | norms
+
+
+def supervised_gradients(
+    model: DeepGen,
+    settings: StepSettings,
+    trainable: Tree,
+    frozen: Tree,
+    micro_batches: Mapping[str, MicroBatch],
+    keys: Mapping[str, jax.Array],
+    gradients: Tree | None = None,
+    weight: float = 1.0,
+) -> tuple[Tree, dict[str, jax.Array]]:
+    """Gradient of the mean loss of micro-batches, accumulated in one scan a task.
+
+    Args:
+      model, settings, frozen, micro_batches, keys: as for :func:`train_step`.
+      trainable: what the gradient is taken of.
+      gradients: what is accumulated onto; None starts from zeros.
+      weight: of the loss in the gradient; the metrics are not weighted.
+
+    Returns:
+      ``gradients`` plus ``weight`` times the gradient, and the metrics of :func:`train_step` about the loss.
+    """
     count = sum(micro.latents.shape[0] for micro in micro_batches.values())
 
     def mean_loss(trainable: Tree, micro: MicroBatch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         draws = draw(keys, micro, settings)
         losses = supervised_losses(model, trainable, frozen, micro, draws, settings.lora_scale)
-        weighted = losses * micro.weight
         bins = jnp.clip((draws.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
+        weighted = losses * micro.weight
         sums, counts = (jnp.zeros(TIMESTEP_BINS).at[bins].add(x) for x in (weighted, micro.weight))
-        return jnp.sum(weighted) / jnp.sum(micro.weight) / count, (sums, counts)
+        loss = jnp.sum(weighted) / jnp.sum(micro.weight) / count
+        return weight * loss, (loss, sums, counts)
 
-    gradients = jax.tree.map(jnp.zeros_like, state.trainable)
+    gradients = jax.tree.map(jnp.zeros_like, trainable) if gradients is None else gradients
     bins = (jnp.zeros(TIMESTEP_BINS), jnp.zeros(TIMESTEP_BINS))
     metrics: dict[str, jax.Array] = {}
     for task, stacked in micro_batches.items():
 
         def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
-            (loss, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable, *inputs)
-            return jax.tree.map(jnp.add, carry, (gradient, found, loss)), None
+            (_, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(trainable, *inputs)
+            return jax.tree.map(jnp.add, carry, (gradient, found)), None
 
-        start = (gradients, bins, jnp.float32(0))
-        (gradients, bins, total), _ = jax.lax.scan(accumulate, start, (stacked, keys[task]))
+        start = (gradients, (jnp.float32(0), *bins))
+        (gradients, (total, *sums)), _ = jax.lax.scan(accumulate, start, (stacked, keys[task]))
+        bins = (sums[0], sums[1])
         metrics[f"loss/{task}"] = total * count / stacked.latents.shape[0]
         metrics["loss"] = metrics.get("loss", jnp.float32(0)) + total
-    metrics |= {"loss_bin_sums": bins[0], "loss_bin_counts": bins[1]}
-    new_state, norms = apply_gradients(optimizer, settings.ema_decay, state, gradients, metrics["loss"])
-    return new_state, metrics | norms
+    return gradients, metrics | {"loss_bin_sums": bins[0], "loss_bin_counts": bins[1]}
 
 
 def apply_gradients(

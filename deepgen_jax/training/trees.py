@@ -13,8 +13,8 @@ from deepgen_jax.parallel.rules import leaves
 
 Tree = dict[str, Any]
 
-#: What can be trained by name; "lora" are adapters on the language model.
-TRAINABLE = ("bridge", "mmdit", "lora")
+#: What can be trained by name; "lora" are adapters on the language model, "mmdit_lora" on the MMDiT.
+TRAINABLE = ("bridge", "mmdit", "lora", "mmdit_lora", "vae")
 #: Stored tables that no stage trains.
 _TABLES = (("mmdit", "pos_embed"),)
 
@@ -24,7 +24,7 @@ def split(params: Mapping[str, Any], trains: Sequence[str]) -> tuple[Tree, Tree]
 
     Args:
       params: parts by name.
-      trains: names of :data:`TRAINABLE`; "lora" is no part of ``params`` and is passed over.
+      trains: names of :data:`TRAINABLE`; those of adapters are no parts of ``params`` and are passed over.
 
     Raises:
       DeepGenError: an unknown name.
@@ -64,19 +64,20 @@ def decays(params: Mapping[str, Any]) -> Tree:
     return walk(params)
 
 
-def init_lora(text: Mapping[str, Any], rank: int, key: jax.Array) -> Tree:
-    """Fresh adapters on every Linear and the Embedding of the language model: {"text": ...}.
+def init_lora(params: Mapping[str, Any], rank: int, key: jax.Array, part: str = "text") -> Tree:
+    """Fresh adapters on every Linear and the Embedding of one part, the language model by default: {part: ...}.
 
     Linear layers get a Gaussian ``a`` of standard deviation 1 / rank and zero ``b``. The embedding gets zero ``a``
     and standard normal ``b``, as the released system's adapters do. Either way the update starts at zero.
 
     Args:
-      text: the language model's parameters, or their shapes.
+      params: parameters of that part, or their shapes.
       rank: of the adapters.
       key: PRNG key.
+      part: "text" or "mmdit".
     """
     adapters: Tree = {}
-    weights = [(path, leaf) for path, leaf in leaves(text) if path.rpartition("/")[2] in ("kernel", "embedding")]
+    weights = [(path, leaf) for path, leaf in leaves(params) if path.rpartition("/")[2] in ("kernel", "embedding")]
     for index, (path, leaf) in enumerate(weights):
         *module, name = path.split("/")
         *stack, rows, columns = leaf.shape
@@ -85,7 +86,7 @@ def init_lora(text: Mapping[str, Any], rank: int, key: jax.Array) -> Tree:
         pair = {side: jnp.zeros(shape, jnp.float32) for side, shape in shapes.items()}
         pair[drawn] = std * jax.random.normal(jax.random.fold_in(key, index), shapes[drawn], jnp.float32)
         node = adapters
-        for part in module[:-1]:
-            node = node.setdefault(part, {})
+        for parent in module[:-1]:
+            node = node.setdefault(parent, {})
         node[module[-1]] = pair
-    return {"text": adapters}
+    return {part: adapters}
