@@ -42,7 +42,7 @@ def write_contact_sheet(path: Path, batches: Sequence[tuple[Batch, Sequence[str]
 def _row(batch: Batch, texts: Sequence[str], font: ImageFont.FreeTypeFont) -> Image.Image:
     tiles = []
     for place, text in enumerate(texts):
-        pictures = [_small(images[place]) for images in (*batch["references"], batch["target"])]
+        pictures = [_small(image) for image in _images(batch, place)]
         tiles.append(_tile(pictures, text, font))
     (width, height), references = batch["bucket"]
     sizes = " + ".join(f"{w}x{h}" for w, h in references)
@@ -55,6 +55,17 @@ def _row(batch: Batch, texts: Sequence[str], font: ImageFont.FreeTypeFont) -> Im
         row.paste(tile, (left, heading))
         left += tile.width
     return row
+
+
+def _images(batch: Batch, place: int) -> list[np.ndarray]:
+    """A sample's references and target, uint8 [H, W, 3]; of cached features three channels of the mean in false colour.
+    """
+    if "features" not in batch:
+        return [images[place] for images in (*batch["references"], batch["target"])]
+    features = batch["features"]
+    means = [mean[place, ..., :3] for mean, _ in (*features["references"], features["target"])]
+    low, high = min(mean.min() for mean in means), max(mean.max() for mean in means)
+    return [(255 * (mean - low) / max(high - low, 1e-6)).astype(np.uint8) for mean in means]
 
 
 def _small(pixels: np.ndarray) -> Image.Image:

@@ -103,15 +103,22 @@ class FeatureManifest:
           DeepGenError: they come from another model, or from images of another size.
         """
         current: dict[str, Any] = {
-            "image_size": config.image_size, "transform": config.transform, "vae": to_dict(model.vae),
-            "vision": to_dict(model.vision), "weights": weights,
-        }  # fmt: skip
+            "image_size": config.image_size,
+            "transform": config.transform,
+            **encoder_configs(model),
+            "weights": weights,
+        }
         for name, value in current.items():
             if getattr(self, name) != value:
                 what = f"{name} {getattr(self, name)}, and this run has {value}"
                 if name in ("vae", "vision", "weights"):
                     what = f"another model: its {'encoders have other weights' if name == 'weights' else name}"
                 raise DeepGenError(f"{where} was cached with {what}; run `deepgen data cache` with this run's config")
+
+
+def encoder_configs(model: DeepGenConfig) -> dict[str, Any]:
+    """``vae`` and ``vision`` of a manifest."""
+    return json.loads(json.dumps({"vae": to_dict(model.vae), "vision": to_dict(model.vision)}))
 
 
 def write_features(sample_id: str, source: str, text: str, images: Sequence[CachedImage]) -> bytes:
@@ -152,10 +159,10 @@ def read_features(data: bytes) -> tuple[str, list[CachedImage]]:
             stored = zip(_bytes(features["tokens"]), token_shapes, strict=True)
             tokens += [np.frombuffer(array, dtype).reshape(shape) for array, shape in stored]
         columns = zip(sizes, shapes, means, logvars, tokens, strict=True)
-        images = [
-            CachedImage((width, height), *(np.frombuffer(x, "<f4").reshape(shape) for x in (mean, logvar)), array)
-            for (width, height), shape, mean, logvar, array in columns
-        ]
+        images = []
+        for (width, height), shape, *stored_moments, array in columns:
+            mean, logvar = (np.frombuffer(moment, "<f4").reshape(shape) for moment in stored_moments)
+            images.append(CachedImage((width, height), mean, logvar, array))
         return _bytes(features["text"])[0].decode(), images
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"no cached features: {error}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +72,25 @@ class Report:
     unreadable: dict[tuple[str, str], int]
     contact_sheet: Path | None
 
+    def facts(self) -> dict[str, Any]:
+        """The report, ready for JSON."""
+        return {
+            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "buckets": [{"name": str(bucket), **bucket._asdict()} for bucket in self.buckets],
+            "scarce": self.scarce,
+            "pixel_difference": self.pixel_difference,
+            "token_lengths": [
+                {"from": low, "below": high, "samples": n} for (low, high), n in self.token_lengths.items()
+            ],
+            "cut": self.cut,
+            "batch_lengths": [{"length": length, "batches": n} for length, n in self.batch_lengths.items()],
+            "samples_a_second": self.samples_a_second,
+            "unreadable": [
+                {"source": name, "reason": reason, "samples": n} for (name, reason), n in self.unreadable.items()
+            ],
+            "contact_sheet": None if self.contact_sheet is None else str(self.contact_sheet),
+        }
+
     def lines(self) -> list[str]:
         """The report as text."""
         out = []
@@ -103,6 +124,7 @@ def inspect(
     *,
     contact_sheet: Path | None = None,
     seconds: float = 5.0,
+    weights: str | None = None,
 ) -> Report:
     """Builds the indices and reads for some seconds.
 
@@ -112,11 +134,12 @@ def inspect(
       tokenizer: folder with ``tokenizer.json``.
       contact_sheet: a PNG with samples of every bucket is written here.
       seconds: how long the speed is measured; 0 for not at all.
+      weights: as for `Loader`.
 
     Raises:
       DeepGenError: as `Loader`.
     """
-    with Loader(config, model, tokenizer) as loader:
+    with Loader(config, model, tokenizer, weights=weights) as loader:
         plan = loader.plan
         rate = _speed(loader, seconds) if seconds else None
         if contact_sheet is not None:
@@ -183,7 +206,7 @@ def _pictures(loader: Loader) -> list[tuple[Batch, list[str]]]:
 
 def _text(source: Source, row: Row) -> str:
     try:
-        return read_row(source, row).text
+        return read_row(source, row, sizes_only=True).text
     except BadSample as bad:
         return f"({bad.reason})"
 

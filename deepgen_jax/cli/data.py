@@ -1,0 +1,155 @@
+"""``deepgen data``: a look at training data, their features computed ahead, and a tiny example of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from deepgen_jax.errors import DeepGenError
+
+if TYPE_CHECKING:
+    from deepgen_jax.data.config import DataConfig
+    from deepgen_jax.training.features import CachedSource
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The configuration whose data are meant."""
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """Training configuration: a .py file with `get_config()`, or a packaged one such as pretrain or sft."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
+    """Changes to it, as for `deepgen train`, such as model=deepgen data.sources.pairs.path=/data/pairs.json."""
+
+    def load(self) -> tuple[DataConfig, Path, str]:
+        """The data, the model folder and the dtype of the run."""
+        from deepgen_jax.training import overrides
+
+        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        data = getattr(config, "data", None)
+        if data is None:
+            raise DeepGenError(f"{self.config} describes no training data; name a configuration of supervised training")
+        if not config.model:
+            raise DeepGenError("model is not set; give model=FOLDER")
+        return data, Path(config.model), config.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand(RunArguments):
+    """Reads indices, some samples and their texts; builds the indices that training needs if they are not there."""
+
+    contact_sheet: Annotated[str, arg(metavar="PNG")] = "contact_sheet.png"
+    """Where to write a picture of samples of every bucket with their texts; "" for none."""
+    seconds: float = 5.0
+    """How long to measure the speed of reading; 0 for not at all."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+    def run(self) -> int:
+        """Prints; returns the exit status."""
+        if not 0 <= self.seconds < float("inf"):
+            raise DeepGenError(f"--seconds is {self.seconds}; use 0 or more")
+        sheet = Path(self.contact_sheet) if self.contact_sheet else None
+        if sheet is not None and sheet.suffix.lower() != ".png":
+            raise DeepGenError(f"--contact-sheet {sheet} must end with .png")
+        # Nothing here computes on an accelerator, so none is taken.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        data, model, _ = self.load()
+        from deepgen_jax.data.inspect import inspect
+        from deepgen_jax.model_folder import read_manifest
+        from deepgen_jax.training.encoders import digest_for
+
+        manifest = read_manifest(model)
+        report = inspect(
+            data,
+            manifest.config,
+            model / "tokenizer",
+            contact_sheet=sheet,
+            seconds=self.seconds,
+            weights=digest_for(data, model),
+        )
+        print(json.dumps(report.facts(), indent=2) if self.json else "\n".join(report.lines()))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheCommand(RunArguments):
+    """Runs the VAE's encoder and the vision tower over every usable sample once, in the config's dtype.
+
+    Training then reads what they gave in the place of pictures. Stopped at any moment, the same command goes on.
+    """
+
+    out: Path
+    """Folder to write, one folder a source in it."""
+    shard_size: int = 1024
+    """Samples of one file."""
+    batch_size: int = 8
+    """Samples encoded at a time, rounded up to a multiple of this machine's devices."""
+    compilation_cache: str | None = None
+    """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
+
+    def run(self) -> int:
+        """Caches; returns the exit status."""
+        data, model, dtype = self.load()
+        from deepgen_jax.cli.stopping import Stop
+        from deepgen_jax.inference.cache import enable_compilation_cache
+        from deepgen_jax.training.features import cache_features
+
+        enable_compilation_cache(self.compilation_cache)
+        with Stop(graceful=False):
+            cached = cache_features(
+                data, model, dtype, self.out, shard_size=self.shard_size, batch_size=self.batch_size
+            )
+        print("\n".join(line for source in cached for line in _told(source)))
+        print(f"wrote {self.out}; train from it with these sources in the configuration,\n")
+        print("\n".join(f"    {_entry(source)}," for source in cached))
+        print("\nor with these words after the configuration's name:\n")
+        print("\n".join(f"    {_words(source)} \\" for source in cached).removesuffix(" \\"))
+        return 0
+
+
+@dataclass(frozen=True)
+class ExampleCommand:
+    """Writes coloured shapes with captions, and edits that change their colours: always the same ones."""
+
+    out: Path
+    """Folder to write: t2i.json, edit.json and images."""
+    pictures: int = 8
+    """Pictures with captions."""
+    edits: int = 4
+    """Edits, every other one with two reference images."""
+    size: int = 64
+    """Side of the pictures in pixels, a multiple of 32."""
+
+    def run(self) -> int:
+        """Writes; returns the exit status."""
+        from deepgen_jax.data.example import write_example_data
+
+        for path in write_example_data(self.out, pictures=self.pictures, edits=self.edits, size=self.size):
+            print(f"wrote {path}")
+        return 0
+
+
+def _told(source: CachedSource) -> list[str]:
+    entry, held = source.entry, source.held
+    bad = [f"  bad: {count} {reason}, such as {held.examples[reason]}" for reason, count in held.bad.items()]
+    return [f"{entry.name}: {held.samples} samples in {held.shards} shards", *bad]
+
+
+def _entry(source: CachedSource) -> str:
+    """The source as it stands in a configuration file."""
+    entry = source.entry
+    weight = "" if entry.weight is None else f", weight={entry.weight!r}"
+    name, path, task = map(json.dumps, (entry.name, entry.path, entry.task))
+    return f'SourceConfig({name}, "features", {path}, task={task}{weight})'
+
+
+def _words(source: CachedSource) -> str:
+    """The source as overrides."""
+    path = f"data.sources.{source.entry.name}"
+    return f"{path}.kind=features {path}.path={source.entry.path}"

@@ -1,0 +1,84 @@
+"""The frozen encoders, the VAE's and the vision tower, alone: loaded without the rest of the model, and told apart."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deepgen_jax import model_folder
+from deepgen_jax.data.config import DataConfig
+from deepgen_jax.inference.loading import part_dtypes
+from deepgen_jax.models import lora
+from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.rules import leaves
+from deepgen_jax.training.trees import Tree
+
+_ENCODERS = ("vae", "vision")
+
+
+def encoder_digest(folder: Path) -> str:
+    """A digest of the weights that cached features depend on: the VAE's encoder, the vision tower and its adapters.
+
+    It is that of their values, whatever dtype holds them, so that copies and exports of a model agree.
+
+    Raises:
+      DeepGenError: the folder is no model folder, or its parameters are missing or damaged.
+    """
+    params = model_folder.load_params(folder, _ENCODERS)
+    tree = {"vae": {"encoder": params["vae"]["encoder"]}, "vision": params["vision"]}
+    if adapters := _adapters(folder):
+        tree["adapters"] = adapters
+    digest = hashlib.sha256()
+    for path, leaf in sorted(leaves(tree)):
+        digest.update(f"{path} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).data)
+    return digest.hexdigest()
+
+
+def digest_for(data: DataConfig, folder: Path) -> str | None:
+    """`encoder_digest`, for a loader of data that need it; None where no source is cached."""
+    return encoder_digest(folder) if any(source.kind == "features" for source in data.sources) else None
+
+
+def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:
+    """The model and its encoders' weights, whole on every device of the mesh, adapters merged.
+
+    Args:
+      folder: the model folder.
+      dtype: of the computation.
+      mesh: whose devices compute.
+
+    Raises:
+      DeepGenError: the folder is no model folder, or its parameters are missing or damaged.
+    """
+    config = model_folder.read_manifest(folder).config
+    compute, everywhere = jnp.dtype(dtype), replicated(mesh)
+    adapters = _adapters(folder)
+    params: Tree = {}
+    for part in _ENCODERS:
+        wanted = part_dtypes(config, compute)[part]
+        # Adapters are folded in at full precision before the weights are rounded.
+        read = jnp.float32 if adapters and part == "vision" else wanted
+        params |= model_folder.load_params(folder, (part,), read, everywhere)
+    if adapters:
+        folded = lora.merged(params["vision"], jax.device_put(adapters["vision"], everywhere), adapters["scale"])
+        params["vision"] = jax.tree.map(lambda x: x.astype(compute), folded)
+    attention = choose_implementation(list(mesh.devices.flat), dtype)
+    return DeepGen(config, dtype=compute, attention=attention), params
+
+
+def _adapters(folder: Path) -> Tree:
+    """{"vision": adapters, "scale": alpha / rank}, or {}."""
+    config = model_folder.read_manifest(folder).config
+    if config.lora is None or "vision" not in model_folder.stored_tree(folder, "lora"):
+        return {}
+    stored = model_folder.load_lora(folder, ("vision",), jnp.float32)
+    assert stored is not None
+    return {"vision": stored["vision"], "scale": np.float32(config.lora.scale)}
