@@ -82,10 +82,9 @@ class _Model:
         from deepgen_jax.models.clip import CLIP
 
         self.config, params = load_clip(folder)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise DeepGenError(f"{folder} holds no tokenizer that can be read ({failure_reason(error)})") from error
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise DeepGenError(f"{folder} holds no tokenizer; download tokenizer.json, too")
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         try:
             self._device = jax.local_devices(backend=device or None)[0]
         except RuntimeError as error:
