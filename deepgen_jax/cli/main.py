@@ -74,6 +74,12 @@ COMMANDS = {
         "write a model folder back into a released layout",
         ("deepgen export deepgen --format diffusers --out DeepGen-diffusers",),
     ),
+    "reward-server": Subcommand(
+        "deepgen_jax.cli.reward_server",
+        "RewardServerCommand",
+        "score images for training runs on other machines",
+        ("deepgen reward-server --rewards ocr,jpeg --host 0.0.0.0 --port 8100",),
+    ),
     "plot": Subcommand(
         "deepgen_jax.cli.plot",
         "PlotCommand",
