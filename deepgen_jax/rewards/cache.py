@@ -27,7 +27,7 @@ class AnswerCache:
     kill, is dropped.
     """
 
-    def __init__(self, path: str = "", entries: int = 65536) -> None:
+    def __init__(self, path: str = "", entries: int = 2**18) -> None:
         """Reads the file, if there is one.
 
         Args:

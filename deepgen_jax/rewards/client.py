@@ -49,7 +49,7 @@ class ClientConfig:
     backoff_seconds: float = 0.5
     max_backoff_seconds: float = 30.0
     cache: str = ""
-    cache_entries: int = 65536
+    cache_entries: int = 2**18
     api_key_variable: str = ""
 
     def __post_init__(self) -> None:

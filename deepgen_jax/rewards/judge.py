@@ -14,6 +14,8 @@ from deepgen_jax.rewards.client import Client, ClientConfig
 from deepgen_jax.rewards.images import jpeg_data_url
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+#: Characters that are kept of a reply without an answer.
+_KEPT = 200
 
 
 def answer_of(text: str | None) -> str | None:
@@ -64,7 +66,9 @@ class Judge:
         return jpeg_data_url(image, self.quality)
 
     async def ask(self, text: str, data_urls: Sequence[str]) -> str:
-        """The judge's reply to a text about images.
+        """The judge's reply to a text about images: its ``<answer>`` parts alone, or its start if there are none.
+
+        So the cache of a run of millions of comparisons stays small, without the judge's trains of thought.
 
         Raises:
           RequestFailed: there is none.
@@ -95,4 +99,5 @@ def _reply(answer: Any) -> str:
     text = answer["choices"][0]["message"]["content"]
     if not isinstance(text, str):
         raise ValueError("the reply is no text")
-    return text
+    answers = _ANSWER.findall(text)
+    return "".join(f"<answer>{answer}</answer>" for answer in answers) if answers else text.strip()[:_KEPT]

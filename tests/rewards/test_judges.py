@@ -39,7 +39,7 @@ def brighter(number, body):
 
 
 def score(name, samples, url, **options):
-    reward = make(RewardConfig(name, options={"url": url, "client": FAST, **options}))
+    reward = make(RewardConfig(name, options={"url": url, "client": FAST} | options))
 
     async def run():
         try:
@@ -173,3 +173,16 @@ def test_answer_of():
     assert answer_of("<answer></answer>") == ""
     assert answer_of("a") is None
     assert answer_of(None) is None
+
+
+def test_only_answers_are_kept(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    replies = ["<think>" + "hm " * 1000 + "</think><answer>Image 2 is better</answer>", "hm " * 1000]
+    with JudgeServer(lambda number, body: Reply(replies[number])) as server:
+        scores, _ = score("preference", [shade(10), shade(200)], server.url, client={**FAST, "cache": str(path)})
+        again, counts = score("preference", [shade(10), shade(200)], server.url, client={**FAST, "cache": str(path)})
+        score("preference", [shade(10), shade(90)], server.url, client={**FAST, "cache": str(path)})
+    np.testing.assert_array_equal(scores.values, [0, 1])
+    np.testing.assert_array_equal(again.values, scores.values)
+    assert counts["cached"] == 1
+    assert path.stat().st_size < 600
