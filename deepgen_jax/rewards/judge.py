@@ -13,14 +13,15 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.client import Client, ClientConfig
 from deepgen_jax.rewards.images import jpeg_data_url
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+#: The answer in a judge's reply.
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 #: Characters that are kept of a reply without an answer.
 _KEPT = 200
 
 
 def answer_of(text: str | None) -> str | None:
     """What stands inside the one ``<answer>`` of a judge's reply; None where there is none, or more than one."""
-    answers = _ANSWER.findall(text or "")
+    answers = ANSWER.findall(text or "")
     return answers[0].strip() if len(answers) == 1 else None
 
 
@@ -99,5 +100,5 @@ def _reply(answer: Any) -> str:
     text = answer["choices"][0]["message"]["content"]
     if not isinstance(text, str):
         raise ValueError("the reply is no text")
-    answers = _ANSWER.findall(text)
+    answers = ANSWER.findall(text)
     return "".join(f"<answer>{answer}</answer>" for answer in answers) if answers else text.strip()[:_KEPT]

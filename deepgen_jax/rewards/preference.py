@@ -14,9 +14,8 @@ import numpy as np
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores
 from deepgen_jax.rewards.client import ClientConfig, RequestFailed
-from deepgen_jax.rewards.judge import Judge, check_template, filled
+from deepgen_jax.rewards.judge import ANSWER, Judge, check_template, filled
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _VERDICT = re.compile(r"\bimage\s+([12])\s+is\s+better\b", re.IGNORECASE)
 
 #: Index of the first image, of the second (None where an image is missing), the judge's text (None where it failed).
@@ -28,7 +27,7 @@ def parse_verdict(text: str | None) -> int | None:
 
     Only what stands inside ``<answer>`` counts, and only if it names one image as better and not both.
     """
-    named = {number for answer in _ANSWER.findall(text or "") for number in _VERDICT.findall(answer)}
+    named = {number for answer in ANSWER.findall(text or "") for number in _VERDICT.findall(answer)}
     return int(named.pop()) - 1 if len(named) == 1 else None
 
 
@@ -121,7 +120,7 @@ class PreferenceReward(Reward):
         for pair, reply in zip(pairs, replies, strict=True):
             if isinstance(reply, str):
                 verdicts.append((*pair, reply))
-            if isinstance(reply, str) and _ANSWER.search(reply):
+            if isinstance(reply, str) and ANSWER.search(reply):
                 answered.update(pair)
                 continue
             reason = reply.reason if isinstance(reply, Missing) else "no <answer> in the reply"
