@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from deepgen_jax.config import (
 )
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference.programs import Condition
-from deepgen_jax.models.deepgen import DeepGen, init_params
+from deepgen_jax.models.deepgen import DeepGen, abstract_params
 from deepgen_jax.rl.config import PolicyConfig
 from deepgen_jax.rl.policy import Canvas, policy_variables
 from deepgen_jax.rl.rollout import RolloutSettings, image_keys, initial_noise, rollout
@@ -34,7 +34,7 @@ CONFIG = DeepGenConfig(
     text=TextConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_layers=3,
+        num_layers=2,
         num_heads=2,
         num_kv_heads=1,
         vocab_size=40,
@@ -45,7 +45,7 @@ CONFIG = DeepGenConfig(
     ),
     bridge=BridgeConfig(num_queries=4, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2),
     mmdit=MMDiTConfig(
-        num_layers=3,
+        num_layers=2,
         num_heads=2,
         head_dim=8,
         in_channels=4,
@@ -73,7 +73,6 @@ class Case:
         self.prompts, self.group_size, self.images, self.steps = prompts, group_size, prompts * group_size, steps
         self.canvas = Canvas(8, 8, group_size, mesh and batch_sharding(mesh, 1))
         params = _params(seed)
-        params.pop("vae")
         if lora:
             self.frozen = params
             adapters = init_lora(params["mmdit"], 2, jax.random.key(1), part="mmdit")
@@ -143,6 +142,7 @@ def auxiliary(micro_batches=2, batch=2, length=5):
         np.zeros((*shape, 0), np.int32),
         np.zeros((*shape, 0), bool),
         np.zeros((*shape, 0, 16), np.float32),
+        np.ones(shape, np.float32),
         text,
     )
     keys = jax.random.split(jax.random.key(8), shape)
@@ -157,12 +157,15 @@ def with_policy(settings, **policy):
     return replace(settings, policy=replace(settings.policy, **policy))
 
 
-@partial(jax.jit, static_argnames="seed")
+@cache
 def _params(seed):
-    """Random weights in which no layer starts at zero."""
-    params = init_params(CONFIG, jax.random.key(seed))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    return jax.tree.unflatten(
-        treedef, [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    """Random weights of the parts that take part, in which no layer starts at zero."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        fan_in = leaf.shape[-2] if path[-1].key == "kernel" else 25
+        start = 1 if path[-1].key == "scale" else 0
+        return jnp.asarray(start + rng.standard_normal(leaf.shape) / np.sqrt(fan_in), jnp.float32)
+
+    shapes = {part: tree for part, tree in abstract_params(CONFIG).items() if part not in ("vae", "vision")}
+    return jax.tree.map_with_path(draw, shapes)

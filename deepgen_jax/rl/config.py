@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,15 +18,19 @@ Sampler = Literal["cps", "flow", "dance", "ode"]
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from.
+    """Where prompts come from, and how they are drawn; see ``prompts.load_prompts``.
 
     Attributes:
       path: a .txt, .jsonl or .parquet file, or a YAML that lists several with their weights and rewards.
-      sampling: "sample_proportional" (a data set's weight multiplies its size) or "weight_only".
+      mode: "sample_proportional" (a data set's weight multiplies its size) or "weight_only"; None as the YAML says.
+      rewards: weights of the rewards by name, for a single file; a YAML has its own.
+      absent: what to do about files that a YAML names and that are not there.
     """
 
-    path: str = ""
-    sampling: Literal["sample_proportional", "weight_only"] = "sample_proportional"
+    path: str
+    mode: Literal["sample_proportional", "weight_only"] | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    absent: Literal["error", "skip"] = "error"
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ class GRPOConfig(RunConfig):
       rewards: the mixture.
       prompts_per_step: prompts of a rollout; times the group size it is the batch.
       data: what the auxiliary supervised loss learns from; None leaves it out.
-      required_reward_share: share of the rewards asked for that must arrive, or the step is tried again.
+      required_reward_share: share of the samples that want a reward which must have it, or it is asked for again.
     """
 
     steps: int = 1500
@@ -172,11 +177,11 @@ class GRPOConfig(RunConfig):
     optimizer: OptimizerConfig = field(default_factory=_published_optimizer)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    prompts: PromptsConfig
     rewards: tuple[RewardConfig, ...]
     prompts_per_step: int = 32
     data: DataConfig | None = None
-    required_reward_share: float = 0.9
+    required_reward_share: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
