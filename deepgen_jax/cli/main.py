@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,20 @@ class Subcommand:
     examples: tuple[str, ...]
 
 
-COMMANDS = {
+@dataclass(frozen=True)
+class Group:
+    """A subcommand with subcommands of its own."""
+
+    summary: str
+    commands: dict[str, Subcommand]
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """The first example of each of its subcommands."""
+        return tuple(entry.examples[0] for entry in self.commands.values())
+
+
+COMMANDS: dict[str, Subcommand | Group] = {
     "convert": Subcommand(
         "deepgen_jax.cli.convert",
         "ConvertCommand",
@@ -61,6 +74,41 @@ COMMANDS = {
             'deepgen edit deepgen "make it night" --image fox.png --out night.png',
             'deepgen edit deepgen "the fox beside this house" --image fox.png --image house.jpg',
         ),
+    ),
+    "train": Subcommand(
+        "deepgen_jax.cli.train",
+        "TrainCommand",
+        "train a stage: alignment pre-training or joint fine-tuning, resumable at any step",
+        (
+            "deepgen train pretrain model=deepgen out=runs/pretrain data.sources.pairs.path=pairs.json",
+            "deepgen train configs/tiny_pretrain.py steps=20",
+        ),
+    ),
+    "data": Group(
+        "look at training data, or prepare them",
+        {
+            "inspect": Subcommand(
+                "deepgen_jax.cli.data",
+                "InspectCommand",
+                "tell what a configuration reads: counts, sizes, speed, pictures",
+                (
+                    "deepgen data inspect sft model=deepgen data.sources.pairs.path=/data/pairs.json",
+                    "deepgen data inspect configs/mine.py --contact-sheet look.png --seconds 20",
+                ),
+            ),
+            "cache": Subcommand(
+                "deepgen_jax.cli.data",
+                "CacheCommand",
+                "run the frozen encoders over all samples once, ahead of training",
+                ("deepgen data cache configs/mine.py --out /data/features --batch-size 32",),
+            ),
+            "example": Subcommand(
+                "deepgen_jax.cli.data",
+                "ExampleCommand",
+                "write a tiny data set of coloured shapes, to try training with",
+                ("deepgen data example --out shapes",),
+            ),
+        },
     ),
     "info": Subcommand(
         "deepgen_jax.cli.info",
@@ -129,18 +177,24 @@ def _failed(error: Exception, message: str, debug: bool) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if words[0] in ("-V", "--version"):
+    if words and words[0] in ("-V", "--version"):
         print(f"deepgen-jax {__version__}")
         return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(COMMANDS)}"
-        raise DeepGenError(f"unknown command {name!r}; {mend}")
-    entry = COMMANDS[name]
+    name, commands, rest = "", COMMANDS, words
+    title = "DeepGen 1.0 in JAX: makes and edits images with one model."
+    while True:
+        if not rest or rest[0] in ("-h", "--help", "help"):
+            print(_overview(title, name, commands))
+            return 0
+        entry = commands.get(rest[0])
+        if entry is None:
+            close = difflib.get_close_matches(rest[0], commands, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(commands)}"
+            raise DeepGenError(f"unknown command {f'{name} {rest[0]}'.strip()!r}; {mend}")
+        name, rest = f"{name} {rest[0]}".strip(), rest[1:]
+        if isinstance(entry, Subcommand):
+            break
+        title, commands = f"{entry.summary[0].upper()}{entry.summary[1:]}.", dict(entry.commands)
     command_type = getattr(importlib.import_module(entry.module), entry.name)
     command = _parse(command_type, name, entry, rest)
     return 0 if command is None else command.run()
@@ -191,28 +245,30 @@ def one_line(box: str) -> str:
         message = " ".join(" ".join(problem).split()).rstrip(".")
         label, _, tokens = message.partition(": ")
         if label == "Unrecognized options" and not tokens.startswith("-"):
-            message += "; put a text of several words in quotes"
+            setting = "=" in tokens.split(",")[0]
+            message += "; put settings before the options" if setting else "; put a text of several words in quotes"
     for section in sections[1:]:
         if section and section[0].strip() == "Perhaps you meant:" and len(section) > 1:
             message += f"; did you mean {section[1].split()[0].rstrip(',')}?"
     return message or "the options are not understood"
 
 
-def _overview() -> str:
+def _overview(title: str, group: str, commands: Mapping[str, Subcommand | Group]) -> str:
+    """What there is to say of all commands, or of those of one group."""
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [
-        "DeepGen 1.0 in JAX: makes and edits images with one model.",
-        "",
-        "usage: deepgen COMMAND [OPTIONS]      (deepgen COMMAND --help tells them all)",
-    ]
-    for name, entry in COMMANDS.items():
+    prefix = f"deepgen {group}".strip()
+    usage = f"usage: {prefix} COMMAND [OPTIONS]      ({prefix} COMMAND --help tells them all)"
+    # A group's help looks like that of its commands.
+    lines = [usage, "", title] if group else [title, "", usage]
+    for name, entry in commands.items():
         lines += ["", f"  {name:<9} {entry.summary}"[:width]]
         lines += [f"      {example}".replace("\n", "\n      ") for example in entry.examples]
-    lines += [
-        "",
-        "  --version   the package's version",
-        "  --debug     with any command: the whole traceback of an error",
-    ]
+    if not group:
+        lines += [
+            "",
+            "  --version   the package's version",
+            "  --debug     with any command: the whole traceback of an error",
+        ]
     return "\n".join(lines)
 
 
