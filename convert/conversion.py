@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +11,16 @@ from typing import Any
 import numpy as np
 
 import deepgen_jax
-from deepgen_jax.config import to_dict
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import FORMAT, VERSION
 
 from . import configs
-from .files import write_json
+from .folders import Contents, write_arrays, write_manifest
 from .hparams import parse_hparams
-from .leaves import Leaf
 from .opening import Release, lora_config, open_bases, open_release
 from .plan import Plan, make_plan
-from .progress import progress_bar
 from .sources import BFLOAT16
-from .staging import require_space, staged
-from .writer import write_tree
+from .staging import staged
 
-#: Files of a tokenizer; the others in a model's folder are not its business.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json",
-)  # fmt: skip
 DTYPES = {"bfloat16": BFLOAT16, "float32": np.dtype(np.float32)}
 
 
@@ -133,20 +122,12 @@ def convert(
 
 
 def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict[str, Any]) -> Report:
-    total = sum(leaf.nbytes for leaf in (*plan.params, *plan.lora))
-    require_space(out, total)
-    partial.mkdir()
-    _copy_tokenizer(release.tokenizer, partial / "tokenizer")
-    with progress_bar(total, "converting") as progress:
-        write_tree(partial / "params", plan.params, progress)
-        if plan.lora:
-            write_tree(partial / "lora", plan.lora, progress)
+    contents = Contents(plan.config, release.scheduler, release.tokenizer, plan.params, plan.lora)
+    write_arrays(partial, out, contents, "converting")
     if plan.not_finite:
         names = sorted(plan.not_finite)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise DeepGenError(f"NaN or infinite weights in {', '.join(names[:3])}{more}; download or train them again")
-    write_json(partial / "scheduler_config.json", to_dict(release.scheduler))
-    parameters = _summaries(plan)
     provenance = {
         "deepgen_jax": deepgen_jax.__version__,
         "sources": [source.provenance() for source in release.sources],
@@ -155,46 +136,8 @@ def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict
         "superseded": release.inventory.superseded,
         "left_out": _count_reasons(release.inventory.unused),
     }
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": to_dict(plan.config),
-        "provenance": provenance,
-        "parameters": parameters,
-        "files": _sizes(partial),
-    }
-    write_json(partial / "config.json", manifest)
-    return Report(out, parameters, provenance, len(plan.merged), release.inventory.unused)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    names = {file.name for file in files}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
-        wanted = "tokenizer.json, or vocab.json and merges.txt"
-        raise DeepGenError(f"{source} holds no tokenizer ({wanted}); download it again")
-    target.mkdir()
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-
-
-def _summaries(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Part -> number of parameters, bytes and number by dtype."""
-    summaries: dict[str, dict[str, Any]] = {}
-    leaves: list[tuple[str, Leaf]] = [(leaf.path[0], leaf) for leaf in plan.params]
-    for part, leaf in [*leaves, *(("lora", leaf) for leaf in plan.lora)]:
-        summary = summaries.setdefault(part, {"count": 0, "bytes": 0, "dtypes": {}})
-        summary["count"] += leaf.size
-        summary["bytes"] += leaf.nbytes
-        dtypes = summary["dtypes"]
-        dtypes[leaf.dtype.name] = dtypes.get(leaf.dtype.name, 0) + leaf.size
-    return summaries
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in ``folder``, by path within it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_manifest(partial, contents, provenance)
+    return Report(out, contents.summaries(), provenance, len(plan.merged), release.inventory.unused)
 
 
 def _count_reasons(unused: Mapping[str, str]) -> dict[str, int]:

@@ -21,6 +21,7 @@ class Folder(Enum):
     SD3 = "a diffusers SD3.5 folder (transformer/, vae/, scheduler/)"
     RELEASE = "a DeepGen diffusers release (transformer/, vae/, vlm/, connector/)"
     MODEL = "a DeepGen-JAX model folder"
+    RUN = "the folder of a training run"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -34,8 +35,9 @@ def _json(path: Path) -> dict[str, Any]:
 def folder_kind(path: Path) -> Folder | None:
     """What a folder is, or None where its configurations do not tell."""
     config = _json(path / "config.json")
-    if config.get("format") == "deepgen-jax":
-        return Folder.MODEL
+    formats = {"deepgen-jax": Folder.MODEL, "deepgen-jax-run": Folder.RUN}
+    if (ours := formats.get(config.get("format", ""))) is not None:
+        return ours
     if config.get("model_type") == "qwen2_5_vl":
         return Folder.QWEN
     if _json(path / "transformer" / "config.json") and _json(path / "vae" / "config.json"):
@@ -128,6 +130,7 @@ def _open_folder(path: Path, member: str | None) -> Source:
             Folder.QWEN: "; pass it as --qwen",
             Folder.SD3: "; pass it as --sd3",
             Folder.MODEL: ", which is converted already",
+            Folder.RUN: f"; run `deepgen export {path} --format model --out FOLDER`",
         }[kind]
         raise DeepGenError(f"--checkpoint: {path} is {kind.value}{mend}")
     if any(path.glob("*.safetensors")):

@@ -1,34 +1,34 @@
-"""``deepgen export``: a model folder -> a released layout."""
+"""``deepgen export``: a model folder or a training run -> a model folder or a released layout."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+import deepgen_jax
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import Manifest, read_manifest, read_scheduler, stored_tree
+from deepgen_jax.training.run_folder import is_run
 
+from .conversion import DTYPES
 from .files import Spec, TensorWriter, TorchWriter, parse_size
-from .names import Weight, weights
+from .folders import Contents, write_arrays, write_manifest
+from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
+from .names import Weight
 from .progress import progress_bar
 from .release import ReleaseWriter, hparams_json
 from .staging import require_space, staged
+from .stored import Reader, Stored, StoredLeaf, StoredModel, open_folder
 from .transforms import to_source
 
-Format = Literal["diffusers", "pth"]
+Format = Literal["model", "diffusers", "pth"]
+FORMATS = ("model", "diffusers", "pth")
 
-#: Leaves are read together up to about this many bytes.
-_BATCH_BYTES = 256 * 2**20
 _ADAPTER_NAME = "default"
-
-TreePath = tuple[str, ...]
 
 
 def export(
@@ -36,16 +36,30 @@ def export(
     format: Format,
     out: str | Path,
     *,
+    step: int | None = None,
+    ema: bool = False,
+    keep_lora: bool = False,
+    model: str | Path | None = None,
+    start: str | Path | None = None,
+    dtype: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model folder back into a released layout.
+    """Writes a model folder, or the model that a training run has made of one, in another form.
+
+    Nothing is written in between: tensors go from where they are stored to where they are wanted, one by one.
 
     Args:
-      folder: model folder.
-      format: "diffusers": the release layout, adapters merged; "pth": one checkpoint of everything, with adapters as
-        peft names them where the folder keeps them.
+      folder: model folder, or folder of a training run.
+      format: "model": a model folder, from a run only; "diffusers": the release layout, adapters merged; "pth": one
+        checkpoint of everything, with adapters as peft names them where they are kept apart.
       out: the folder or file to write; it appears when everything is written, or not at all.
+      step: of a run's checkpoint; the newest by default.
+      ema: take the moving average of what the run trained.
+      keep_lora: keep a run's adapters apart; a model folder's always are.
+      model: where the model folder that the run began with is now; by default where it was.
+      start: where the earlier run that the run went on from is now; by default where it was.
+      dtype: "bfloat16" or "float32" for everything; None keeps what is stored, float32 for merged weights.
       max_shard_size: of the safetensors files, like "5GB".
       overwrite: replace ``out``.
 
@@ -53,170 +67,170 @@ def export(
       ``out``.
 
     Raises:
-      DeepGenError: the folder is no model folder or damaged, or ``out`` exists.
+      DeepGenError: the folder is neither or damaged, what a run builds on is missing, or ``out`` exists.
     """
-    if format not in ("diffusers", "pth"):
-        raise DeepGenError(f"--format {format} is unknown; use diffusers or pth")
+    if format not in FORMATS:
+        raise DeepGenError(f"--format {format} is unknown; use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    if dtype is not None and dtype not in DTYPES:
+        raise DeepGenError(f"--dtype {dtype} is unknown; use {' or '.join(DTYPES)}")
+    if keep_lora and format == "diffusers":
+        raise DeepGenError("a diffusers release has no place for adapters; leave out --keep-lora, or use --format pth")
     folder, out = Path(folder), Path(out)
-    manifest = read_manifest(folder)
     shard_bytes = parse_size(max_shard_size)
-    exporter = _Exporter(folder, manifest, merge=format == "diffusers")
-    specs = exporter.specs()
-    total = sum(spec.nbytes for spec in specs)
+    given = {"step": step, "ema": ema, "keep-lora": keep_lora, "model": model, "start": start}
+    sources: list[dict[str, Any]] = []
+    if is_run(folder):
+        from .runs import open_run
+
+        model, start = (None if path is None else Path(path) for path in (model, start))
+        opened, sources = open_run(folder, step=step, ema=ema, keep_lora=keep_lora, model=model, start=start)
+        merge = not keep_lora
+    else:
+        opened, merge = open_folder(folder), format == "diffusers"
+        if used := [name for name, value in given.items() if value not in (None, False)]:
+            raise DeepGenError(f"--{used[0]} is for training runs, and {folder} is a model folder; leave it out")
+        if format == "model":
+            raise DeepGenError(f"{folder} is a model folder already; copy it, or choose another --format")
+    tensors = _Tensors(opened, merge=merge, dtype=None if dtype is None else DTYPES[dtype])
     with staged(out, overwrite=overwrite) as partial:
-        require_space(out, total)
-        writer: TensorWriter
-        if format == "diffusers":
-            partial.mkdir()
-            config = dataclasses.replace(manifest.config, lora=None)
-            writer = ReleaseWriter(partial, config, read_scheduler(folder), specs, shard_bytes)
-            shutil.copytree(folder / "tokenizer", partial / "tokenizer")
+        if format == "model":
+            contents = tensors.contents()
+            write_arrays(partial, out, contents, "exporting")
+            provenance = {
+                "deepgen_jax": deepgen_jax.__version__,
+                "sources": sources,
+                "options": {"ema": ema, "keep_lora": keep_lora, "dtype": dtype},
+                "merged_adapters": tensors.merged,
+            }
+            write_manifest(partial, contents, provenance)
         else:
-            writer = TorchWriter(partial, specs, {"deepgen_config": hparams_json(manifest.config)})
-        try:
-            with progress_bar(total, "exporting") as progress:
-                for key, value in exporter.tensors():
-                    writer.add(key, value)
-                    progress(value.nbytes)
-                    del value  # a view that would keep its leaf while the next is read
-        finally:
-            writer.close()
+            _write_release(partial, out, tensors, format, shard_bytes)
     return out
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """A stored leaf and the tensors in it; with ``factors``, the paths of its adapters' leaves "a" and "b"."""
+def _write_release(partial: Path, out: Path, tensors: _Tensors, format: str, shard_bytes: int) -> None:
+    specs, model = tensors.specs(), tensors.model
+    total = sum(spec.nbytes for spec in specs)
+    require_space(out, total)
+    writer: TensorWriter
+    if format == "diffusers":
+        partial.mkdir()
+        writer = ReleaseWriter(partial, tensors.config, model.scheduler, specs, shard_bytes)
+        shutil.copytree(model.tokenizer, partial / "tokenizer")
+    else:
+        writer = TorchWriter(partial, specs, {"deepgen_config": hparams_json(tensors.config)})
+    try:
+        with progress_bar(total, "exporting") as progress:
+            for key, value in tensors.under_keys():
+                writer.add(key, value)
+                progress(value.nbytes)
+                del value  # a view that would keep its leaf while the next is read
+    finally:
+        writer.close()
 
-    path: TreePath
-    members: Sequence[Weight]
-    dtype: np.dtype
-    nbytes: int
-    factors: Mapping[str, TreePath]
 
+class _Tensors:
+    """Everything of a model, read leaf by leaf: as leaves of a model folder or under the keys of a release.
 
-class _Exporter:
-    """Tensors of a model folder under canonical keys, read leaf by leaf."""
+    Args:
+      model: where it is.
+      merge: fold adapters in; otherwise they stay apart.
+      dtype: of everything; None keeps what is stored, float32 for merged weights.
+    """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, merge: bool) -> None:
-        self._folder, self._config, self._merge = folder, manifest.config, merge
-        stored = _flatten(stored_tree(folder))
-        self._lora = {} if self._config.lora is None else _flatten(stored_tree(folder, "lora"))
-        groups: dict[TreePath, list[Weight]] = {}
-        for weight in weights(self._config).values():
-            groups.setdefault(weight.path, []).append(weight)
-        wrong = sorted("/".join(path) for path in set(groups) ^ set(stored))
-        for path in set(groups) & set(stored):
-            first = groups[path][0]
-            if tuple(stored[path].shape) != (*first.stack, *first.target_shape):
-                wrong.append("/".join(path))
-        if wrong:
-            raise DeepGenError(f"{folder}: params/ does not fit config.json at {wrong[0]}; convert the model again")
-        self._leaves = [self._leaf(path, members, stored[path]) for path, members in groups.items()]
+    def __init__(self, model: StoredModel, *, merge: bool, dtype: np.dtype | None) -> None:
+        self.model, self._merge, self._dtype = model, merge, dtype
+        self.config = model.merged_config() if merge else model.config
+        self._leaves = model.leaves()
+        self._read = Reader(leaf.arrays for leaf in self._leaves)
 
-    def _leaf(self, path: TreePath, members: list[Weight], struct: Any) -> _Leaf:
-        factors = {role: (*path[:-1], role) for role in ("a", "b")} if members[0].adaptable else {}
-        if any(factor not in self._lora for factor in factors.values()):
-            factors = {}
-        dtype = np.dtype(struct.dtype)
-        return _Leaf(path, members, dtype, int(np.prod(struct.shape)) * dtype.itemsize, factors)
+    @property
+    def merged(self) -> int:
+        """Number of weights that adapters are folded into."""
+        return sum(len(leaf.members) for leaf in self._leaves if leaf.update) if self._merge else 0
+
+    def contents(self) -> Contents:
+        """All as leaves to write."""
+        adapted = [leaf for leaf in self._leaves if self._apart(leaf)]
+        if adapted:  # their adapters are written after everything else, and so read then
+            self._read = Reader([*([leaf.stored] for leaf in self._leaves), *(leaf.arrays[1:] for leaf in adapted)])
+        params = [self._leaf(number, leaf) for number, leaf in enumerate(self._leaves)]
+        factors = [factor for number, leaf in enumerate(adapted) for factor in self._factors(number, leaf)]
+        return Contents(self.config, self.model.scheduler, self.model.tokenizer, params, factors)
+
+    def _leaf(self, number: int, leaf: StoredLeaf) -> Leaf:
+        dtype, first = self._dtype_of(leaf), leaf.members[0]
+        pieces: list[Piece] = []
+        for weight in leaf.members:
+            blocks = row_blocks(weight, dtype)
+            for rows in blocks:
+                value = functools.partial(self._value, leaf, weight, rows, copy=True)
+                pieces.append(Piece(slice_index(weight, rows), (number, len(pieces)), value))
+        chunks = (*(1,) * len(first.stack), *chunk_shape(first, blocks))
+        return Leaf(leaf.path, leaf.stored.shape, dtype, chunks, pieces)
+
+    def _factors(self, number: int, leaf: StoredLeaf) -> Iterator[Leaf]:
+        for role, stored in self._apart(leaf):
+            stack = leaf.members[0].stack
+            pieces = [
+                Piece(weight.index, (number, role, weight.index), functools.partial(self._factor, stored, weight, True))
+                for weight in leaf.members
+            ]
+            chunks = (*(1,) * len(stack), *stored.shape[len(stack) :])
+            yield Leaf((*leaf.path[:-1], role), stored.shape, self._dtype or stored.dtype, chunks, pieces)
+
+    def _dtype_of(self, leaf: StoredLeaf) -> np.dtype:
+        merged = np.dtype(np.float32) if leaf.update and self._merge else leaf.stored.dtype
+        return self._dtype or merged
+
+    def _value(self, leaf: StoredLeaf, weight: Weight, rows: slice | None = None, copy: bool = False) -> np.ndarray:
+        """One tensor in our layout, or a range of its rows; a view of what was read where nothing has to be done."""
+        index = slice_index(weight, rows)
+        value = self._read(leaf.stored)[index]
+        if leaf.update and self._merge:
+            row, column = index[len(weight.stack) :] or (slice(None), slice(None))
+            a, b = self._read(leaf.update.a)[weight.index], self._read(leaf.update.b)[weight.index]
+            value = folded(value, a[row], b[:, column], leaf.update.scale)
+        return value.astype(self._dtype_of(leaf), copy=copy)
+
+    def _factor(self, stored: Stored, weight: Weight, copy: bool = False) -> np.ndarray:
+        return self._read(stored)[weight.index].astype(self._dtype or stored.dtype, copy=copy)
 
     def specs(self) -> list[Spec]:
-        """What :meth:`tensors` yields, in its order."""
+        """What :meth:`under_keys` yields, in its order."""
         specs = []
         for leaf in self._leaves:
             for weight in leaf.members:
-                if not leaf.factors:
-                    specs.append(Spec(weight.key, weight.shape, leaf.dtype))
-                elif self._merge:
-                    specs.append(Spec(weight.key, weight.shape, np.dtype(np.float32)))
-                else:
-                    specs.append(Spec(f"{weight.module}.base_layer.weight", weight.shape, leaf.dtype))
-                    for role, path in leaf.factors.items():
-                        struct = self._lora[path]
-                        shape = tuple(struct.shape)[len(weight.stack) :][::-1]
-                        specs.append(Spec(_adapter_key(weight, role), shape, np.dtype(struct.dtype)))
-        return specs if self._merge else [self._bias_of_adapted(spec) for spec in specs]
+                specs.append(Spec(self._key(weight), weight.shape, self._dtype_of(leaf)))
+                for role, stored in self._apart(leaf):
+                    shape = stored.shape[len(weight.stack) :][::-1]
+                    specs.append(Spec(_adapter_key(weight, role), shape, self._dtype or stored.dtype))
+        return specs
 
-    def _bias_of_adapted(self, spec: Spec) -> Spec:
-        """The bias of an adapted layer stands beside its weight, in ``base_layer``."""
-        module, _, name = spec.key.rpartition(".")
-        return spec._replace(key=f"{module}.base_layer.bias") if name == "bias" and module in self._adapted else spec
+    def under_keys(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(key, tensor) of everything."""
+        for leaf in self._leaves:
+            for weight in leaf.members:
+                yield self._key(weight), to_source(weight.transform, self._value(leaf, weight), weight.shape)
+                for role, stored in self._apart(leaf):
+                    yield _adapter_key(weight, role), self._factor(stored, weight).T
+
+    def _apart(self, leaf: StoredLeaf) -> Sequence[tuple[str, Stored]]:
+        return [("a", leaf.update.a), ("b", leaf.update.b)] if leaf.update and not self._merge else []
+
+    def _key(self, weight: Weight) -> str:
+        """The canonical key; weight and bias of a layer with an adapter beside it stand in ``base_layer``."""
+        if weight.module not in self._adapted:
+            return weight.key
+        return f"{weight.module}.base_layer.{weight.key.rpartition('.')[2]}"
 
     @functools.cached_property
     def _adapted(self) -> set[str]:
-        """Names of the layers that have adapters."""
-        return {weight.module for leaf in self._leaves if leaf.factors for weight in leaf.members}
-
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, tensor) of everything."""
-        for batch in self._batches():
-            yield from self._tensors_of(batch)
-
-    def _tensors_of(self, batch: Sequence[_Leaf]) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, tensor) of some leaves; a function of its own so that they are freed before the next are read."""
-        params = _read(self._folder / "params", [leaf.path for leaf in batch])
-        factors = [path for leaf in batch for path in leaf.factors.values()]
-        lora = _read(self._folder / "lora", factors) if factors else {}
-        for leaf in batch:
-            for weight in leaf.members:
-                pair = {role: lora[path][weight.index] for role, path in leaf.factors.items()}
-                yield from self._emit(weight, params[leaf.path][weight.index], pair)
-
-    def _emit(
-        self, weight: Weight, value: np.ndarray, pair: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        lora = self._config.lora
-        if pair and self._merge and lora is not None:
-            update = pair["a"].astype(np.float32) @ pair["b"].astype(np.float32)
-            update *= np.float32(lora.scale)
-            update += value
-            value, pair = update, {}
-        key = weight.key
-        if not self._merge and weight.module in self._adapted:
-            key = f"{weight.module}.base_layer.{key.rpartition('.')[2]}"
-        yield key, to_source(weight.transform, value, weight.shape)
-        for role, factor in pair.items():
-            yield _adapter_key(weight, role), factor.T
-
-    def _batches(self) -> Iterator[list[_Leaf]]:
-        batch: list[_Leaf] = []
-        size = 0
-        for leaf in self._leaves:
-            if batch and size + leaf.nbytes > _BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(leaf)
-            size += leaf.nbytes
-        if batch:
-            yield batch
+        """Names of the layers that have adapters beside them."""
+        return {weight.module for leaf in self._leaves if self._apart(leaf) for weight in leaf.members}
 
 
 def _adapter_key(weight: Weight, role: str) -> str:
     if weight.path[-1] == "embedding":
         return f"{weight.module}.lora_embedding_{role.upper()}.{_ADAPTER_NAME}"
     return f"{weight.module}.lora_{role.upper()}.{_ADAPTER_NAME}.weight"
-
-
-def _flatten(tree: Mapping[str, Any], path: TreePath = ()) -> dict[TreePath, Any]:
-    leaves: dict[TreePath, Any] = {}
-    for name, child in tree.items():
-        leaves |= _flatten(child, (*path, name)) if isinstance(child, Mapping) else {(*path, name): child}
-    return leaves
-
-
-def _read(checkpoint: Path, paths: Sequence[TreePath]) -> dict[TreePath, np.ndarray]:
-    """Some leaves of an Orbax checkpoint as numpy arrays."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    from .writer import nested
-
-    wanted = nested({path: jax.ShapeDtypeStruct((), np.float32) for path in paths})
-    arguments = nested({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            args = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
-            return _flatten(checkpointer.restore(checkpoint.absolute(), args=args))
-    except (ValueError, KeyError, OSError) as error:
-        raise DeepGenError(f"{checkpoint} is damaged ({str(error)[:200]}); convert the model again") from error

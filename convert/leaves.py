@@ -66,9 +66,25 @@ def row_blocks(weight: Weight, dtype: np.dtype) -> list[slice | None]:
     return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
 
 
+def chunk_shape(weight: Weight, blocks: list[slice | None]) -> Shape:
+    """Shape of one of the blocks into which :func:`row_blocks` cuts a weight, in our layout."""
+    if blocks[0] is None:
+        return weight.target_shape
+    rows = blocks[0].stop - blocks[0].start
+    return tuple(rows if i == weight.transform.row_axis else n for i, n in enumerate(weight.target_shape))
+
+
 def slice_index(weight: Weight, rows: slice | None) -> Index:
     """Where a weight, or a range of its rows, goes in its leaf."""
     if rows is None:
         return weight.index
     axis = weight.transform.row_axis
     return (*weight.index, *(rows if i == axis else slice(None) for i in range(len(weight.target_shape))))
+
+
+def folded(value: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """``value + scale * a @ b`` in float32."""
+    update = a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False)
+    update *= np.float32(scale)
+    update += value
+    return update

@@ -19,7 +19,7 @@ from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
 
 from .keys import Role, parse_key, unused_reason
-from .leaves import Leaf, Piece, row_blocks, slice_index
+from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
 from .sources import BFLOAT16, WEIGHT_DTYPES, Source
 from .transforms import Transform, to_target
@@ -244,7 +244,7 @@ class _Builder:
         pieces, chunks = [], first.target_shape
         for weight in group:
             ref, adapter = self.filled[weight.key], merge.get(weight.key)
-            blocks = [None] if ref.source.sequential else row_blocks(weight, dtype)
+            blocks: list[slice | None] = [None] if ref.source.sequential else row_blocks(weight, dtype)
             factors = None if adapter is None else self._factors(adapter)
             if factors is not None and len(blocks) > 1:
                 factors = functools.cache(factors)
@@ -253,10 +253,7 @@ class _Builder:
             for number, rows in enumerate(blocks):
                 value = self._value(weight, ref, factors, rows, dtype)
                 pieces.append(Piece(slice_index(weight, rows), (*order, number), value))
-            if blocks[0] is not None:
-                axis = weight.transform.row_axis
-                block = blocks[0].stop - blocks[0].start
-                chunks = tuple(block if i == axis else n for i, n in enumerate(weight.target_shape))
+            chunks = chunk_shape(weight, blocks)
         ones = (1,) * len(first.stack)
         return Leaf(first.path, (*first.stack, *first.target_shape), dtype, (*ones, *chunks), pieces)
 
@@ -292,10 +289,7 @@ class _Builder:
                 a, b = factors()
                 if rows is not None:
                     a, b = (a[rows], b) if weight.transform is Transform.SAME else (a, b[:, rows])
-                update = a @ b
-                update *= np.float32(self.scale)
-                update += value
-                value = update
+                value = folded(value, a, b, self.scale)
             return value.astype(dtype, copy=False)
 
         return make

@@ -204,6 +204,7 @@ def _looks_like(folder: Path) -> str:
         Folder.RELEASE: f"run `deepgen convert --diffusers {folder} --out FOLDER`",
         Folder.QWEN: f"run `deepgen convert --qwen {folder} --sd3 DIR --checkpoint PATH --out FOLDER`",
         Folder.SD3: f"run `deepgen convert --qwen DIR --sd3 {folder} --checkpoint PATH --out FOLDER`",
+        Folder.RUN: f"run `deepgen export {folder} --format model --out FOLDER`",
     }
     otherwise = "give the folder that `deepgen convert` wrote"
     return f"it is {describe(folder)}; {mends.get(folder_kind(folder), otherwise)}"

@@ -12,14 +12,31 @@ import tyro
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a model folder back into a released layout."""
+    """Write a model folder, or the model that a training run has made, in another form.
+
+    Of a run, the newest checkpoint is taken over the model folder that it began with. What is written appears when
+    everything is written, or not at all.
+    """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Model folder."""
-    format: Literal["diffusers", "pth"]
-    """The folders of the release (adapters are merged), or one checkpoint of everything (kept adapters stay apart)."""
+    """Model folder, or folder of a training run."""
+    format: Literal["model", "diffusers", "pth"]
+    """A model folder (from a run), the folders of the release (adapters are merged), or one checkpoint of everything
+    (a model folder's adapters stay apart)."""
     out: Path
     """Folder or file to write."""
+    step: int | None = None
+    """Of a run: step of the checkpoint, instead of the newest."""
+    ema: bool = False
+    """Of a run: take the moving average of what it trained."""
+    keep_lora: bool = False
+    """Of a run: keep LoRA adapters apart instead of merging them."""
+    model: Path | None = None
+    """Of a run: the model folder that it began with, where that has moved."""
+    start: Path | None = None
+    """Of a run: the run that it went on from, where that has moved."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Dtype of all weights; by default each keeps the one it is stored in, and merged ones are float32."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file, such as 5GB or 500MB."""
     overwrite: bool = False
@@ -31,6 +48,10 @@ class ExportCommand:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from deepgen_jax.convert import export
 
-        path = export(self.folder, self.format, self.out, max_shard_size=self.max_shard_size, overwrite=self.overwrite)
+        path = export(
+            self.folder, self.format, self.out, step=self.step, ema=self.ema, keep_lora=self.keep_lora,
+            model=self.model, start=self.start, dtype=self.dtype, max_shard_size=self.max_shard_size,
+            overwrite=self.overwrite,
+        )  # fmt: skip
         print(f"wrote {path}")
         return 0

@@ -1,4 +1,4 @@
-"""``deepgen info``: what a model folder holds, told from its description alone."""
+"""``deepgen info``: what a model folder or a training run holds, told from its description alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tyro.conf import Positional, arg
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
 from deepgen_jax.model_folder import Manifest, PartSummary, read_manifest, read_scheduler
+from deepgen_jax.training.origin import read_origin
+from deepgen_jax.training.run_folder import is_run, last_metrics, read_run, saved_steps
 
 _TITLES = {
     "text": "language model",
@@ -27,15 +29,19 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Tells what a model folder holds; the weights are not read."""
+    """Tells what a model folder or a training run holds; the weights are not read."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Model folder, made by `deepgen convert`."""
+    """Model folder, or folder of a training run."""
     json: bool = False
     """Print one JSON object instead."""
 
     def run(self) -> int:
         """Prints; returns the exit status."""
+        if is_run(self.folder):
+            told = run_facts(self.folder)
+            print(json.dumps(told, indent=2) if self.json else "\n".join(run_lines(told)))
+            return 0
         manifest, scheduler = read_manifest(self.folder), read_scheduler(self.folder)
         if self.json:
             print(json.dumps(facts(self.folder, manifest, scheduler), indent=2))
@@ -142,4 +148,40 @@ def _sources(provenance: dict[str, Any]) -> Iterator[str]:
     options = {name: value for name, value in provenance.get("options", {}).items() if value not in (None, False)}
     if options:
         yield f"{'options':<15} {', '.join(f'{name} {value}' for name, value in options.items())}"
-    yield f"{'converted by':<15} deepgen-jax {provenance.get('deepgen_jax', 'unknown')}"
+    yield f"{'written by':<15} deepgen-jax {provenance.get('deepgen_jax', 'unknown')}"
+
+
+def run_facts(folder: Path) -> dict[str, Any]:
+    """A training run as one JSON-ready object."""
+    description = read_run(folder)
+    return {
+        "folder": str(folder.absolute()),
+        "kind": description["kind"],
+        "steps": description["config"]["steps"],
+        "checkpoints": saved_steps(folder),
+        "origin": read_origin(folder).to_json(),
+        "last_metrics": last_metrics(folder),
+        "config": description["config"],
+    }
+
+
+def run_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The same for people."""
+    config, origin, saved, last = (facts[name] for name in ("config", "origin", "checkpoints", "last_metrics"))
+    yield f"{facts['folder']}"
+    yield ""
+    yield f"{'training run':<15} {facts['kind']}, {facts['steps']:,} steps, trains {', '.join(config['trains'])}"
+    steps = f"step {saved[-1]:,}" if saved else "none yet"
+    if saved[:-1]:
+        steps += f" (and {', '.join(f'{step:,}' for step in saved[:-1])})"
+    yield f"{'checkpoint':<15} {steps}{', with moving average' if saved and config['ema_decay'] else ''}"
+    yield f"{'model':<15} {origin['model']}"
+    checkpoints: dict[tuple[str, int], list[str]] = {}
+    for name, at in origin["inherited"].items():
+        checkpoints.setdefault((at["run"], at["step"]), []).append(name)
+    for (run, step), names in checkpoints.items():
+        yield f"{'goes on from':<15} {run}, step {step:,} ({', '.join(names)})"
+    if last is not None:
+        shown = {name: value for name, value in last.items() if name not in ("step", "time") and "/" not in name}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, int | float))
+        yield f"{'last metrics':<15} step {last['step']:,}: {values}"

@@ -113,14 +113,17 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "info": Subcommand(
         "deepgen_jax.cli.info",
         "InfoCommand",
-        "tell what a model folder holds and where its weights came from",
-        ("deepgen info deepgen", "deepgen info deepgen --json"),
+        "tell what a model folder or a training run holds",
+        ("deepgen info deepgen", "deepgen info runs/sft --json"),
     ),
     "export": Subcommand(
         "deepgen_jax.cli.export",
         "ExportCommand",
-        "write a model folder back into a released layout",
-        ("deepgen export deepgen --format diffusers --out DeepGen-diffusers",),
+        "write a training run or a model folder in another form",
+        (
+            "deepgen export runs/sft --format model --out deepgen-sft",
+            "deepgen export deepgen --format diffusers --out DeepGen-diffusers",
+        ),
     ),
     "reward-server": Subcommand(
         "deepgen_jax.cli.reward_server",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -138,6 +139,7 @@ def init_params(config: DeepGenConfig, key: jax.Array) -> dict[str, Any]:
     return nn.unbox(DeepGen(config).init(key)["params"])
 
 
+@functools.lru_cache(maxsize=4)  # tracing takes seconds
 def abstract_params(config: DeepGenConfig) -> dict[str, Any]:
-    """Shapes of the parameters without making them: a tree of float32 ``ShapeDtypeStruct``."""
+    """Shapes of the parameters without making them: a tree of float32 ``ShapeDtypeStruct``, not to be changed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,11 +11,12 @@ import orbax.checkpoint as ocp
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.training.run_folder import CHECKPOINTS, checkpoint_folder
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 
-#: Where a run's folder keeps its checkpoints.
-FOLDER = "checkpoints"
+#: The item of a checkpoint that holds its arrays.
+STATE = "state"
 
 
 class Checkpoints:
@@ -27,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, config: CheckpointConfig) -> None:
         """Opens or makes ``run/checkpoints`` and removes what a killed run left half written there."""
-        self._folder = (run / FOLDER).absolute()
+        self._folder = (run / CHECKPOINTS).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
@@ -82,31 +82,15 @@ class Checkpoints:
         return TrainState(**restored["state"]), dict(restored["position"])
 
 
-def newest_step(run: Path) -> int:
-    """Step of a run's newest complete checkpoint.
-
-    Raises:
-      DeepGenError: it has none.
-    """
-    folder = run / FOLDER
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    if not steps:
-        raise DeepGenError(f"{run} has no checkpoint; give the folder of a training run that has saved one")
-    return max(steps)
-
-
 def stored_weights(run: Path, step: int, tree: str = "trainable") -> Tree:
     """Shapes of a checkpoint's ``trainable`` or ``ema`` tree: {"params": ..., "lora": ...}.
 
     Raises:
       DeepGenError: no such checkpoint, it is damaged, or it has no such tree.
     """
-    folder = (run / FOLDER / str(step)).absolute()
-    if not folder.is_dir():
-        raise DeepGenError(f"{run} has no checkpoint of step {step}; it has {_steps(run)}")
+    folder = checkpoint_folder(run, step)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(folder / "state").item_metadata.tree
+        metadata = ocp.PyTreeCheckpointHandler().metadata(folder / STATE).tree
     except Exception as error:
         raise _unusable(folder, error) from error
     stored = metadata.get(tree)
@@ -128,28 +112,21 @@ def load_weights(run: Path, step: int, wanted: Tree, tree: str = "trainable") ->
       tree: "trainable" or "ema".
 
     Raises:
-      DeepGenError: the checkpoint is damaged.
+      DeepGenError: no such checkpoint, or it is damaged.
     """
-    folder = (run / FOLDER / str(step)).absolute()
+    folder = checkpoint_folder(run, step)
     item = {tree: wanted}
 
     def arguments(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
         return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=leaf.dtype, sharding=leaf.sharding)
 
+    args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(arguments, item), partial_restore=True)
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(arguments, item), partial_restore=True)
-            return checkpointer.restore(folder / "state", args=args)[tree]
+        return ocp.PyTreeCheckpointHandler().restore(folder / STATE, args=args)[tree]
     except Exception as error:
         raise _unusable(folder, error) from error
 
 
-def _steps(run: Path) -> Sequence[int] | str:
-    folder = run / FOLDER
-    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
-    return ", ".join(map(str, steps)) or "none"
-
-
 def _unusable(folder: Path, error: Exception) -> DeepGenError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return DeepGenError(f"checkpoint {folder} cannot be used ({reason}); remove its folder to go on from an earlier one")
+    return DeepGenError(f"checkpoint {folder} cannot be used ({reason}); remove it to go on from an earlier one")

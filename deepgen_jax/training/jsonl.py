@@ -77,6 +77,25 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield entry
 
 
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The newest whole line of a log, found from its end; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            if not end:
+                return None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                while end:
+                    start = view.rfind(b"\n", 0, end - 1) + 1
+                    entry = _parsed(view[start:end])
+                    if entry is not None:
+                        return entry
+                    end = start
+    except OSError:
+        return None
+    return None
+
+
 def truncate(path: Path, last_step: int) -> None:
     """Drops what a log says of steps after ``last_step``, and a half-written end; a missing file is left missing.
 

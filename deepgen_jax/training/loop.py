@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
@@ -20,11 +21,12 @@ from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.training import overrides
 from deepgen_jax.training.checkpoint import Checkpoints
 from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.origin import origin_of
 from deepgen_jax.training.progress import Progress
+from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
 from deepgen_jax.training.samples import check_images, grid, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
-from deepgen_jax.training.weights import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
 
 # What a run cannot change half-way, because its checkpoints would not be those of one run.
 _FIXED = ("model", "start", "trains", "seed", "lora")
@@ -89,12 +91,12 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
 
 
 def describe(run: Path, config: RunConfig) -> None:
-    """Writes the run's description, unless the folder holds another run.
+    """Writes the run's description, unless the folder holds another run. It pins what the run starts from.
 
     Raises:
-      DeepGenError: it does, or something else.
+      DeepGenError: it does, or something else; or ``config.start`` cannot be started from.
     """
-    values = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
+    values: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
     values["config"] = overrides.to_json(config)
     path = run / RUN_FILE
     if path.is_file():
@@ -107,6 +109,7 @@ def describe(run: Path, config: RunConfig) -> None:
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
     elif run.is_dir() and any(run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
+    values["origin"] = origin_of(config).to_json()
     if jax.process_index() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,8 @@ def describe(run: Path, config: RunConfig) -> None:
             temporary.replace(path)
         except OSError as error:
             raise DeepGenError(f"{run} cannot be written ({error.strerror}); give another out") from None
+    if jax.process_count() > 1:  # all go by what the first has pinned
+        multihost_utils.sync_global_devices("run described")
 
 
 class _Loop:

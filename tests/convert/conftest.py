@@ -36,13 +36,13 @@ def release(data_dir: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def read_flat() -> Callable[..., Flat]:
     """``read_flat(folder, "params")`` -> every stored array by path, the unused ones too."""
-    from deepgen_jax.convert.exporting import _flatten
+    from deepgen_jax.convert.stored import flatten
     from deepgen_jax.model_folder import PARTS, load_lora, load_params
 
     def read(folder: Path, name: str = "params") -> Flat:
         tree = (load_params if name == "params" else load_lora)(folder, (*PARTS, "unused"))
         assert tree is not None
-        return {"/".join(path): np.asarray(value) for path, value in _flatten(tree).items()}
+        return {"/".join(path): np.asarray(value) for path, value in flatten(tree).items()}
 
     return read
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.convert.exporting import _flatten
 from deepgen_jax.convert.keys import Key, Role, parse_key, unused_reason
 from deepgen_jax.convert.names import weights
+from deepgen_jax.convert.stored import flatten
 from deepgen_jax.convert.synthetic import tiny_config
 from deepgen_jax.convert.transforms import Transform, target_shape, to_source, to_target
 from deepgen_jax.models.deepgen import abstract_params
@@ -42,7 +42,7 @@ def test_tables_fill_every_parameter_of_the_model_exactly_once(name: str) -> Non
     for weight in weights(config).values():
         filled.setdefault(weight.path, []).append(weight.index)
         shapes.setdefault(weight.path, set()).add((*weight.stack, *weight.target_shape))
-    model = {path: tuple(leaf.shape) for path, leaf in _flatten(abstract_params(config)).items()}
+    model = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(config)).items()}
     used = {path: found for path, found in shapes.items() if path[0] != "unused"}
     assert used == {path: {shape} for path, shape in model.items()}
     for path, indices in filled.items():

@@ -1,0 +1,115 @@
+"""A training run's checkpoint as a model: what was trained, in the run and before it, over the model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deepgen_jax.config import LoRAConfig
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.model_folder import read_manifest
+from deepgen_jax.training.checkpoint import STATE, stored_weights
+from deepgen_jax.training.origin import ADAPTED, Origin, Saved, adapter_scale, read_origin, trained_until
+from deepgen_jax.training.run_folder import checkpoint_folder, newest_step, read_run
+
+from .stored import Stored, StoredModel, TreePath, Update, located, open_folder, pairs
+
+
+class TrainedModel(NamedTuple):
+    """A run's model, and JSON-ready facts of everything that it is made of, the run first."""
+
+    model: StoredModel
+    sources: list[dict[str, Any]]
+
+
+def open_run(
+    run: Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    keep_lora: bool = False,
+    model: Path | None = None,
+    start: Path | None = None,
+) -> TrainedModel:
+    """A checkpoint of a run; its model's ``config.lora`` is set with ``keep_lora``.
+
+    Args:
+      run: folder of the run.
+      step: of the checkpoint; the newest by default.
+      ema: take the moving average of what the run trained.
+      keep_lora: the adapters are to be kept apart.
+      model: where the model folder that the run began with is now.
+      start: where the run that it goes on from is now.
+
+    Raises:
+      DeepGenError: there is no such checkpoint, something that it builds on is missing, or the parts do not fit.
+    """
+    description = read_run(run)
+    step = newest_step(run) if step is None else step
+    here = Saved(run.absolute(), step)
+    checkpoint_folder(run, step)
+    origin = read_origin(run).moved(model, start)
+    if not origin.model.is_dir():
+        raise DeepGenError(f"{run} was trained on {origin.model}, which is gone; give --model FOLDER, its place now")
+    base = open_folder(origin.model)
+    params, updates = dict(base.params), dict(base.updates)
+    trained = trained_until(run, step, origin)
+    for name, at in trained.items():
+        _require(at, name, run, origin)
+        tree = "ema" if ema and at == here else "trainable"
+        stored, state = stored_weights(at.run, at.step, tree), checkpoint_folder(at.run, at.step) / STATE
+        if name in ADAPTED:
+            part = ADAPTED[name]
+            found = pairs(located(state, {part: stored["lora"][part]}, (tree, "lora")), adapter_scale(at.run))
+            updates = {path: update for path, update in updates.items() if path[0] != part} | found
+        else:
+            leaves = located(state, {name: stored["params"][name]}, (tree, "params"))
+            _check_shapes(leaves, base, at.run)
+            params |= leaves
+    config = dataclasses.replace(base.config, lora=_common_adapters(updates) if keep_lora else None)
+    sources = [
+        {"path": str(at.run), "layout": f"{kind} run, step {at.step}{', moving average' if ema and at == here else ''}"}
+        | {"kind": kind, "step": at.step, "ema": ema and at == here, "trained": names}
+        for at, kind, names in _by_checkpoint(trained, here, description["kind"])
+    ]
+    folder = {"path": str(origin.model), "layout": "model folder", "provenance": read_manifest(origin.model).provenance}
+    whole = StoredModel(str(run), config, base.scheduler, base.tokenizer, params, updates)
+    return TrainedModel(whole, [*sources, folder])
+
+
+def _by_checkpoint(trained: dict[str, Saved], here: Saved, kind: str) -> list[tuple[Saved, str, list[str]]]:
+    """(checkpoint, kind of its run, what is taken from it), the run that is exported first."""
+    others = sorted(set(trained.values()) - {here}, reverse=True)
+    return [
+        (at, kind if at == here else read_run(at.run)["kind"], [name for name in trained if trained[name] == at])
+        for at in (here, *others)
+    ]
+
+
+def _require(at: Saved, name: str, run: Path, origin: Origin) -> None:
+    if not at.run.is_dir():
+        mend = "give --start FOLDER, its place now" if at.run == origin.start else "put it back"
+        raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {mend}")
+
+
+def _check_shapes(leaves: dict[TreePath, Stored], base: StoredModel, run: Path) -> None:
+    for path, leaf in leaves.items():
+        if path not in base.params or base.params[path].shape != leaf.shape:
+            raise DeepGenError(
+                f"{run} does not fit {base.where} at {'/'.join(path)}; give the model it was trained on as --model"
+            )
+
+
+def _common_adapters(updates: dict[TreePath, Update]) -> LoRAConfig:
+    """Rank and alpha of adapters that are to be kept."""
+    if not updates:
+        raise DeepGenError("there are no adapters to keep; leave out --keep-lora")
+    if any(path[0] == "mmdit" for path in updates):
+        raise DeepGenError("model folders and releases have no adapters on the MMDiT; leave out --keep-lora")
+    kinds = {(update.a.shape[-1], update.scale) for update in updates.values()}
+    if len(kinds) > 1:
+        told = ", ".join(f"rank {rank} with scale {scale:g}" for rank, scale in sorted(kinds))
+        raise DeepGenError(f"adapters of several kinds cannot be kept ({told}); leave out --keep-lora")
+    rank, scale = kinds.pop()
+    return LoRAConfig(rank, scale * rank)

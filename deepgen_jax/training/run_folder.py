@@ -1,0 +1,85 @@
+"""A training run's folder, as far as it tells of itself without arrays: description, checkpoints' steps, last metrics.
+
+Importing this module is light.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.training.jsonl import last_line
+
+#: The name of a run's description, in its folder.
+RUN_FILE = "config.json"
+RUN_FORMAT, RUN_VERSION = "deepgen-jax-run", 1
+#: Where a run's folder keeps its checkpoints.
+CHECKPOINTS = "checkpoints"
+METRICS_FILE = "metrics.jsonl"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``deepgen train`` wrote a folder."""
+    try:
+        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, Mapping) and values.get("format") == RUN_FORMAT
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The description of a training run: {"kind", "config", "origin", ...}.
+
+    Raises:
+      DeepGenError: the folder is none of a training run.
+    """
+    path = folder / RUN_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        values = {}
+    except ValueError as error:
+        raise DeepGenError(f"{path} cannot be read ({error}); give the folder of another training run") from None
+    if not isinstance(values, Mapping) or values.get("format") != RUN_FORMAT:
+        raise DeepGenError(f"{folder} is no training run; give a folder that `deepgen train` wrote")
+    if values.get("version") != RUN_VERSION:
+        raise DeepGenError(f"{path} is of version {values.get('version')}, expected {RUN_VERSION}; update the package")
+    return dict(values)
+
+
+def saved_steps(run: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, in ascending order."""
+    folder = run / CHECKPOINTS
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def newest_step(run: Path) -> int:
+    """Step of a run's newest complete checkpoint.
+
+    Raises:
+      DeepGenError: it has none.
+    """
+    steps = saved_steps(run)
+    if not steps:
+        raise DeepGenError(f"{run} has no checkpoint; give the folder of a training run that has saved one")
+    return steps[-1]
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is.
+
+    Raises:
+      DeepGenError: there is none of that step.
+    """
+    steps = saved_steps(run)
+    if step not in steps:
+        raise DeepGenError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+    return (run / CHECKPOINTS / str(step)).absolute()
+
+
+def last_metrics(run: Path) -> dict[str, Any] | None:
+    """What a run logged last, or None."""
+    return last_line(run / METRICS_FILE)
