@@ -37,7 +37,7 @@ from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 
-# Draws have indices far above those of a rollout's steps.
+# An image's key is split by a rollout's steps first; draws have indices far above those.
 _FORWARD = 2**31
 _LEVEL, _NOISE = 0, 1
 
@@ -127,7 +127,7 @@ def nft_gradients(
     shape = clean.shape[1:]
 
     def forward(key: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(key, _FORWARD + draw)
+        key = jax.random.fold_in(key, jnp.uint32(_FORWARD) + draw)
         u = sample_u(jax.random.fold_in(key, _LEVEL), (), scheduler, settings.supervised.weighting)
         noise = jax.random.normal(jax.random.fold_in(key, _NOISE), shape, jnp.float32)
         return sigma_from_u(u, scheduler, shape[0]), noise

@@ -12,6 +12,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import AXES, make_mesh, parse_mesh
+from deepgen_jax.training.trees import init_lora
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,15 @@ def test_stored_and_adapter_parameters_match_exactly_one_rule(folders):
     for name in ("params", "lora"):
         for path, _ in rules.leaves(model_folder.stored_tree(folder, name)):
             assert len(rules.matching_rules(path)) == 1, path
+
+
+def test_adapters_of_the_mmdit_match_exactly_one_rule(full):
+    adapters = jax.eval_shape(lambda: init_lora(full["mmdit"], 4, jax.random.key(0), part="mmdit"))
+    paths = dict(rules.leaves(adapters))
+    assert {path: n for path in paths if (n := len(rules.matching_rules(path))) != 1} == {}
+    kernels = [path.removesuffix("/kernel") for path, _ in rules.leaves(full) if path.startswith("mmdit/")]
+    assert {path.rpartition("/")[0] for path in paths} <= set(kernels)
+    assert "mmdit/blocks_0/norm1/a" in paths
 
 
 def test_no_large_parameter_is_whole_on_every_device(full):

@@ -61,7 +61,8 @@ def found(run, settings, trajectory, trainable=None, timesteps=None, advantages=
 )
 def test_first_ratio_is_one_for_every_sample_and_step(sampler, eta, micro_batch, dtype):
     run = case()
-    statistics = found(run, run.settings(sampler, eta, micro_batch=micro_batch), sampled(sampler, eta, dtype)).statistics
+    settings = run.settings(sampler, eta, micro_batch=micro_batch)
+    statistics = found(run, settings, sampled(sampler, eta, dtype)).statistics
     assert float(statistics.number) == run.images * (run.steps - 1)
     assert float(statistics.deviation) <= 1e-6
     np.testing.assert_allclose(statistics.metrics()["ratio_mean"], 1, atol=1e-6)
