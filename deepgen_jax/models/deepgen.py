@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -139,7 +140,11 @@ def init_params(config: DeepGenConfig, key: jax.Array) -> dict[str, Any]:
     return nn.unbox(DeepGen(config).init(key)["params"])
 
 
-@functools.lru_cache(maxsize=4)  # tracing takes seconds
 def abstract_params(config: DeepGenConfig) -> dict[str, Any]:
     """Shapes of the parameters without making them: a tree of float32 ``ShapeDtypeStruct``, not to be changed."""
+    return _abstract_params(dataclasses.replace(config, lora=None))
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes seconds
+def _abstract_params(config: DeepGenConfig) -> dict[str, Any]:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

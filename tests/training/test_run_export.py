@@ -30,6 +30,7 @@ from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.training.checkpoint import Checkpoints
 from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SupervisedConfig
 from deepgen_jax.training.loop import describe
+from deepgen_jax.training.origin import Saved, origin_of, trained_until
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights, current_params, load_start
@@ -66,7 +67,7 @@ class Run:
 
 def moved(tree: Tree, seed: int) -> Tree:
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(x + 0.02 * rng.standard_normal(x.shape, np.float32)), tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.02 * rng.standard_normal(x.shape, np.float32)), tree)
 
 
 def begin(folder: Path, model: Path, trains: tuple[str, ...], step: int = 3, **changes: Any) -> Run:
@@ -168,28 +169,30 @@ def test_half_the_size(first: Run, tmp_path: Path) -> None:
 
 
 def test_weights_from_several_runs_back(first: Run, second: Run, model: Path, tmp_path: Path) -> None:
-    """Two runs of adapters on the MMDiT: the bridge, the MMDiT and the language model's adapters are stage 2's."""
+    """Adapters on the MMDiT, then the MMDiT itself: the bridge and the language model's adapters stay stage 2's."""
     third = begin(tmp_path / "third", model, ("mmdit_lora",), start=str(second.folder))
-    fourth = begin(tmp_path / "fourth", model, ("mmdit_lora",), start=str(third.folder))
-    stage_2, now = second.params(ema=False), fourth.params(ema=False)
-    for part in ("bridge", "text"):
-        for (path, value), (_, wanted) in zip(leaves(now[part]), leaves(stage_2[part]), strict=True):
-            np.testing.assert_allclose(np.asarray(value), np.asarray(wanted), rtol=0, atol=1e-6, err_msg=path)
-    assert fourth.weights.trainable["lora"].keys() == {"mmdit"}
-    export(fourth.folder, "model", tmp_path / "m")
-    assert_same_model(tmp_path / "m", now)
-    sources = read_manifest(tmp_path / "m").provenance["sources"]
+    assert third.weights.trainable["lora"].keys() == {"mmdit"}
+    fourth = begin(tmp_path / "fourth", model, ("mmdit",), start=str(third.folder))
+    stage_2 = dict(leaves(second.params(ema=False)))
+    for run in (third, fourth):
+        now = run.params(ema=False)
+        for path, value in leaves({part: now[part] for part in ("bridge", "text")}):
+            np.testing.assert_allclose(np.asarray(value), np.asarray(stage_2[path]), rtol=0, atol=1e-6, err_msg=path)
+        export(run.folder, "model", tmp_path / f"{run.folder.name}-model")
+        assert_same_model(tmp_path / f"{run.folder.name}-model", now)
+    sources = read_manifest(tmp_path / "third-model").provenance["sources"]
     assert [(source["path"], source.get("trained")) for source in sources] == [
-        (str(fourth.folder), ["mmdit_lora"]),
+        (str(third.folder), ["mmdit_lora"]),
         (str(second.folder), ["bridge", "mmdit", "lora"]),
         (str(model), None),
     ]
     with pytest.raises(DeepGenError, match="no adapters on the MMDiT; leave out --keep-lora"):
-        export(fourth.folder, "model", tmp_path / "n", keep_lora=True)
-    # What trains in full afterwards has taken the adapters in.
-    fifth = begin(tmp_path / "fifth", model, ("mmdit",), start=str(fourth.folder))
-    export(fifth.folder, "model", tmp_path / "o")
-    assert_same_model(tmp_path / "o", fifth.params(ema=False))
+        export(third.folder, "model", tmp_path / "n", keep_lora=True)
+    # What trains in full has taken the adapters in, and those that train again replace the earlier ones.
+    second_at, fourth_at = Saved(second.folder, 6), Saved(fourth.folder, 3)
+    assert trained_until(fourth.folder, 3) == {"bridge": second_at, "lora": second_at, "mmdit": fourth_at}
+    again = dataclasses.replace(third.config, start=str(third.folder), out=str(tmp_path / "again"))
+    assert origin_of(again).inherited["mmdit_lora"] == Saved(third.folder, 3)
 
 
 def test_what_a_run_starts_from_is_pinned_and_may_move(
