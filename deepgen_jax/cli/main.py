@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import importlib
@@ -157,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         _say("stopped by Ctrl-C")
-        return 128 + signal.SIGINT
+        return _stopped(128 + signal.SIGINT, alone=argv is None)
     except Terminated:
         _say("stopped by SIGTERM")
-        return 128 + signal.SIGTERM
+        return _stopped(128 + signal.SIGTERM, alone=argv is None)
     except BrokenPipeError:
         # The reader (`| head`) has gone; what is still buffered must not raise again when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -170,6 +171,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         text = " ".join(str(error).split())[:500]
         return _failed(error, f"{type(error).__name__}: {text} (a bug? --debug shows the traceback)", debug)
+
+
+def _stopped(status: int, alone: bool) -> int:
+    """``status``, which a process that is ``alone`` also ends with.
+
+    Where JAX was interrupted while it compiled, the interpreter's usual end is a segmentation fault.
+    """
+    if alone and "jax" in sys.modules:
+        # What is registered last comes first, before JAX takes itself down.
+        atexit.register(os._exit, status)
+        atexit.register(sys.stderr.flush)
+        atexit.register(sys.stdout.flush)
+    return status
 
 
 def _failed(error: Exception, message: str, debug: bool) -> int:
