@@ -69,7 +69,7 @@ class TrainCommand:
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:
-            say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command goes on from there")
+            say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command goes on from it")
             return 0 if stop.signum == signal.SIGTERM else 128 + signal.SIGINT
         say(f"done: {outcome.step} steps in {config.out}")
         return 0

@@ -18,12 +18,15 @@ Implementation = Literal["xla", "loop", "cudnn"]
 _LARGEST_FLASH_HEAD = 128
 
 
-def choose_implementation(devices: Sequence[jax.Device], dtype: DTypeLike) -> Implementation:
+def choose_implementation(
+    devices: Sequence[jax.Device], dtype: DTypeLike, *, gradients: bool = False
+) -> Implementation:
     """The fastest implementation for programs that run on ``devices`` in ``dtype``.
 
-    "loop" on a single CPU device, cuDNN flash attention on NVIDIA GPUs in 16-bit types, "xla" elsewhere.
+    "loop" on a single CPU device (but not under ``gradients``, where it holds as much memory and makes larger
+    programs), cuDNN flash attention on NVIDIA GPUs in 16-bit types, "xla" elsewhere.
     """
-    if devices[0].platform == "cpu" and len(devices) == 1:
+    if devices[0].platform == "cpu" and len(devices) == 1 and not gradients:
         return "loop"
     if devices[0].platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
         return "cudnn"

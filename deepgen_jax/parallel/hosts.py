@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepgen_jax.errors import DeepGenError
@@ -29,13 +30,15 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
-            return
-        if num_processes < 1 or not 0 <= process_id < num_processes:
+        elif num_processes < 1 or not 0 <= process_id < num_processes:
             raise DeepGenError(
                 f"--coordinator {coordinator} needs --num-processes N and --process-id from 0 to N - 1 "
                 f"(given: {num_processes} and {process_id})"
             )
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        else:
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        # Connections are made now, while all are at the same point: they have half a minute to meet.
+        multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DeepGenError(f"process {process_id} could not join {coordinator}: {reason}") from error

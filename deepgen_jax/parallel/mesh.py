@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,12 +79,13 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     rows = batch_size_multiple(mesh)
     sharding = batch_sharding(mesh, 1)
     parts: dict[int, set[int]] = {}
-    for device, (piece,) in sharding.devices_indices_map((rows,)).items():
+    pieces: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
+    for device, (piece,) in pieces.items():
         start, stop, _ = piece.indices(rows)
         parts.setdefault(device.process_index, set()).update(range(start, stop))
     mine = sorted(parts[jax.process_index()])
     if len({len(part) for part in parts.values()}) > 1 or mine != list(range(mine[0], mine[-1] + 1)):
-        raise DeepGenError(f"mesh {dict(mesh.shape)} splits batches unevenly over hosts; let data * fsdp follow the hosts")
+        raise DeepGenError(f"mesh {dict(mesh.shape)} splits batches unevenly over hosts; make tensor smaller")
     return mine[0] // len(mine), rows // len(mine)
 
 
@@ -99,3 +101,9 @@ def to_host(array: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def to_local(array: jax.Array) -> np.ndarray:
+    """This host's part of a batch that is split along its first dimension; the inverse of :func:`to_global`."""
+    pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])

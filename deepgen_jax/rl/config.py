@@ -170,6 +170,7 @@ class GRPOConfig(RunConfig):
       prompts_per_step: prompts of a rollout; times the group size it is the batch.
       data: what the auxiliary supervised loss learns from; None leaves it out.
       required_reward_share: share of the samples that want a reward which must have it, or it is asked for again.
+      pictures_every: steps between pictures of the first groups with their scores; 0 for none.
     """
 
     steps: int = 1500
@@ -182,6 +183,7 @@ class GRPOConfig(RunConfig):
     prompts_per_step: int = 32
     data: DataConfig | None = None
     required_reward_share: float = 0.8
+    pictures_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()

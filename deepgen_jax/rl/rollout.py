@@ -23,8 +23,8 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
 from deepgen_jax.training.trees import Tree
 
-#: What a random key is for: key = fold_in(fold_in(key(seed), purpose), number of the prompt or image).
-GROUP_NOISE, IMAGE_NOISE, STEP_NOISE = 0, 1, 2
+#: What a random key is for: key = fold_in(fold_in(key(seed), purpose), number of the prompt, image or rollout).
+GROUP_NOISE, IMAGE_NOISE, STEP_NOISE, UPDATE = range(4)
 
 
 class Trajectory(NamedTuple):

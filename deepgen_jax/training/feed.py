@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.mesh import batch_sharding, to_global
+from deepgen_jax.parallel.mesh import batch_sharding, host_share, to_global
+from deepgen_jax.training.encoders import digest_for
 from deepgen_jax.training.inputs import (
     REFERENCE_POSTERIOR,
     TARGET_POSTERIOR,
@@ -32,6 +36,7 @@ from deepgen_jax.training.inputs import (
     sample_keys,
 )
 from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.weights import Weights
 
 
 class StepBatch(NamedTuple):
@@ -65,7 +70,7 @@ class Feed:
 
     def __init__(
         self,
-        loader: Any,
+        loader: Loader,
         model: DeepGen,
         frozen: Tree,
         mesh: Mesh,
@@ -77,7 +82,7 @@ class Feed:
         """Reads nothing yet.
 
         Args:
-          loader: a `deepgen_jax.data.loader.Loader` of this host's share.
+          loader: of this host's share.
           model: without dropout.
           frozen: holds the VAE and the vision tower.
           mesh: batches are split over it.
@@ -121,8 +126,8 @@ class Feed:
 
     def _prepare_one(self, batch: Batch, length: int, budget: TokenBudget) -> tuple[MicroBatch, jax.Array]:
         share = partial(to_global, self._mesh)
-        text = widen(batch, length, self._model.config)
-        text = Text(share(text[0]), share(text[1], axis=1), *map(share, text[2:]))
+        local: Any = widen(batch, length, self._model.config)
+        text = Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
         index = np.stack([batch["sample_index"] >> 32, batch["sample_index"] & 0xFFFFFFFF], axis=1).astype(np.uint32)
         images = _features(batch, share)
         if images is None:
@@ -145,11 +150,34 @@ class Feed:
         return tokens, operations
 
 
+def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: str) -> Loader:
+    """A loader of this host's share of the batches.
+
+    Args:
+      data: what is read.
+      weights: of the run.
+      mesh: batches are split over it.
+      model: model folder of the run; cached features must be of its encoders.
+
+    Raises:
+      DeepGenError: the data cannot be used, or the mesh splits batches unevenly over hosts.
+    """
+    share, shares = host_share(mesh)
+    return Loader(
+        data,
+        weights.config,
+        weights.tokenizer,
+        process_index=share,
+        process_count=shares,
+        weights=digest_for(data, Path(model)),
+    )
+
+
 def widen(batch: Mapping[str, np.ndarray], length: int, config: DeepGenConfig) -> Text:
     """The prompts of a loader's batch, left-padded to ``length`` tokens (think tokens not counted)."""
     more = length - batch["input_ids"].shape[1]
 
-    def pad(name: str, value: int) -> np.ndarray:
+    def pad(name: str, value: int) -> Any:
         array = batch[name]
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(more, 0)], constant_values=value)
 
@@ -159,7 +187,7 @@ def widen(batch: Mapping[str, np.ndarray], length: int, config: DeepGenConfig) -
         pad("real", False),
         pad("visible", False),
         pad("image_index", -1),
-    )  # type: ignore[arg-type]
+    )
 
 
 def _features(batch: Batch, share: Any) -> Features | None:

@@ -142,16 +142,16 @@ class _Loop:
     def run(self, step: int, stop: StopSignal) -> Outcome:
         """Takes steps. The metrics of one are read while the next one runs."""
         agreement = Agreement(self._mesh)
-        pending: tuple[int, StepReport] | None = None
-        self._mark = time.perf_counter()
+        pending: tuple[int, StepReport, float] | None = None
         asked = saved = False
         while step < self._config.steps and not asked:
+            begun = time.perf_counter()
             report = self._stage.step()
             step += 1
             asked = agreement.any(stop.signum is not None)
             if pending:
-                self._finish(*pending)
-            pending = step, report
+                self._finish(*pending, begun)
+            pending = step, report, begun
             saved = self._is_due(step, self._config.checkpoints.every)
             sampled = self._is_due(step, self._config.samples.every)
             if saved or sampled:
@@ -177,13 +177,14 @@ class _Loop:
     def _sample(self, step: int) -> None:
         pictures = make_samples(self._stage.pipeline(), self._config.samples)
         self._tracker.picture(step, "samples", grid(pictures))
-        self._mark = time.perf_counter()
 
-    def _finish(self, step: int, report: StepReport) -> None:
-        """Waits for a step, logs it, and stops the run where too many were not finite."""
+    def _finish(self, step: int, report: StepReport, begun: float, ended: float | None = None) -> None:
+        """Waits for a step, logs it, and stops the run where too many were not finite.
+
+        ``ended`` is when the next one began: that waits for devices as this one did, so the difference is a step's time.
+        """
         metrics = {name: _plain(value) for name, value in report.metrics.items()}
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
+        seconds = (ended or time.perf_counter()) - begun
         skipped = bool(metrics.pop("skipped", 0.0))
         in_a_row = metrics.pop("skipped_in_a_row", 0.0)
         self._skipped += skipped

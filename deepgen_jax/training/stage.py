@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
 from deepgen_jax.training.config import RunConfig
 from deepgen_jax.training.supervised import TrainState, init_state
-from deepgen_jax.training.weights import Weights
+from deepgen_jax.training.weights import Weights, current_params
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 #: Name of a stage -> module and class of its config, module and class of the stage.
 STAGES = {
+    "grpo": (("deepgen_jax.rl.config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
     "supervised": (
         ("deepgen_jax.training.config", "SupervisedConfig"),
         ("deepgen_jax.training.supervised_stage", "SupervisedStage"),
@@ -115,8 +118,20 @@ def start_state(
     opt_state = optax.tree.map_params(
         optimizer, lambda _, like: like, shapes.opt_state, layout, transform_non_params=lambda _: everywhere
     )
-    shardings = TrainState(everywhere, layout, opt_state, layout if ema else None, everywhere)
+    shardings: Any = shapes._replace(
+        step=everywhere, trainable=layout, opt_state=opt_state, ema=layout if ema else None, skipped=everywhere
+    )
     return jax.jit(make, out_shardings=shardings, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
+
+
+def make_pipeline(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:
+    """A pipeline of the weights as they are now, or of their moving average where there is one."""
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+    params = current_params(weights, state, dtype, mesh)
+    config = replace(weights.config, lora=None)
+    tokenizer = PromptTokenizer(weights.tokenizer, config)
+    return DeepGenPipeline(config, weights.scheduler, params, tokenizer, mesh, dtype)
 
 
 def shardings_of(tree: Any) -> Any:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from deepgen_jax.data.loader import Loader
-from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.attention import choose_implementation
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.mesh import host_share, replicated
+from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.training.config import SupervisedConfig
-from deepgen_jax.training.feed import Feed
+from deepgen_jax.training.feed import Feed, open_loader
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.stage import StepReport, check_micro_batch, shardings_of, start_state
+from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
 from deepgen_jax.training.supervised import StepSettings, TrainState, parts, train_step
 from deepgen_jax.training.trees import Tree
-from deepgen_jax.training.weights import current_params, load_start
+from deepgen_jax.training.weights import load_start
 
 if TYPE_CHECKING:
     from deepgen_jax.inference.pipeline import DeepGenPipeline
@@ -47,16 +44,13 @@ class SupervisedStage:
         self.state = start_state(optimizer, self._weights, mesh, ema=config.ema_decay is not None)
         # The state takes the weights over: what it was made from is donated.
         self._weights = self._weights._replace(trainable={})
-        share, shares = host_share(mesh)
-        self._loader = Loader(
-            config.data, self._weights.config, self._weights.tokenizer, process_index=share, process_count=shares
-        )
+        self._loader = open_loader(config.data, self._weights, mesh, config.model)
         devices = list(mesh.devices.flat)
         model = DeepGen(
             self._weights.config,
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            attention=choose_implementation(devices, config.dtype),
+            attention=choose_implementation(devices, config.dtype, gradients=True),
         )
         self._feed = Feed(
             self._loader,
@@ -106,12 +100,7 @@ class SupervisedStage:
 
     def pipeline(self) -> DeepGenPipeline:
         """The model as it is now, or its moving average where there is one."""
-        from deepgen_jax.inference.pipeline import DeepGenPipeline
-
-        params = current_params(self._weights, self.state, self._config.dtype, self._mesh)
-        tokenizer = PromptTokenizer(self._weights.tokenizer, self._weights.config)
-        config = replace(self._weights.config, lora=None)
-        return DeepGenPipeline(config, self._weights.scheduler, params, tokenizer, self._mesh, self._config.dtype)
+        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
 
     def facts(self) -> list[str]:
         """What trains, and the shapes that batches have."""

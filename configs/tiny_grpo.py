@@ -1,0 +1,35 @@
+"""Stage 3 on a tiny model, going on from `tiny_sft.py`: images are to become red, and small as JPEG files."""
+
+from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.rewards.registry import RewardConfig
+from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
+from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+
+def get_config() -> GRPOConfig:
+    """10 steps of 4 prompts x 4 images."""
+    return GRPOConfig(
+        model="out/tiny",
+        start="out/runs/tiny_sft",
+        out="out/runs/tiny_grpo",
+        steps=10,
+        dtype="float32",
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=1, beta2=0.999, weight_decay=0.0),
+        rollout=RolloutConfig(steps=10, group_size=4, size=64, micro_batch=8),
+        policy=PolicyConfig(micro_batch=16),
+        prompts=PromptsConfig(path="out/example/prompts.txt", rewards={"red": 0.7, "jpeg": 0.3}),
+        prompts_per_step=4,
+        rewards=(RewardConfig("red", "color_target", {"target": (255, 0, 0)}), RewardConfig("jpeg")),
+        data=DataConfig(
+            sources=(SourceConfig("pictures", "json", "out/example/t2i.json"),),
+            micro_batch=4,
+            mixture=MixtureConfig(cycle=("t2i",)),
+            image_size=64,
+            min_side=16,
+            token_multiple=256,
+        ),
+        checkpoints=CheckpointConfig(every=5),
+        pictures_every=5,
+    )

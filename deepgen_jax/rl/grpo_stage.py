@@ -1,0 +1,382 @@
+"""Stage 3 as the training loop drives it: sample groups of images, have them scored, learn from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deepgen_jax.data.tokens import PromptTokenizer
+from deepgen_jax.data.vision_inputs import to_uint8
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.flow.schedule import make_sigmas
+from deepgen_jax.inference import programs
+from deepgen_jax.inference.conditioning import PromptEncoder
+from deepgen_jax.models import flops
+from deepgen_jax.models import patches as grids
+from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, host_share, replicated, to_local
+from deepgen_jax.rewards.base import RewardSample
+from deepgen_jax.rewards.mixture import RewardMixture
+from deepgen_jax.rewards.result import RewardResult
+from deepgen_jax.rl import advantages as advantage
+from deepgen_jax.rl import report
+from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.config import GRPOConfig
+from deepgen_jax.rl.nft import nft_step
+from deepgen_jax.rl.policy import Canvas, policy_variables
+from deepgen_jax.rl.prompts import PromptSample, load_prompts
+from deepgen_jax.rl.rollout import (
+    UPDATE,
+    RolloutSettings,
+    Trajectory,
+    concatenated,
+    image_keys,
+    initial_noise,
+    rollout,
+)
+from deepgen_jax.rl.update import UpdateKeys, UpdateSettings, grpo_step
+from deepgen_jax.training.feed import Feed, StepBatch, open_loader
+from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
+from deepgen_jax.training.supervised import StepSettings, TrainState, parts
+from deepgen_jax.training.weights import load_start
+
+if TYPE_CHECKING:
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+Params = dict[str, Any]
+
+
+class Rolled(NamedTuple):
+    """Images of a step, over all hosts.
+
+    Attributes:
+      latents: clean, in micro-batches [m, C, h, w].
+      trajectories: of the micro-batches; empty where the algorithm needs none.
+      pixels: of this host, uint8 [n, H, W, 3].
+      rewards: of this host's images.
+    """
+
+    latents: list[jax.Array]
+    trajectories: list[Trajectory]
+    pixels: np.ndarray
+    rewards: RewardResult
+
+
+class GRPOStage:
+    """MR-GRPO and its relatives; see `deepgen_jax.training.stage.Stage`."""
+
+    state: TrainState
+
+    def __init__(self, config: GRPOConfig, mesh: Mesh) -> None:
+        """Loads the weights onto the mesh, reads the prompts and makes the rewards.
+
+        Raises:
+          DeepGenError: weights, prompts, rewards or data cannot be used, or micro-batches do not fit the mesh.
+        """
+        group = config.rollout.group_size
+        check_micro_batch("policy.micro_batch", config.policy.micro_batch, mesh)
+        self._share, shares = host_share(mesh)
+        check_micro_batch("rollout.micro_batch", config.rollout.micro_batch, mesh)
+        if config.rollout.micro_batch // shares % group:
+            raise DeepGenError(
+                f"rollout.micro_batch={config.rollout.micro_batch} splits groups of {group} over {shares} hosts; "
+                f"make it a multiple of {group * shares}"
+            )
+        self._config, self._mesh = config, mesh
+        self._prompts = load_prompts(
+            config.prompts.path,
+            config.prompts_per_step,
+            seed=config.seed,
+            mode=config.prompts.mode,
+            rewards=config.prompts.rewards or None,
+            absent=config.prompts.absent,
+        )
+        self._rewards = RewardMixture(
+            config.rewards, group_size=group, required_share=config.required_reward_share
+        )
+        self._rewards.check(self._prompts.rewards)
+        self._load(config, mesh)
+        self._step_number = 0
+
+    def _load(self, config: GRPOConfig, mesh: Mesh) -> None:
+        """Weights, models and the jitted update."""
+        weights = load_start(config, mesh)
+        dtype, algorithm = jnp.dtype(config.dtype), ALGORITHMS[config.policy.algorithm]
+        self._algorithm = algorithm
+        self._reference: Params | None = None
+        if config.policy.beta and weights.trainable["params"]:
+            # The starting values, rounded as the computation rounds its weights anyway.
+            rounded = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
+            self._reference = rounded(weights.trainable["params"])
+        optimizer = make_optimizer(config.optimizer, config.steps * config.policy.updates_per_rollout)
+        average = config.ema_decay is not None or algorithm.old_policy
+        self.state = start_state(optimizer, weights, mesh, ema=average)
+        self._weights = weights._replace(trainable={})
+        attention = partial(choose_implementation, list(mesh.devices.flat), config.dtype)
+        # Rollout and update are one network: with the same attention its rounding is the same, and first ratios are 1.
+        self._model = DeepGen(weights.config, dtype=dtype, remat=config.remat, attention=attention(gradients=True))
+        self._encoders = DeepGen(weights.config, dtype=dtype, attention=attention())
+        conditioned = {part: weights.frozen[part] for part in ("text", "bridge", "vision")}
+        tokenizer = PromptTokenizer(weights.tokenizer, weights.config)
+        self._encoder = PromptEncoder(self._encoders, conditioned, tokenizer, mesh)
+        self._feed: Feed | None = None
+        self._loader = None
+        if config.data is not None and config.policy.sft_weight:
+            check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
+            self._loader = open_loader(config.data, weights, mesh, config.model)
+            self._feed = Feed(
+                self._loader,
+                self._encoders,
+                weights.frozen,
+                mesh,
+                accumulation=1,
+                seed=config.seed,
+                trains=("mmdit",),
+            )
+        self._frozen = {part: tree for part, tree in weights.frozen.items() if part not in ("vae", "vision")}
+
+        side = config.rollout.size // weights.config.vae.downscale
+        tokens = (side // weights.config.mmdit.patch_size) ** 2
+        self._canvas = Canvas(side, side, config.rollout.group_size, batch_sharding(mesh, 1))
+        self._sigmas = np.asarray(make_sigmas(weights.scheduler, config.rollout.steps, tokens))
+        self._guidance = config.rollout.guidance_scale or None
+        self._tokens = tokens
+        settings = UpdateSettings(
+            self._canvas,
+            config.policy,
+            StepSettings(weights.scheduler, weights.lora_scale, ema_decay=config.ema_decay),
+            config.rollout.sampler,
+            config.rollout.eta,
+            self._guidance,
+        )
+        rate = learning_rate(config.optimizer, config.steps * config.policy.updates_per_rollout)
+        update = partial(grpo_step if algorithm.trajectory else nft_step, self._model, optimizer, settings)
+
+        def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
+            new, metrics = update(state, *args)
+            return new, metrics | {"learning_rate": rate(state.step)}
+
+        everywhere = replicated(mesh)
+        self._update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
+        width = weights.config.mmdit.in_channels * weights.config.mmdit.patch_size**2
+
+        def begin(seed: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:
+            group, share = config.rollout.group_size, config.rollout.share_noise
+            images = (prompts[:, None] * group + jnp.arange(group, dtype=jnp.uint32)).ravel()
+            return initial_noise(seed, prompts, group, (tokens, width), share), image_keys(seed, images)
+
+        def update_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), UPDATE), step)
+
+        self._begin = jax.jit(begin, out_shardings=(batch_sharding(mesh, 3), everywhere))
+        self._update_key = jax.jit(update_key, out_shardings=everywhere)
+        self._everywhere = jax.jit(lambda tree: tree, out_shardings=everywhere)
+
+    def step(self) -> StepReport:
+        """One rollout and the optimiser updates that learn from it."""
+        config, step = self._config, self._step_number
+        prompts = self._prompts[step]
+        start = time.perf_counter()
+        condition = self._condition(prompts)
+        rolled, waited = self._roll_out(prompts, condition)
+        rewards, weights = report.over_hosts(rolled.rewards, len(self._chunks(prompts)), self._mesh)
+        rolled_at = time.perf_counter()
+        scores = np.asarray(
+            advantage.compute(config.policy.advantage, rewards, weights, config.rollout.group_size)
+        )
+        metrics, batches = self._learn(step, rolled, condition, scores)
+        seconds = {
+            "rollout": rolled_at - start - waited,
+            "reward": waited,
+            "update": time.perf_counter() - rolled_at,
+            "data": sum(batch.seconds for batch in batches),
+        }
+        self._step_number += 1
+        group = config.rollout.group_size
+        metrics |= report.reward_metrics(self._rewards.names, rewards, weights, scores, prompts, group)
+        metrics |= report.failure_metrics(rolled.rewards)
+        metrics |= {f"reward_client/{name}": float(count) for name, count in self._rewards.counts().items()}
+        pictures = {}
+        if config.pictures_every and (step + 1) % config.pictures_every == 0:
+            pictures["rollout"] = report.picture(rolled.pixels, rolled.rewards, group)
+        images = len(prompts) * group
+        ids = [f"{prompt.dataset}/{prompt.index}" for prompt in prompts]
+        ids += [name for batch in batches for name in batch.sample_ids]
+        operations = self._flops(condition) + sum(batch.flops for batch in batches)
+        return StepReport(metrics, images, images * self._tokens, operations, ids, seconds, pictures)
+
+    def _chunks(self, prompts: Sequence[PromptSample]) -> list[range]:
+        """Places of the prompts of each rollout micro-batch."""
+        at_once = self._config.rollout.micro_batch // self._config.rollout.group_size
+        return [range(first, first + at_once) for first in range(0, len(prompts), at_once)]
+
+    def _condition(self, prompts: Sequence[PromptSample]) -> programs.Condition:
+        """Of all prompts of the step, or of pairs with the empty prompt; computed once, kept on every device."""
+        texts = [prompt.text for prompt in prompts]
+        pairs = None
+        if self._guidance is not None:
+            pairs = [text for own in texts for text in ("", own)]
+            texts = [text for own in texts for text in (own, "")]
+        used = len(texts)
+        missing = -used % batch_size_multiple(self._mesh)
+        texts += texts[-1:] * missing
+        pairs = pairs and pairs + pairs[-1:] * missing
+        condition = self._encoder.condition(texts, [None] * len(texts), "reference", pairs)
+        return self._everywhere(programs.Condition(*(x[:used] for x in condition)))
+
+    def _roll_out(
+        self, prompts: Sequence[PromptSample], condition: programs.Condition
+    ) -> tuple[Rolled, float]:
+        """Samples every micro-batch; one is scored on the host while the next is sampled."""
+        config = self._config.rollout
+        policy = self.state.ema if self._algorithm.old_policy else self.state.trainable
+        variables = policy_variables(self._frozen, policy, self._weights.lora_scale)
+        settings = RolloutSettings(self._canvas, config.sampler, jnp.dtype(config.dtype))
+        sides = 1 if self._guidance is None else 2
+        vae = {"vae": self._weights.frozen["vae"]}
+        latents: list[jax.Array] = []
+        trajectories: list[Trajectory] = []
+        pixels: list[np.ndarray] = []
+        futures: list[Future[RewardResult]] = []
+        waiting: tuple[range, jax.Array] | None = None
+        for chunk in self._chunks(prompts):
+            numbers = np.array([prompts[place].index for place in chunk], np.uint32)
+            noise, keys = self._begin(np.uint32(self._config.seed), numbers)
+            rows = slice(chunk.start * sides, chunk.stop * sides)
+            own = programs.Condition(*(x[rows] for x in condition))
+            final, trajectory = rollout(
+                self._model, settings, variables, noise, own, self._sigmas, config.eta, keys, self._guidance
+            )
+            decoded = programs.vae_decode(self._encoders, vae, final, one_by_one=self._mesh.size == 1)
+            latents.append(final)
+            if trajectory is not None and self._algorithm.trajectory:
+                trajectories.append(trajectory)
+            if waiting is not None:
+                self._submit(prompts, *waiting, pixels, futures)
+            waiting = chunk, decoded
+        if waiting is not None:
+            self._submit(prompts, *waiting, pixels, futures)
+        start = time.perf_counter()
+        result = self._rewards.collect(futures)
+        return Rolled(latents, trajectories, np.concatenate(pixels), result), time.perf_counter() - start
+
+    def _submit(
+        self,
+        prompts: Sequence[PromptSample],
+        chunk: range,
+        decoded: jax.Array,
+        pixels: list[np.ndarray],
+        futures: list[Future[RewardResult]],
+    ) -> None:
+        """Has this host's images of a micro-batch scored."""
+        group = self._config.rollout.group_size
+        local = to_uint8(to_local(decoded))
+        first = chunk.start + self._share * len(local) // group
+        own = [prompts[first + i // group] for i in range(len(local))]
+        samples = [
+            RewardSample(image, prompt.text, prompt.index, prompt.metadata)
+            for image, prompt in zip(local, own, strict=True)
+        ]
+        futures.append(self._rewards.submit(samples, [prompt.rewards for prompt in own]))
+        pixels.append(local)
+
+    def _learn(
+        self, step: int, rolled: Rolled, condition: programs.Condition, scores: np.ndarray
+    ) -> tuple[dict[str, Any], list[StepBatch]]:
+        """The updates of a rollout; metrics are those of the last, ratios those of all."""
+        config = self._config
+        key = self._update_key(np.uint32(config.seed), np.uint32(step))
+        if self._algorithm.trajectory:
+            learned: tuple[Any, ...] = (concatenated(rolled.trajectories), condition, scores)
+        else:
+            patches = [grids.patchify(x, self._weights.config.mmdit.patch_size) for x in rolled.latents]
+            numbers = np.array([prompt.index for prompt in self._prompts[step]], np.uint32)
+            keys = self._begin(np.uint32(config.seed), numbers)[1]
+            learned = (jnp.concatenate(patches), condition, scores, keys)
+        metrics: dict[str, Any] = {}
+        batches = []
+        for part in range(config.policy.updates_per_rollout):
+            micro_batches, sft_keys = {}, {}
+            if self._feed is not None:
+                batches.append(next(self._feed))
+                micro_batches, sft_keys = batches[-1].micro_batches, batches[-1].keys
+            keys_of_update = UpdateKeys(key, sft_keys)
+            self.state, metrics = self._update(
+                self.state, self._frozen, self._reference, *learned, micro_batches, keys_of_update, np.int32(part)
+            )
+            if part == 0 and self._algorithm.trajectory:
+                self._check_ratio(step, float(metrics["first_ratio_deviation"]))
+        jax.block_until_ready(metrics)
+        return metrics, batches
+
+    def _check_ratio(self, step: int, deviation: float) -> None:
+        policy = self._config.policy
+        allowed = policy.tolerance(self._config.dtype)
+        # A deviation that is not finite comes from a loss that is not, which the step skips and the loop counts.
+        if policy.check_ratio and deviation > allowed:
+            raise DeepGenError(
+                f"step {step + 1}: before any update the importance ratio is off by {deviation:.1e}, more than "
+                f"{allowed:.1e}, so rollout and update disagree; use dtype=float32, or go on with "
+                "policy.check_ratio=false"
+            )
+
+    def _flops(self, condition: programs.Condition) -> float:
+        """Rollout, reference and update; what the backward pass computes again is not counted."""
+        config, model = self._config, self._weights.config
+        sides = 1 if self._guidance is None else 2
+        one = sides * flops.mmdit(model.mmdit, self._tokens, condition.sequence.shape[1])
+        images = config.prompts_per_step * config.rollout.group_size
+        if self._algorithm.trajectory:
+            learned = min(max(int(config.policy.timestep_fraction * config.rollout.steps), 1), config.rollout.steps - 1)
+            passes = 3
+        else:
+            learned, passes = config.policy.nft.draws, 4
+        passes += 1 if config.policy.beta else 0
+        return float(images * one * (config.rollout.steps + learned * passes))
+
+    def position(self) -> dict[str, Any]:
+        """The seed, the number of rollouts, and where the auxiliary data stand."""
+        data = None if self._loader is None else self._loader.get_state()
+        return {"seed": self._config.seed, "rollouts": self._step_number, "data": data}
+
+    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        if (position["data"] is None) != (self._loader is None):
+            raise DeepGenError("the run began with other auxiliary data; restore data and policy.sft_weight")
+        if self._loader is not None:
+            self._loader.set_state(position["data"])
+        self._step_number = position["rollouts"]
+        self.state = state
+
+    def pipeline(self) -> DeepGenPipeline:
+        """The model as it is now."""
+        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
+
+    def facts(self) -> list[str]:
+        """What trains, on how many images, by which rewards."""
+        config = self._config
+        trees = parts(self.state.trainable)
+        trained = ", ".join(f"{name} {sum(x.size for x in jax.tree.leaves(tree)):,}" for name, tree in trees.items())
+        shares = zip(self._prompts.datasets, self._prompts.shares, strict=True)
+        prompts = ", ".join(f"{dataset.name} {share:.0%}" for dataset, share in shares)
+        return [
+            f"trains {trained} parameters by {config.policy.algorithm}; {config.prompts_per_step} prompts x "
+            f"{config.rollout.group_size} images a step",
+            f"rewards {', '.join(self._rewards.names)}; prompts {prompts}",
+        ]
+
+    def close(self) -> None:
+        """Ends reading ahead and drops rewards under way."""
+        if self._loader is not None:
+            self._loader.close()
+        self._rewards.close()

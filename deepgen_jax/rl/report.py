@@ -1,0 +1,109 @@
+"""What a step of reinforcement learning tells: rewards by name and data set, what failed, and pictures with scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image, ImageDraw
+
+from deepgen_jax.parallel.mesh import host_share
+from deepgen_jax.rewards.result import RewardResult
+from deepgen_jax.rl.advantages import CLIP
+from deepgen_jax.rl.prompts import PromptSample
+
+#: Bins of the histogram of advantages, from -5 to 5.
+ADVANTAGE_BINS = 20
+_GROUPS_SHOWN = 6
+
+
+def over_hosts(result: RewardResult, micro_batches: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and weights of all hosts' images in the order of the global batch: two float32 [N, K]."""
+    local = np.stack([result.rewards, result.weights])
+    if jax.process_count() == 1:
+        return local[0], local[1]
+    from jax.experimental import multihost_utils
+
+    share, shares = host_share(mesh)
+    # [2, micro-batch, image, K] of each host; hosts that hold the same images computed the same.
+    pieces = local.reshape(2, micro_batches, -1, local.shape[-1])
+    gathered = np.asarray(multihost_utils.process_allgather(pieces))
+    owners = np.asarray(multihost_utils.process_allgather(np.int32(share))).ravel().tolist()
+    ordered = np.stack([gathered[owners.index(place)] for place in range(shares)], axis=2)
+    rewards, weights = ordered.reshape(2, -1, local.shape[-1])
+    return rewards, weights
+
+
+def reward_metrics(
+    names: Sequence[str],
+    rewards: np.ndarray,
+    weights: np.ndarray,
+    advantages: np.ndarray,
+    prompts: Sequence[PromptSample],
+    group_size: int,
+) -> dict[str, Any]:
+    """Means and standard deviations by reward and data set, share of groups without variance, advantages.
+
+    Args:
+      names: of the K rewards.
+      rewards, weights: [N, K] over all hosts; NaN where a reward is missing.
+      advantages: [N].
+      prompts: of the groups.
+      group_size: images of a prompt.
+    """
+    metrics: dict[str, Any] = {}
+    sets = np.repeat([prompt.dataset for prompt in prompts], group_size)
+    for column, name in enumerate(names):
+        wanted = weights[:, column] != 0
+        present = wanted & np.isfinite(rewards[:, column])
+        if wanted.any():
+            metrics[f"reward/{name}/missing_share"] = 1 - present.sum() / wanted.sum()
+        if not present.any():
+            continue
+        metrics[f"reward/{name}/mean"] = rewards[present, column].mean()
+        metrics[f"reward/{name}/std"] = rewards[present, column].std()
+        for dataset in dict.fromkeys(sets[present]) if len(set(sets)) > 1 else ():
+            values = rewards[present & (sets == dataset), column]
+            metrics[f"reward/{name}@{dataset}/mean"] = values.mean()
+            metrics[f"reward/{name}@{dataset}/std"] = values.std()
+    total = np.nansum(np.where(weights != 0, weights * rewards, 0), axis=1).reshape(-1, group_size)
+    metrics["rl/zero_variance_groups"] = np.mean(np.ptp(total, axis=1) < 1e-7)
+    edges = np.linspace(-CLIP, CLIP, ADVANTAGE_BINS + 1)
+    metrics["rl/advantage_histogram"] = np.histogram(advantages, edges)[0]
+    return metrics
+
+
+def failure_metrics(result: RewardResult) -> dict[str, float]:
+    """How many of this host's images lack a reward, by reward and reason."""
+    return {f"reward_failures/{name}: {reason}": float(count) for (name, reason), count in result.failures.items()}
+
+
+def picture(pixels: np.ndarray, result: RewardResult, group_size: int) -> Image.Image:
+    """The first groups of a step, one a row, with their scores below each image.
+
+    Args:
+      pixels: uint8 [N, H, W, 3], whole groups.
+      result: their rewards.
+      group_size: images of a row.
+    """
+    rows = min(len(pixels) // group_size, _GROUPS_SHOWN)
+    height, width = pixels.shape[1:3]
+    line, cell = 12, max(width, 96)
+    strip = line * (len(result.names) + 1)
+    sheet = Image.new("RGB", (group_size * cell, rows * (height + strip)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(rows * group_size):
+        left, top = i % group_size * cell, i // group_size * (height + strip)
+        sheet.paste(Image.fromarray(pixels[i]), (left, top))
+        for k, name in enumerate(result.names):
+            value = result.rewards[i, k]
+            text = f"{name} {value:.3f}" if np.isfinite(value) else f"{name} -"
+            draw.text((left + 2, top + height + k * line), text, fill="black")
+        if i % group_size == 0:
+            prompt = result.samples[i].prompt.encode("latin-1", "replace").decode("latin-1")
+            below = top + height + len(result.names) * line
+            draw.text((left + 2, below), prompt[: group_size * cell // 7], fill="navy")
+    return sheet

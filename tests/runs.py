@@ -1,0 +1,113 @@
+"""Small training runs for tests: pictures, a configuration file, and the command line in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CONFIG = """
+from deepgen_jax.data.config import DataConfig, SourceConfig
+from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, LogConfig, SupervisedConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+def get_config():
+    sources = (
+        SourceConfig("pictures", "json", "{folder}/t2i.json"),
+        SourceConfig("edits", "json", "{folder}/edit.json", task="edit"),
+    )
+    return SupervisedConfig(
+        model="{model}", out="{folder}/run", steps=5, trains={trains}, dtype="float32", remat="none",
+        lora=AdapterConfig(rank=4, alpha=8), optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.1),
+        data=DataConfig(sources=sources, micro_batch=8, image_size=64, min_side=16, token_multiple=64,
+                        cache_dir="{folder}/index"),
+        checkpoints=CheckpointConfig(every=100), log=LogConfig(tensorboard=False, sample_ids=True),
+    )
+"""
+
+
+def write_data(folder: Path) -> None:
+    """40 pictures with captions, and 20 edits of them."""
+    random = np.random.default_rng(0)
+    rows, edits = [], []
+    for i in range(40):
+        width, height = (64, 64)
+        picture = Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8))
+        picture.save(folder / f"{i}.png")
+        rows.append({"txt": f"picture number {i} " * (1 + i % 3), "image_path": f"{i}.png"})
+    for i in range(20):
+        edits.append({"input_image": [f"{i}.png"], "output_image": f"{i + 20}.png", "instruction": f"change {i}"})
+    (folder / "t2i.json").write_text(json.dumps(rows))
+    (folder / "edit.json").write_text(json.dumps(edits))
+
+
+def write_config(folder: Path, model: Path, trains: tuple[str, ...] = ("bridge", "mmdit", "lora")) -> Path:
+    """A configuration file over the data in ``folder``."""
+    path = folder / "config.py"
+    path.write_text(CONFIG.format(folder=folder, model=model, trains=trains))
+    return path
+
+
+def environment(folder: Path, devices: int = 1) -> dict[str, str]:
+    """A process's environment: so many CPU devices, and a compilation cache that the runs of a test share."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "DEEPGEN_CACHE_DIR": str(folder / "xla"),
+    }
+
+
+def start(folder: Path, *words: str, devices: int = 1) -> subprocess.Popen:
+    """``deepgen train`` in a process of its own."""
+    command = [sys.executable, "-m", "deepgen_jax.cli.main", "train", str(folder / "config.py"), *words]
+    return subprocess.Popen(
+        command, env=environment(folder, devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """Waits for it and returns what it printed."""
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == status, text
+    return text
+
+
+def metrics(run: Path) -> list[dict]:
+    """The logged steps of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """Losses of all steps of a run, in order, each step once."""
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def sample_ids(run: Path, hosts: int = 1) -> list[list[str]]:
+    """Ids of the samples of every step, over all hosts."""
+    steps: list[list[str]] = []
+    for host in range(hosts):
+        lines = [json.loads(line) for line in (run / f"samples-{host}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        steps = steps or [[] for _ in lines]
+        for step, line in zip(steps, lines, strict=True):
+            step.extend(line["ids"])
+    return [sorted(step) for step in steps]
+
+
+def parameters(run: Path) -> dict[str, np.ndarray]:
+    """Trained parameters and optimiser state of a run's newest checkpoint, by path."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    tree = ocp.PyTreeCheckpointHandler().restore((run / "checkpoints" / str(step) / "state").absolute())
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

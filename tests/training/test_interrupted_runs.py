@@ -1,0 +1,100 @@
+"""A run that is killed or stopped goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import runs
+
+# The runs share their reference and compiled programs.
+pytestmark = pytest.mark.xdist_group("interrupted")
+
+STEPS, MANY_STEPS = 24, 240
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, folders):
+    folder = tmp_path_factory.mktemp("interrupted")
+    runs.write_data(folder)
+    runs.write_config(folder, folders("pretrain"), trains=("bridge",))
+    return folder
+
+
+def train(folder, out, steps, *words, **options):
+    settings = (f"out={out}", f"steps={steps}", "checkpoints.every=3", "checkpoints.keep_last=2")
+    return runs.start(folder, *settings, *words, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """A run that nothing interrupts."""
+    runs.finish(train(folder, folder / "whole", STEPS))
+    return folder / "whole"
+
+
+def assert_same_run(run, whole, steps):
+    assert len(runs.losses(run)) == steps
+    assert runs.losses(run) == runs.losses(whole)
+    ids = runs.sample_ids(run)
+    assert ids == runs.sample_ids(whole)
+    # Samples come in epochs: none a second time before all had their first.
+    names = [name for step in ids for name in step]
+    assert len(names) == len(set(names)) == steps * 24
+    parameters, expected = runs.parameters(run), runs.parameters(whole)
+    assert parameters.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(parameters[path], array, err_msg=path)
+
+
+def kill_at_random(folder, out, steps, kills, seed=0):
+    """Kills a run that often, each time a random while after it has begun to take steps, then lets it finish."""
+    randomly = random.Random(seed)
+    log = out / "metrics.jsonl"
+    for kill in range(kills):
+        process = train(folder, out, steps)
+        begun = time.monotonic()
+        size = log.stat().st_size if log.is_file() else 0
+        if kill % 3:  # every third time at any moment, loading and resuming included
+            while not log.is_file() or log.stat().st_size == size:
+                time.sleep(0.02)
+                assert process.poll() is None, process.communicate()[0]
+                if time.monotonic() - begun > 300:
+                    break
+        time.sleep(randomly.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    runs.finish(train(folder, out, steps))
+
+
+def test_killed_twice(folder, whole):
+    kill_at_random(folder, folder / "killed", STEPS, kills=2, seed=1)
+    assert_same_run(folder / "killed", whole, STEPS)
+
+
+@pytest.mark.slow
+def test_killed_ten_times(folder):
+    runs.finish(train(folder, folder / "many", MANY_STEPS))
+    kill_at_random(folder, folder / "killed-often", MANY_STEPS, kills=10)
+    assert_same_run(folder / "killed-often", folder / "many", MANY_STEPS)
+
+
+def test_sigterm_saves_and_resumes_on_other_devices(folder, whole):
+    out = folder / "terminated"
+    process = train(folder, out, STEPS)
+    while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4:
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM after step" in runs.finish(process)
+    assert len(runs.losses(out)) < STEPS
+    assert "goes on from step" in runs.finish(train(folder, out, STEPS, "mesh=fsdp=4", devices=4))
+    np.testing.assert_allclose(runs.losses(out), runs.losses(whole), rtol=1e-6)
+    assert runs.sample_ids(out) == runs.sample_ids(whole)
+    parameters = runs.parameters(out)
+    for path, array in runs.parameters(whole).items():
+        if "trainable" in path:
+            np.testing.assert_allclose(parameters[path], array, rtol=0, atol=1e-6, err_msg=path)
