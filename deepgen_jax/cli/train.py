@@ -55,6 +55,9 @@ class TrainCommand:
         from deepgen_jax.parallel.mesh import make_mesh
         from deepgen_jax.training.loop import train
 
+        # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
+        # collective, would hold it until none can go on.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         hosts.join(self.coordinator, self.num_processes, self.process_id)
         enable_compilation_cache(self.compilation_cache)
         mesh = make_mesh(config.mesh or f"fsdp={jax.device_count()}")

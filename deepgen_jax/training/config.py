@@ -169,6 +169,32 @@ class SupervisedConfig(RunConfig):
         _at_least("accumulation", self.accumulation, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(RunConfig):
+    """Training of the autoencoder itself, for models that do not take the released one; before all other stages.
+
+    Attributes:
+      data: whose targets and references are reconstructed; its texts are not used.
+      accumulation: micro-batches of one optimiser step.
+      loss: "l1" (mean absolute) or "l2" (mean squared) difference of pixels in -1..1.
+      kl_weight: of the divergence of latents from the mean and deviation that the model's VAE config tells, in nats a
+        latent value. Larger makes latents more regular and pictures less exact.
+    """
+
+    data: DataConfig
+    trains: tuple[Trainable, ...] = ("vae",)
+    accumulation: int = 1
+    loss: Literal["l1", "l2"] = "l1"
+    kl_weight: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("accumulation", self.accumulation, 1)
+        _at_least("kl_weight", self.kl_weight, 0)
+        if self.trains != ("vae",):
+            raise DeepGenError(f"trains is {self.trains}; this stage trains the vae alone")
+
+
 def _at_least(name: str, value: float, low: float) -> None:
     if value < low:
         raise DeepGenError(f"{name} is {value}; it must be at least {low}")

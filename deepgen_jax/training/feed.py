@@ -128,13 +128,12 @@ class Feed:
         share = partial(to_global, self._mesh)
         local: Any = widen(batch, length, self._model.config)
         text = Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
-        index = np.stack([batch["sample_index"] >> 32, batch["sample_index"] & 0xFFFFFFFF], axis=1).astype(np.uint32)
         images = _features(batch, share)
         if images is None:
             pictures = share(batch["target"]), tuple(map(share, batch["references"]))
             images = _encode(self._model, self._mesh, self._encoders, *pictures)
         return _assemble(
-            self._model, self._mesh, images, text, share(batch["weight"]), share(index), np.uint32(self._seed), budget
+            self._model, self._mesh, images, text, share(batch["weight"]), share(index_words(batch)), np.uint32(self._seed), budget
         )
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, float]:
@@ -171,6 +170,12 @@ def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: str) -> L
         process_count=shares,
         weights=digest_for(data, Path(model)),
     )
+
+
+def index_words(batch: Batch) -> np.ndarray:
+    """High and low half of each sample's place in the global sequence, uint32 [B, 2], as `sample_keys` takes them."""
+    index = batch["sample_index"]
+    return np.stack([index >> 32, index & 0xFFFFFFFF], axis=1).astype(np.uint32)
 
 
 def widen(batch: Mapping[str, np.ndarray], length: int, config: DeepGenConfig) -> Text:

@@ -181,7 +181,7 @@ class _Loop:
     def _finish(self, step: int, report: StepReport, begun: float, ended: float | None = None) -> None:
         """Waits for a step, logs it, and stops the run where too many were not finite.
 
-        ``ended`` is when the next one began: that waits for devices as this one did, so the difference is a step's time.
+        ``ended`` is when the next one began: each waits for devices alike, so that the difference is a step's time.
         """
         metrics = {name: _plain(value) for name, value in report.metrics.items()}
         seconds = (ended or time.perf_counter()) - begun

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Name of a stage -> module and class of its config, module and class of the stage.
 STAGES = {
+    "autoencoder": (
+        ("deepgen_jax.training.config", "AutoencoderConfig"),
+        ("deepgen_jax.training.autoencoder_stage", "AutoencoderStage"),
+    ),
     "grpo": (("deepgen_jax.rl.config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
     "supervised": (
         ("deepgen_jax.training.config", "SupervisedConfig"),
