@@ -30,6 +30,28 @@ def get_config():
     )
 """
 
+GRPO_CONFIG = """
+from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.rewards.registry import RewardConfig
+from deepgen_jax.rl.config import GRPOConfig, NFTConfig, PolicyConfig, PromptsConfig, RolloutConfig
+from deepgen_jax.training.config import CheckpointConfig, LogConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+def get_config():
+    source = SourceConfig("pictures", "json", "{folder}/t2i.json")
+    return GRPOConfig(
+        model="{model}", out="{folder}/run", steps=4, trains=("mmdit",), dtype="float32", remat="none",
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0.0),
+        rollout=RolloutConfig(steps=4, group_size=2, size=64, micro_batch=4),
+        policy=PolicyConfig(clip=0.01, micro_batch=4, updates_per_rollout=2, beta=0.01, sft_weight=0.1,
+                            nft=NFTConfig(draws=2)),
+        prompts=PromptsConfig("{folder}/prompts.txt", rewards={weights}), prompts_per_step=4,
+        rewards=({rewards},), data=DataConfig((source,), micro_batch=4, mixture=MixtureConfig(cycle=("t2i",)),
+        image_size=64, min_side=16, token_multiple=64, cache_dir="{folder}/index"),
+        checkpoints=CheckpointConfig(every=2), log=LogConfig(tensorboard=False, sample_ids=True), pictures_every=2,
+    )
+"""
+
 
 def write_data(folder: Path) -> None:
     """40 pictures with captions, and 20 edits of them."""
@@ -53,12 +75,27 @@ def write_config(folder: Path, model: Path, trains: tuple[str, ...] = ("bridge",
     return path
 
 
+def write_grpo_config(
+    folder: Path,
+    model: Path,
+    weights: dict[str, float],
+    rewards: str = 'RewardConfig("color_target"), RewardConfig("jpeg")',
+) -> Path:
+    """A configuration file of reinforcement learning: 2 chunks of a rollout and 2 updates a step."""
+    (folder / "prompts.txt").write_text("".join(f"picture number {i}\n" for i in range(9)))
+    path = folder / "config.py"
+    path.write_text(GRPO_CONFIG.format(folder=folder, model=model, weights=weights, rewards=rewards))
+    return path
+
+
 def environment(folder: Path, devices: int = 1) -> dict[str, str]:
     """A process's environment: so many CPU devices, and a compilation cache that the runs of a test share."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Threads of XLA's pool, which the devices share: one that waits in a collective holds its thread.
+        "NPROC": str(8 * devices),
         "DEEPGEN_CACHE_DIR": str(folder / "xla"),
     }
 
@@ -108,6 +145,8 @@ def parameters(run: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
-    tree = ocp.PyTreeCheckpointHandler().restore((run / "checkpoints" / str(step) / "state").absolute())
+    folder, handler = (run / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointHandler()
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+    tree = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=plain))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

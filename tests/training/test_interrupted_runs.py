@@ -13,7 +13,7 @@ import runs
 # The runs share their reference and compiled programs.
 pytestmark = pytest.mark.xdist_group("interrupted")
 
-STEPS, MANY_STEPS = 24, 240
+STEPS, MANY_STEPS = 12, 240
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory, folders):
 
 
 def train(folder, out, steps, *words, **options):
-    settings = (f"out={out}", f"steps={steps}", "checkpoints.every=3", "checkpoints.keep_last=2")
+    settings = (f"out={out}", f"steps={steps}", "data.micro_batch=4", "checkpoints.every=2", "checkpoints.keep_last=2")
     return runs.start(folder, *settings, *words, **options)
 
 
@@ -41,9 +41,9 @@ def assert_same_run(run, whole, steps):
     assert runs.losses(run) == runs.losses(whole)
     ids = runs.sample_ids(run)
     assert ids == runs.sample_ids(whole)
-    # Samples come in epochs: none a second time before all had their first.
+    # No sample is repeated or left out: each has its own "source/row@epoch".
     names = [name for step in ids for name in step]
-    assert len(names) == len(set(names)) == steps * 24
+    assert len(names) == len(set(names)) == steps * 12
     parameters, expected = runs.parameters(run), runs.parameters(whole)
     assert parameters.keys() == expected.keys()
     for path, array in expected.items():
@@ -97,4 +97,6 @@ def test_sigterm_saves_and_resumes_on_other_devices(folder, whole):
     parameters = runs.parameters(out)
     for path, array in runs.parameters(whole).items():
         if "trainable" in path:
-            np.testing.assert_allclose(parameters[path], array, rtol=0, atol=1e-6, err_msg=path)
+            # Softmax ignores a bias of the keys, so its gradient is rounding alone, which Adam makes a step of.
+            allowed = 1e-4 if path.endswith("['k_proj']['bias']") else 1e-6
+            np.testing.assert_allclose(parameters[path], array, rtol=0, atol=allowed, err_msg=path)
