@@ -267,7 +267,8 @@ class GRPOStage:
         if waiting is not None:
             self._submit(prompts, *waiting, pixels, futures)
         start = time.perf_counter()
-        result = self._rewards.collect(futures)
+        with report.failing_together():
+            result = self._rewards.collect(futures)
         return Rolled(latents, trajectories, np.concatenate(pixels), result), time.perf_counter() - start
 
     def _submit(
@@ -293,7 +294,7 @@ class GRPOStage:
     def _learn(
         self, step: int, rolled: Rolled, condition: programs.Condition, scores: np.ndarray
     ) -> tuple[dict[str, Any], list[StepBatch]]:
-        """The updates of a rollout; metrics are those of the last, ratios those of all."""
+        """The updates of a rollout."""
         config = self._config
         key = self._update_key(np.uint32(config.seed), np.uint32(step))
         if self._algorithm.trajectory:
@@ -303,7 +304,7 @@ class GRPOStage:
             numbers = np.array([prompt.index for prompt in self._prompts[step]], np.uint32)
             keys = self._begin(np.uint32(config.seed), numbers)[1]
             learned = (jnp.concatenate(patches), condition, scores, keys)
-        metrics: dict[str, Any] = {}
+        updates: list[dict[str, np.ndarray]] = []
         batches = []
         for part in range(config.policy.updates_per_rollout):
             micro_batches, sft_keys = {}, {}
@@ -314,10 +315,10 @@ class GRPOStage:
             self.state, metrics = self._update(
                 self.state, self._frozen, self._reference, *learned, micro_batches, keys_of_update, np.int32(part)
             )
+            updates.append(jax.device_get(metrics))
             if part == 0 and self._algorithm.trajectory:
                 self._check_ratio(step, float(metrics["first_ratio_deviation"]))
-        jax.block_until_ready(metrics)
-        return metrics, batches
+        return report.of_updates(updates), batches
 
     def _check_ratio(self, step: int, deviation: float) -> None:
         policy = self._config.policy

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import host_share
 from deepgen_jax.rewards.result import RewardResult
 from deepgen_jax.rl.advantages import CLIP
@@ -18,6 +20,44 @@ from deepgen_jax.rl.prompts import PromptSample
 #: Bins of the histogram of advantages, from -5 to 5.
 ADVANTAGE_BINS = 20
 _GROUPS_SHOWN = 6
+# How metrics of a rollout's updates become one; of those not named here the last update's stands.
+_COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    **dict.fromkeys(("ratio_mean", "clip_share", "approx_kl"), np.mean),
+    **dict.fromkeys(("ratio_max", "first_ratio_deviation", "skipped"), np.max),
+    "ratio_min": np.min,
+}
+
+
+def of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of a step from those of its updates: ratios are those of all updates, anything else that of the last."""
+    last = updates[-1]
+    together = {name: f([update[name] for update in updates]) for name, f in _COMBINED.items() if name in last}
+    return {**last, **together}
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """An error of one host ends all of them at this point, where the others would wait for it without end.
+
+    Raises:
+      DeepGenError: this host's own, or one that names the host whose it is.
+    """
+    failure: DeepGenError | None = None
+    try:
+        yield
+    except DeepGenError as error:
+        if jax.process_count() == 1:
+            raise
+        failure = error
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.size:
+        raise DeepGenError(f"the rewards of process {failed[0]} failed; its message says why")
 
 
 def over_hosts(result: RewardResult, micro_batches: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
