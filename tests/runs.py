@@ -80,10 +80,11 @@ def write_grpo_config(
     model: Path,
     weights: dict[str, float],
     rewards: str = 'RewardConfig("color_target"), RewardConfig("jpeg")',
+    name: str = "config.py",
 ) -> Path:
     """A configuration file of reinforcement learning: 2 chunks of a rollout and 2 updates a step."""
     (folder / "prompts.txt").write_text("".join(f"picture number {i}\n" for i in range(9)))
-    path = folder / "config.py"
+    path = folder / name
     path.write_text(GRPO_CONFIG.format(folder=folder, model=model, weights=weights, rewards=rewards))
     return path
 
@@ -100,9 +101,12 @@ def environment(folder: Path, devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(folder: Path, *words: str, devices: int = 1) -> subprocess.Popen:
-    """``deepgen train`` in a process of its own."""
-    command = [sys.executable, "-m", "deepgen_jax.cli.main", "train", str(folder / "config.py"), *words]
+def start(
+    folder: Path, *words: str, devices: int = 1, config: str = "config.py", program: str = ""
+) -> subprocess.Popen:
+    """``deepgen train`` in a process of its own; ``program`` takes the place of its entry point, to break something."""
+    entry = ["-c", program] if program else ["-m", "deepgen_jax.cli.main"]
+    command = [sys.executable, *entry, "train", str(folder / config), *words]
     return subprocess.Popen(
         command, env=environment(folder, devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
