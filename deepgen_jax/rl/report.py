@@ -26,13 +26,15 @@ _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
     **dict.fromkeys(("ratio_max", "first_ratio_deviation", "skipped"), np.max),
     "ratio_min": np.min,
 }
+#: Metrics of an update that are about the policy, logged as "rl/NAME".
+_POLICY = {*_COMBINED, "kl", "old_policy_drift"} - {"skipped"}
 
 
 def of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics of a step from those of its updates: ratios are those of all updates, anything else that of the last."""
     last = updates[-1]
     together = {name: f([update[name] for update in updates]) for name, f in _COMBINED.items() if name in last}
-    return {**last, **together}
+    return {f"rl/{name}" if name in _POLICY else name: x for name, x in {**last, **together}.items()}
 
 
 @contextmanager
