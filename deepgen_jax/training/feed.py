@@ -128,12 +128,13 @@ class Feed:
         share = partial(to_global, self._mesh)
         local: Any = widen(batch, length, self._model.config)
         text = Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
+        index = share(index_words(batch))
         images = _features(batch, share)
         if images is None:
             pictures = share(batch["target"]), tuple(map(share, batch["references"]))
             images = _encode(self._model, self._mesh, self._encoders, *pictures)
         return _assemble(
-            self._model, self._mesh, images, text, share(batch["weight"]), share(index_words(batch)), np.uint32(self._seed), budget
+            self._model, self._mesh, images, text, share(batch["weight"]), index, np.uint32(self._seed), budget
         )
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, float]:
