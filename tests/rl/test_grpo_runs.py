@@ -146,34 +146,45 @@ def test_killed_ten_times(folder):
     assert_same_run(folder / "killed-often", folder / "many")
 
 
-def assert_close(run, whole):
-    for got, expected in zip(steps_of(run), steps_of(whole), strict=True):
-        for name in ("loss", "loss/policy", "loss/sft", "rl/kl", "reward/color_target/mean", "reward/jpeg/mean"):
+# Pixels are rounded to bytes: where a last bit decides, one differs, and with it the size of the JPEG file, by more
+# than groups of so similar images vary. So meshes are compared by the smooth reward alone.
+SMOOTH = ("steps=2", 'prompts.rewards={"color_target": 1.0}')
+
+
+@pytest.fixture(scope="module")
+def smooth(folder, whole):
+    runs.finish(runs.start(folder, "mesh=data=1", f"out={folder}/smooth", *SMOOTH))
+    return folder / "smooth"
+
+
+def assert_close(run, smooth):
+    for got, expected in zip(steps_of(run), steps_of(smooth), strict=True):
+        for name in ("loss", "loss/policy", "loss/sft", "rl/kl", "reward/color_target/mean"):
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
         assert got["rl/first_ratio_deviation"] <= 1e-6
 
 
 @pytest.mark.slow
-def test_first_steps_on_a_mesh(folder, whole):
+def test_first_steps_on_a_mesh(folder, smooth):
     out = folder / "mesh"
-    runs.finish(runs.start(folder, "mesh=data=2,fsdp=2,tensor=2", f"out={out}", devices=8))
-    assert_close(out, whole)
-    assert runs.sample_ids(out) == runs.sample_ids(whole)
+    runs.finish(runs.start(folder, "mesh=data=2,fsdp=2,tensor=2", f"out={out}", *SMOOTH, devices=8))
+    assert_close(out, smooth)
+    assert runs.sample_ids(out) == runs.sample_ids(smooth)
 
 
 def two_processes(folder, out, **options):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    words = ("mesh=data=1,fsdp=2", f"out={out}", "--coordinator", address, "--num-processes", "2", "--process-id")
-    return [runs.start(folder, *words, str(i), **options) for i in range(2)]
+    words = ("mesh=data=1,fsdp=2", f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", "2")
+    return [runs.start(folder, *words, "--process-id", str(i), **options) for i in range(2)]
 
 
 @pytest.mark.slow
-def test_first_steps_in_two_processes(folder, whole):
+def test_first_steps_in_two_processes(folder, smooth):
     for process in two_processes(folder, folder / "two"):
         runs.finish(process)
-    assert_close(folder / "two", whole)
+    assert_close(folder / "two", smooth)
     # Rewards that fail on one host end both, which else would wait for it.
     texts = [
         runs.finish(process, status=2)
