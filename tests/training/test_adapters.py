@@ -1,0 +1,64 @@
+"""Fresh adapters: where they are, what they do at first, and dropout in them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepgen_jax.models.layers import Linear
+from deepgen_jax.parallel.rules import leaves
+from deepgen_jax.training.trees import decays, init_lora
+
+
+@pytest.fixture(scope="module")
+def params(pipelines):
+    return pipelines("none").params
+
+
+def test_every_linear_and_the_embedding_of_the_language_model(params):
+    adapters = init_lora(params["text"], 4, jax.random.key(0))["text"]
+    adapted = {path.rpartition("/")[0] for path, _ in leaves(adapters)}
+    assert adapted == {
+        path.rpartition("/")[0]
+        for path, _ in leaves(params["text"])
+        if path.rpartition("/")[2] in ("kernel", "embedding")
+    }
+    weights = dict(leaves(params["text"]))
+    for path in adapted:
+        weight = weights.get(f"{path}/kernel", weights.get(f"{path}/embedding"))
+        a, b = (dict(leaves(adapters))[f"{path}/{side}"] for side in "ab")
+        assert (a @ b).shape == weight.shape
+        assert not np.any(a @ b)
+
+
+def test_standard_deviations(params):
+    adapters = dict(leaves(init_lora(params["text"], 8, jax.random.key(1))["text"]))
+    a = np.concatenate([np.ravel(x) for path, x in adapters.items() if path.endswith("/a") and "embed" not in path])
+    assert a.std() == pytest.approx(1 / 8, rel=0.02)
+    np.testing.assert_allclose(a.mean(), 0, atol=0.005)
+    assert not np.any(adapters["embed_tokens/a"])
+    assert np.std(adapters["embed_tokens/b"]) == pytest.approx(1, rel=0.2)
+
+
+def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
+    layer, x = Linear(3, lora_dropout=0.5), jnp.ones((20_000, 4))
+    params = layer.init(jax.random.key(0), x)["params"]
+    variables = {"params": params, "lora": {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}}
+    without = layer.apply({"params": params}, x)
+    exact = layer.apply(variables, x)
+    np.testing.assert_allclose(exact - without, 4.0, rtol=1e-5)
+    dropped = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - without
+    assert set(np.unique(np.round(dropped, 3))) == {0.0, 2.0, 4.0, 6.0, 8.0}
+    assert np.mean(dropped) == pytest.approx(4.0, abs=0.05)
+    again = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - without
+    np.testing.assert_array_equal(dropped, again)
+
+
+def test_decay_is_for_matrices_only(params):
+    flags = dict(leaves(decays({"bridge": params["bridge"], "mmdit": params["mmdit"]})))
+    shapes = {path: leaf.shape for path, leaf in leaves({"bridge": params["bridge"], "mmdit": params["mmdit"]})}
+    for path, decays_ in flags.items():
+        stacked = "/layers/" in path or "/blocks_" in path
+        assert decays_ == (len(shapes[path]) - stacked >= 2), path
