@@ -50,7 +50,7 @@ def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
     exact = layer.apply(variables, x)
     np.testing.assert_allclose(exact - without, 4.0, rtol=1e-5)
     dropped = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - without
-    assert set(np.unique(np.round(dropped, 3))) == {0.0, 2.0, 4.0, 6.0, 8.0}
+    np.testing.assert_allclose(np.unique(np.round(dropped)), [0, 2, 4, 6, 8])
     assert np.mean(dropped) == pytest.approx(4.0, abs=0.05)
     again = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - without
     np.testing.assert_array_equal(dropped, again)
