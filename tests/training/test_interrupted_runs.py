@@ -13,7 +13,7 @@ import runs
 # The runs share their reference and compiled programs.
 pytestmark = pytest.mark.xdist_group("interrupted")
 
-STEPS, MANY_STEPS = 12, 240
+STEPS, MANY_STEPS = 12, 80
 
 
 @pytest.fixture(scope="module")
