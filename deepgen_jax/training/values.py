@@ -34,6 +34,8 @@ def parse(hint: Any, value: Any, where: str) -> Any:
         return _parse_tuple(hint, value, where)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return {parse(args[0], key, where): parse(args[1], item, where) for key, item in _object(value, where).items()}
+    if hint is Any:
+        return value
     if hint in _SCALARS:
         return _SCALARS[hint](value, where)
     if isinstance(hint, type) and isinstance(value, hint):

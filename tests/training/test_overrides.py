@@ -262,3 +262,9 @@ def test_every_packaged_config_loads():
     for name in overrides.packaged_configs():
         config = load_config(name)
         assert parse(type(config), to_json(config), name) == config
+
+
+def test_options_of_a_reward():
+    options = {"url": "http://judge:8000/v1", "client": {"cache": "verdicts.jsonl", "tries": 3}}
+    changed = apply(load_config("grpo"), [f"rewards.preference.options={json.dumps(options)}"])
+    assert changed.rewards[0].options == options
