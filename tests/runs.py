@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,24 @@ def get_config():
         checkpoints=CheckpointConfig(every=2), log=LogConfig(tensorboard=False, sample_ids=True), pictures_every=2,
     )
 """
+
+
+def write_model(folder: Path) -> Path:
+    """A model folder with a layer of each kind and random weights: its programs compile in seconds."""
+    from deepgen_jax.convert import convert
+    from deepgen_jax.convert.synthetic import tiny_config, write_release
+
+    tiny = tiny_config()
+    config = replace(
+        tiny,
+        text=replace(tiny.text, num_layers=6),
+        vision=replace(tiny.vision, depth=1, full_attention_blocks=(0,)),
+        bridge=replace(tiny.bridge, num_layers=1, num_queries=4),
+        mmdit=replace(tiny.mmdit, num_layers=2, dual_attention_layers=(0,)),
+    )
+    write_release(folder / "release", config, dtype="float32")
+    convert(diffusers=folder / "release", out=folder / "model")
+    return folder / "model"
 
 
 def write_data(folder: Path) -> None:
