@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,13 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from deepgen_jax import DeepGenPipeline
+
+# Programs are compiled once for all tests and their processes, and for later runs.
+_PROGRAMS = os.path.join(tempfile.gettempdir(), f"deepgen-jax-tests-{os.getuid()}", "xla")
+os.environ.setdefault("DEEPGEN_CACHE_DIR", _PROGRAMS)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _PROGRAMS)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 #: Stage checkpoints under ``tests/data`` by the name that ``goldens_checkpoints.npz`` gives them, with convert options.
 LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {

@@ -108,15 +108,14 @@ def write_grpo_config(
     return path
 
 
-def environment(folder: Path, devices: int = 1) -> dict[str, str]:
-    """A process's environment: so many CPU devices, and a compilation cache that the runs of a test share."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """A process's environment: so many CPU devices, and the compilation cache of all tests."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         # Threads of XLA's pool, which the devices share: one that waits in a collective holds its thread.
         "NPROC": str(8 * devices),
-        "DEEPGEN_CACHE_DIR": str(folder / "xla"),
     }
 
 
@@ -127,7 +126,7 @@ def start(
     entry = ["-c", program] if program else ["-m", "deepgen_jax.cli.main"]
     command = [sys.executable, *entry, "train", str(folder / config), *words]
     return subprocess.Popen(
-        command, env=environment(folder, devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
