@@ -65,10 +65,10 @@ sys.exit(main())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, folders):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo")
     runs.write_data(folder)
-    runs.write_grpo_config(folder, folders("sft"), {"color_target": 0.7, "jpeg": 0.3})
+    runs.write_grpo_config(folder, runs.write_model(folder), {"color_target": 0.7, "jpeg": 0.3})
     return folder
 
 
@@ -118,9 +118,10 @@ def test_first_ratios_are_one_and_everything_is_logged(whole):
 
 
 def test_killed_in_an_update(folder, whole):
-    words = ("mesh=data=1", f"out={folder}/killed")
-    die(folder, "update", 2, *words)
-    assert "goes on from step 2" in runs.finish(runs.start(folder, *words))
+    # A checkpoint is whole before the next one is begun.
+    words = ("mesh=data=1", f"out={folder}/killed", "checkpoints.every=1")
+    die(folder, "update", 3, *words)
+    assert "goes on from step" in runs.finish(runs.start(folder, *words))
     assert_same_run(folder / "killed", whole)
 
 
@@ -249,7 +250,7 @@ class FaultyJudge:
         return reply
 
 
-def test_faulty_judge(folder, whole, folders):
+def test_faulty_judge(folder, whole):
     judge = FaultyJudge()
     client = {"tries": 6, "read_seconds": 2, "backoff_seconds": 0.02, "max_backoff_seconds": 0.1}
     with JudgeServer(judge) as server:
@@ -265,8 +266,9 @@ def test_faulty_judge(folder, whole, folders):
         options = {"url": server.url, "both_orders": True, "client": client}
         rewards = f'RewardConfig("preference", options={options}), RewardConfig("jpeg")'
         weights = {"preference": 0.7, "jpeg": 0.3}
-        runs.write_grpo_config(folder, folders("sft"), weights, rewards, name="judged.py")
-        runs.finish(runs.start(folder, "mesh=data=1", f"out={folder}/judged", config="judged.py"))
+        runs.write_grpo_config(folder, folder / "model", weights, rewards, name="judged.py")
+        words = ("mesh=data=1", f"out={folder}/judged", "required_reward_share=0.4")
+        runs.finish(runs.start(folder, *words, config="judged.py"))
         judge.restart.set()
         thread.join()
     lines = runs.metrics(folder / "judged")
