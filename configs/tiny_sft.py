@@ -1,29 +1,36 @@
-"""Stage 2 on a tiny model and a dozen drawn pictures, going on from `tiny_pretrain.py`: some seconds on a CPU."""
+"""Stage 2 on a tiny model and a dozen drawn pictures, going on from `tiny_pretrain.py`.
 
-from deepgen_jax.data.config import DataConfig, SourceConfig
+Under a minute on a CPU; `benchmarks/overfit.py` goes on until the model knows the pictures by heart.
+"""
+
+from deepgen_jax.configs.tiny_pretrain import MIXTURE, SOURCES
+from deepgen_jax.data.config import DataConfig
 from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
-SOURCES = (
-    SourceConfig("pictures", "json", "out/example/t2i.json"),
-    SourceConfig("edits", "json", "out/example/edit.json", task="edit"),
-)
-
 
 def get_config() -> SupervisedConfig:
-    """30 steps of 12 samples; bridge, DiT and adapters learn."""
+    """60 steps of 8 samples; bridge, DiT and adapters learn."""
     return SupervisedConfig(
         model="out/tiny",
         start="out/runs/tiny_pretrain",
         out="out/runs/tiny_sft",
-        steps=30,
+        steps=60,
         trains=("bridge", "mmdit", "lora"),
-        lora=AdapterConfig(rank=4, alpha=8),
+        lora=AdapterConfig(rank=4, alpha=8, dropout=0.0),
         dtype="float32",
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.1),
-        data=DataConfig(sources=SOURCES, micro_batch=4, image_size=64, min_side=16, token_multiple=256),
-        accumulation=3,
-        checkpoints=CheckpointConfig(every=10),
-        samples=SampleConfig(every=15, prompts=("a red circle",), size=64, num_inference_steps=4),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05),
+        data=DataConfig(
+            sources=SOURCES,
+            micro_batch=2,
+            mixture=MIXTURE,
+            image_size=32,
+            min_side=16,
+            text_drop=0.0,
+            token_multiple=96,
+        ),
+        accumulation=4,
+        checkpoints=CheckpointConfig(every=30),
+        samples=SampleConfig(every=30, prompts=("a red circle on a white background",), size=32, num_inference_steps=4),
     )

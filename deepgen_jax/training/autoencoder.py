@@ -83,7 +83,8 @@ def accumulate(
         pixels = pictures.astype(jnp.float32) / 127.5 - 1
         moments = Moments(*model.apply(params, pixels, method="vae_encode"))
         z = sample_posterior(moments.mean, moments.logvar, noise)
-        errors = model.apply(params, z, method="vae_decode") - pixels
+        decoded: Any = model.apply(params, z, method="vae_decode")
+        errors = decoded - pixels
         latents = normalise(z, model.config.vae)
         each = {
             "loss/reconstruction": jnp.mean(jnp.abs(errors) if loss == "l1" else jnp.square(errors), axis=(1, 2, 3)),

@@ -62,7 +62,8 @@ class AutoencoderStage:
         rate = learning_rate(config.optimizer, config.steps)
         everywhere = replicated(mesh)
         layout = shardings_of(self.state)
-        gathered = Sums(layout.trainable, everywhere, everywhere)
+        shardings: Any = (layout.trainable, everywhere, everywhere)
+        gathered = Sums(*shardings)
 
         def add(
             trainable: Tree, sums: Sums, pictures: jax.Array, words: jax.Array, purpose: jax.Array, weight: jax.Array
@@ -81,7 +82,7 @@ class AutoencoderStage:
 
         self._start = jax.jit(autoencoder.start_sums, out_shardings=gathered)
         self._add = jax.jit(add, donate_argnums=1, out_shardings=gathered)
-        self._update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(layout, everywhere))
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=(layout, everywhere))
 
     def step(self) -> StepReport:
         """Takes one optimiser step."""

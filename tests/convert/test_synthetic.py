@@ -19,6 +19,13 @@ from deepgen_jax.model_folder import read_manifest, read_scheduler
 Flat = dict[str, np.ndarray]
 
 
+def ends_a_branch(name: str) -> bool:
+    """Whether a weight is the last of a residual branch, outside the VLM."""
+    ends = {"bridge": ("out_proj", "fc2"), "mmdit": ("to_out", "add_out", "fc2"), "vae": ("conv2", "to_out")}
+    part, *_, layer, _ = name.split("/")
+    return layer in ends.get(part, ())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_release_converts(dtype: str, tmp_path: Path, read_flat: Callable[..., Flat]) -> None:
     scheduler = SchedulerConfig(use_dynamic_shifting=True)
@@ -30,7 +37,7 @@ def test_a_release_converts(dtype: str, tmp_path: Path, read_flat: Callable[...,
         assert value.dtype.name == dtype
         if name.endswith("kernel") and value.shape[-2] > 16:
             inputs = np.prod(value.shape[-4:-1] if "vae" in name and value.ndim == 4 else value.shape[-2:-1])
-            gain = 0.25 if name == "vae/decoder/conv_out/kernel" else 1
+            gain = 0.25 if name == "vae/decoder/conv_out/kernel" else 0.1 if ends_a_branch(name) else 1
             np.testing.assert_allclose(value.astype(np.float32).std() * inputs**0.5, gain, rtol=0.15, err_msg=name)
 
 
