@@ -181,6 +181,7 @@ class GRPOStage:
         self._begin = jax.jit(begin, out_shardings=(batch_sharding(mesh, 3), everywhere))
         self._update_key = jax.jit(update_key, out_shardings=everywhere)
         self._everywhere = jax.jit(lambda tree: tree, out_shardings=everywhere)
+        self._split = jax.jit(lambda images: images, out_shardings=batch_sharding(mesh, 4))
 
     def step(self) -> StepReport:
         """One rollout and the optimiser updates that learn from it."""
@@ -257,7 +258,9 @@ class GRPOStage:
             final, trajectory = rollout(
                 self._model, settings, variables, noise, own, self._sigmas, config.eta, keys, self._guidance
             )
-            decoded = programs.vae_decode(self._encoders, vae, final, one_by_one=self._mesh.size == 1)
+            # Split over hosts for certain: each has its own part scored.
+            final = self._split(final)
+            decoded = self._split(programs.vae_decode(self._encoders, vae, final, one_by_one=self._mesh.size == 1))
             latents.append(final)
             if trajectory is not None and self._algorithm.trajectory:
                 trajectories.append(trajectory)
