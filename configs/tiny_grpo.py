@@ -1,6 +1,7 @@
 """Stage 3 on a tiny model, going on from `tiny_sft.py`: images are to become red, and small as JPEG files."""
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.configs.tiny_pretrain import SOURCES
+from deepgen_jax.data.config import DataConfig, MixtureConfig
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
 from deepgen_jax.training.config import CheckpointConfig
@@ -17,18 +18,19 @@ def get_config() -> GRPOConfig:
         dtype="float32",
         remat="none",
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=1, beta2=0.999, weight_decay=0.0),
-        rollout=RolloutConfig(steps=10, group_size=4, size=64, micro_batch=8),
+        rollout=RolloutConfig(steps=10, group_size=4, size=32, micro_batch=8),
         policy=PolicyConfig(micro_batch=16),
         prompts=PromptsConfig(path="out/example/prompts.txt", rewards={"red": 0.7, "jpeg": 0.3}),
         prompts_per_step=4,
-        rewards=(RewardConfig("red", "color_target", {"target": (255, 0, 0)}), RewardConfig("jpeg")),
+        rewards=(RewardConfig("red", "color_target", {"target": [255, 0, 0]}), RewardConfig("jpeg")),
         data=DataConfig(
-            sources=(SourceConfig("pictures", "json", "out/example/t2i.json"),),
+            sources=SOURCES[:1],
             micro_batch=4,
             mixture=MixtureConfig(cycle=("t2i",)),
-            image_size=64,
+            image_size=32,
             min_side=16,
-            token_multiple=256,
+            text_drop=0.0,
+            token_multiple=96,
         ),
         checkpoints=CheckpointConfig(every=5),
         pictures_every=5,

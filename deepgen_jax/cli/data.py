@@ -118,7 +118,7 @@ class ExampleCommand:
     """Writes coloured shapes with captions, and edits that change their colours: always the same ones."""
 
     out: Path
-    """Folder to write: t2i.json, edit.json and images."""
+    """Folder to write: t2i.json, edit.json, prompts.txt and images."""
     pictures: int = 8
     """Pictures with captions."""
     edits: int = 4

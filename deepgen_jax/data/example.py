@@ -35,8 +35,10 @@ class _Scene(NamedTuple):
         return f"{article} {self.colour} {self.shape} on a {self.background} background"
 
 
-def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: int = 64) -> tuple[Path, Path]:
+def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: int = 64) -> tuple[Path, ...]:
     """Writes ``t2i.json`` and ``edit.json`` in the released formats, and their pictures; always the same ones.
+
+    The captions are in ``prompts.txt``, too, for reinforcement learning.
 
     Of the edits, every other one starting with the second has two references: "paint the square in the colour of the
     second picture".
@@ -48,7 +50,7 @@ def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: in
       size: side of all pictures in pixels, a multiple of 32.
 
     Returns:
-      the two lists.
+      the two lists and the prompts.
 
     Raises:
       DeepGenError: a number is not usable, or ``out`` holds something or cannot be written.
@@ -67,9 +69,11 @@ def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: in
         edited = [_edited(out, scene, number, size) for number, scene in enumerate(_scenes(edits))]
         for name, items in (("t2i", captioned), ("edit", edited)):
             (out / f"{name}.json").write_text(json.dumps(items, indent=1), encoding="utf-8")
+        prompts = "".join(f"{item['txt']}\n" for item in captioned)
+        (out / "prompts.txt").write_text(prompts, encoding="utf-8")
     except OSError as error:
         raise DeepGenError(f"{out} cannot be written: {error.strerror or error}") from error
-    return out / "t2i.json", out / "edit.json"
+    return out / "t2i.json", out / "edit.json", out / "prompts.txt"
 
 
 def _scenes(count: int) -> list[_Scene]:

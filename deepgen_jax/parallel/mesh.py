@@ -91,7 +91,10 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 
 def to_global(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
     """A batch over all hosts from this host's part of it, split along dimension ``axis``."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh, local.ndim, axis), local)
+    array = jax.make_array_from_process_local_data(batch_sharding(mesh, local.ndim, axis), local)
+    # A process of one CPU device starts a program once its inputs are copied, not in the order of the calls: those of
+    # several processes would then meet in different collectives.
+    return jax.block_until_ready(array) if mesh.devices.flat[0].platform == "cpu" else array
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,10 +66,16 @@ class Judge:
         """An image, uint8 [H, W, 3], as it is sent."""
         return jpeg_data_url(image, self.quality)
 
-    async def ask(self, text: str, data_urls: Sequence[str]) -> str:
+    async def ask(self, text: str, data_urls: Sequence[str], is_answer: Callable[[str], bool]) -> str:
         """The judge's reply to a text about images: its ``<answer>`` parts alone, or its start if there are none.
 
         So the cache of a run of millions of comparisons stays small, without the judge's trains of thought.
+
+        Args:
+          text: the question.
+          data_urls: the images.
+          is_answer: whether a reply answers the question. One that does not is not cached: when the step's rewards are
+            tried again, so is the question.
 
         Raises:
           RequestFailed: there is none.
@@ -82,7 +88,7 @@ class Judge:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        return await self.client.post(self.url, payload, _reply)
+        return await self.client.post(self.url, payload, _reply, is_answer)
 
 
 def filled(template: str, prompt: str) -> str:

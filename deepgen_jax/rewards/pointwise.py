@@ -52,8 +52,12 @@ class PointwiseJudgeReward(Reward):
         if isinstance(question, Missing):
             return question
         image = await asyncio.to_thread(self._judge.data_url, sample.image)
+
+        def is_answer(reply: str) -> bool:
+            return not isinstance(self.parse(reply, sample), Missing)
+
         try:
-            reply = await self._judge.ask(question, [image])
+            reply = await self._judge.ask(question, [image], is_answer)
         except RequestFailed as failure:
             return Missing(str(failure))
         return self.parse(reply, sample)

@@ -120,7 +120,7 @@ class PreferenceReward(Reward):
         for pair, reply in zip(pairs, replies, strict=True):
             if isinstance(reply, str):
                 verdicts.append((*pair, reply))
-            if isinstance(reply, str) and ANSWER.search(reply):
+            if isinstance(reply, str) and _has_answer(reply):
                 answered.update(pair)
                 continue
             reason = reply.reason if isinstance(reply, Missing) else "no <answer> in the reply"
@@ -132,6 +132,10 @@ class PreferenceReward(Reward):
 
     async def _compare(self, prompt: str, first: str, second: str) -> str | Missing:
         try:
-            return await self._judge.ask(filled(self.template, prompt), [first, second])
+            return await self._judge.ask(filled(self.template, prompt), [first, second], _has_answer)
         except RequestFailed as failure:
             return Missing(str(failure))
+
+
+def _has_answer(reply: str) -> bool:
+    return ANSWER.search(reply) is not None

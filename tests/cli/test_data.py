@@ -85,6 +85,7 @@ def test_example_data(setup: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (len(pairs), len(edits)) == (8, 4)
     assert [len(edit["input_image"]) for edit in edits] == [1, 2, 1, 2]
     assert len({pair["txt"] for pair in pairs}) == 8
+    assert (shapes / "prompts.txt").read_text().splitlines() == [pair["txt"] for pair in pairs]
     caption, path = "a red circle on a white background", "images/picture-0.png"
     assert pairs[0] == {"type": "T2I_SFT", "txt": caption, "image": "", "image_path": path}
     with Image.open(shapes / pairs[0]["image_path"]) as image:

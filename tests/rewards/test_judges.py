@@ -175,6 +175,19 @@ def test_answer_of():
     assert answer_of(None) is None
 
 
+@pytest.mark.parametrize(("kind", "fine"), [("preference", "<answer>Image 2 is better</answer>"), ("judge_score", "7")])
+def test_reply_without_answer_is_not_cached(kind, fine, tmp_path):
+    replies = ["who knows", fine]
+    options = {"model": "m", "client": {**FAST, "cache": str(tmp_path / "answers.jsonl")}}
+    samples = [shade(10), shade(200)][: 2 if kind == "preference" else 1]
+    with JudgeServer(lambda number, body: Reply(replies[number])) as server:
+        first, again, cached = (score(kind, samples, server.url, **options) for _ in range(3))
+    assert np.isnan(first[0].values).all()
+    assert np.isfinite(again[0].values).all()
+    np.testing.assert_array_equal(cached[0].values, again[0].values)
+    assert [counts["cached"] for _, counts in (first, again, cached)] == [0, 0, 1]
+
+
 def test_only_answers_are_kept(tmp_path):
     path = tmp_path / "answers.jsonl"
     replies = ["<think>" + "hm " * 1000 + "</think><answer>Image 2 is better</answer>", "hm " * 1000]
