@@ -52,6 +52,7 @@ class TrainCommand:
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
         from deepgen_jax.parallel import hosts
+        from deepgen_jax.parallel.lifeline import Lifeline
         from deepgen_jax.parallel.mesh import make_mesh
         from deepgen_jax.training.loop import train
 
@@ -59,7 +60,10 @@ class TrainCommand:
         # collective, would hold it until none can go on.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         hosts.join(self.coordinator, self.num_processes, self.process_id)
-        enable_compilation_cache(self.compilation_cache)
+        # A CPU program that is loaded, not compiled, no longer orders its collectives, and those of several processes
+        # then meet the wrong ones.
+        alone = jax.process_count() == 1 or jax.default_backend() != "cpu"
+        enable_compilation_cache(self.compilation_cache if alone else "off")
         mesh = make_mesh(config.mesh or f"fsdp={jax.device_count()}")
 
         def say(text: str) -> None:
@@ -67,7 +71,7 @@ class TrainCommand:
                 print(f"deepgen: {text}", file=sys.stderr, flush=True)
 
         say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
-        with Stop(graceful=True, unit="step") as stop:
+        with Lifeline(), Stop(graceful=True, unit="step") as stop:
             outcome = train(config, mesh, stop, say)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")

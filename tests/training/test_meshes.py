@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -53,14 +56,49 @@ def test_first_losses_on_a_mesh(stage, mesh, folder, alone):
     assert_same_start(out, alone(stage))
 
 
-@pytest.mark.parametrize("stage", [STAGE_1, pytest.param(STAGE_2, marks=pytest.mark.slow)])
-def test_first_losses_in_two_processes(stage, folder, alone):
+def start_processes(folder, count, *words, local_devices=1):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
+    words = (*words, "--coordinator", address, "--num-processes", str(count))
+    return [runs.start(folder, *words, "--process-id", str(i), devices=local_devices) for i in range(count)]
+
+
+@pytest.mark.parametrize("stage", [STAGE_1, pytest.param(STAGE_2, marks=pytest.mark.slow)])
+def test_first_losses_in_two_processes(stage, folder, alone):
     out = folder / f"two-{stage}".replace(",", "-")
-    words = (stage, "mesh=data=1,fsdp=2", f"out={out}", "--coordinator", address, "--num-processes", "2")
-    processes = [runs.start(folder, *words, "--process-id", str(i), devices=1) for i in range(2)]
-    for process in processes:
+    for process in start_processes(folder, 2, stage, "mesh=data=1,fsdp=2", f"out={out}"):
         runs.finish(process)
     assert_same_start(out, alone(stage), hosts=2)
+
+
+@pytest.mark.slow
+def test_four_processes_resume_in_one_and_in_two(folder, alone):
+    out = folder / "four"
+    words = (STAGE_1, f"out={out}")
+    for process in start_processes(folder, 4, *words, "mesh=data=2,fsdp=2", "steps=2"):
+        runs.finish(process)
+    shutil.copytree(out, folder / "four-in-two")
+    assert "goes on from step 2" in runs.finish(runs.start(folder, *words, "mesh=data=1"))
+    for process in start_processes(folder, 2, STAGE_1, f"out={folder}/four-in-two", "mesh=data=1,fsdp=2"):
+        runs.finish(process)
+    for run in (out, folder / "four-in-two"):
+        np.testing.assert_allclose(runs.losses(run), runs.losses(alone(STAGE_1)), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_others_end_when_one_process_is_killed(victim, folder):
+    out = folder / f"lost-{victim}"
+    words = (STAGE_1, "mesh=data=1,fsdp=2", f"out={out}", "steps=1000")
+    processes = start_processes(folder, 2, *words)
+    while not (out / "metrics.jsonl").is_file():
+        time.sleep(0.1)
+        assert all(process.poll() is None for process in processes), runs.finish(processes[1 - victim])
+    processes[victim].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    text, _ = processes[1 - victim].communicate(timeout=60)
+    assert time.monotonic() - begun < 60
+    assert processes[1 - victim].returncode not in (0, None)
+    assert f"process {victim} was killed or its machine is gone; start all processes again" in text
+    processes[victim].communicate()
