@@ -66,19 +66,19 @@ class CompileCommand:
 
         from deepgen_jax.parallel import compile as compiling
         from deepgen_jax.parallel import search as searching
+        from deepgen_jax.parallel.apart import compile_apart
 
         mesh = self.mesh or config.mesh
-        devices = topologies.describe(topology)
         request = compiling.Request(
-            config, topology, devices, mesh, self.program, self.batch, self.prompt_tokens, self._command()
+            config, topology, mesh, self.program, self.batch, self.prompt_tokens, self._command()
         )
         if self.search:
-            reports = searching.search(request, _say)
+            reports = searching.search(request, compile_apart, _say)
             print(searching.ranking(reports), end="\n\n")
         elif self.largest_batch:
-            reports = [compiling.largest(request, _say)]
+            reports = [compiling.largest(request, compile_apart, _say)]
         else:
-            reports = [compiling.run(request)]
+            reports = [compile_apart(request)]
         print(reports[0].table())
         self._save(reports)
         return 0

@@ -31,6 +31,11 @@ def collective_kind(instruction: Instruction) -> str | None:
     return base if base in COLLECTIVES else None
 
 
+def is_copy(instruction: Instruction) -> bool:
+    """Whether an instruction begins to move data within a device beside what follows it."""
+    return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start", "async-start")
+
+
 def collectives_of(module: Module, instruction: Instruction, computation: Computation) -> Iterator[
     tuple[str, Instruction, int]
 ]:  # fmt: skip
@@ -74,12 +79,13 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
     if opcode in _FREE or opcode.endswith("-done"):
         return 0
     operands = computation.arrays(instruction)
+    if is_copy(instruction):
+        # The results name source and target; between HBM and the chip the data pass HBM once.
+        arrays = [array for array in instruction.results if array.shape]
+        moved = min((array.bytes for array in arrays), default=0)
+        return moved if any(not array.in_hbm for array in arrays) else 2 * moved
     if opcode.endswith("-start"):
-        # Results hold the operands again; what is written has the size of what is read, or of what is gathered.
-        read = sum(_hbm(arrays) for arrays in operands)
-        if opcode in ("copy-start", "slice-start", "async-start"):
-            return min(read, _hbm(instruction.results))
-        return max(_hbm(instruction.results), read)
+        return max(_hbm(instruction.results), sum(_hbm(arrays) for arrays in operands))
     written = _hbm(instruction.results)
     if opcode in _SLICES:
         return 2 * written

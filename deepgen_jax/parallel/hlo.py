@@ -44,7 +44,7 @@ class Instruction:
       operands: names of instructions of the same computation.
       attributes: the rest of its line.
       root: it is the computation's result.
-      number: of a parameter, which of the computation's; -1 of all else.
+      number: of a parameter, which of the computation's, and of an integer constant its value; -1 of all else.
     """
 
     name: str
@@ -72,12 +72,6 @@ class Instruction:
             names += _NAME.findall(branches)
         names += re.findall(r"(?:true|false)_computation=%([\w.\-]+)", self.attributes)
         return tuple(names)
-
-    @property
-    def trips(self) -> int | None:
-        """How often a loop's body runs; None where the compiler does not say."""
-        found = self.attribute(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
-        return int(found) if found else None
 
 
 @dataclass
@@ -120,8 +114,29 @@ class Module:
         for instruction in computation.instructions:
             yield computation, instruction, times
             if instruction.opcode in ("while", "call", "conditional"):
+                turns = self.trips(computation, instruction) or 1
                 for called in instruction.called():
-                    yield from self._executed(called, times * (instruction.trips or 1))
+                    yield from self._executed(called, times * turns)
+
+    def trips(self, computation: Computation, loop: Instruction) -> int | None:
+        """How often a loop's body runs; None where neither the compiler nor the loop's condition tells."""
+        found = loop.attribute(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+        if found or loop.opcode != "while":
+            return int(found) if found else 1
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
+        test = condition.root
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return None
+        counter, limit = (condition.by_name[name] for name in test.operands)
+        place = counter.attribute(r"index=(\d+)")
+        if limit.opcode != "constant" or counter.opcode != "get-tuple-element" or place is None:
+            return None
+        # A counter that does not visibly start elsewhere starts at zero, and goes up by one.
+        start = computation.by_name.get(loop.operands[0])
+        first = computation.by_name.get(start.operands[int(place)]) if start and start.opcode == "tuple" else None
+        while first is not None and first.opcode in ("copy", "bitcast") and first.operands:
+            first = computation.by_name.get(first.operands[0])
+        return limit.number - (first.number if first is not None and first.opcode == "constant" else 0)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
         """What a fusion, or an asynchronous start, holds, at any depth."""
@@ -134,7 +149,8 @@ class Module:
 
     def unknown_loops(self) -> int:
         """Loops that run and do not tell how often."""
-        return sum(x.opcode == "while" and x.trips is None for _, x, _ in self.executed())
+        loops = ((owner, x) for owner, x, _ in self.executed() if x.opcode == "while")
+        return sum(self.trips(owner, loop) is None for owner, loop in loops)
 
 
 def parse(text: str) -> Module:
@@ -164,7 +180,8 @@ def _instruction(line: str, found: re.Match[str]) -> Instruction:
     close_at = _closing(line, open_at)
     opcode = line[end:open_at].strip()
     operands = tuple(_NAME.findall(line[open_at:close_at]))
-    number = int(line[open_at + 1 : close_at]) if opcode == "parameter" else -1
+    text = line[open_at + 1 : close_at]
+    number = int(text) if opcode in ("parameter", "constant") and re.fullmatch(r"-?\d+", text) else -1
     return Instruction(found[2], opcode, results, operands, line[close_at + 1 :], bool(found[1]), number)
 
 

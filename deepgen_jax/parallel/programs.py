@@ -65,7 +65,8 @@ class Program:
       batch: samples or images of one run of the program, over all devices.
       micro_batch: of which the network sees so many at once.
       lower: () -> the lowered program.
-      memory: kind -> tree of its arguments, for the account of memory.
+      arguments: what it takes.
+      memory: kind -> tree of what lies on the devices while it runs, by the account of memory.
       flops: operations of the model in one run, over all devices; what is computed again is not counted.
       facts: lines about shapes.
       trains: it ends in an optimiser step.
@@ -76,6 +77,7 @@ class Program:
     batch: int
     micro_batch: int
     lower: Callable[[], Any]
+    arguments: Any
     memory: dict[str, Any]
     flops: float
     facts: tuple[str, ...]
@@ -291,6 +293,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
         config.accumulation * config.data.micro_batch,
         config.data.micro_batch,
         lambda: jitted.lower(state, frozen, micro, keys),
+        (state, frozen, micro, keys),
         {**_state_memory(state), "frozen weights": frozen, "batch": (micro, keys)},
         operations,
         (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {_kernel(model)}"),
@@ -318,6 +321,7 @@ def _encoders(subject: Subject, batch: int | None) -> Program:
         size,
         size,
         lambda: encode_images.lower(model, mesh, frozen, picture, (picture,)),
+        (frozen, picture, picture),
         {"frozen weights": frozen, "batch": (picture, picture)},
         float(size * one),
         (f"{size} targets and references of {side}x{side}", f"attention {_kernel(model)}"),
@@ -382,6 +386,7 @@ def _rollout(subject: Subject, batch: int | None) -> Program:
         size,
         size,
         lambda: rollout.lower(*arguments),
+        (variables, noise, condition, sigmas, keys),
         {**resident, "batch": (noise, condition, sigmas, keys)},
         float(operations),
         (
@@ -435,6 +440,7 @@ def _update(subject: Subject, batch: int | None) -> Program:
         images // config.policy.updates_per_rollout,
         config.policy.micro_batch,
         lambda: jitted.lower(*arguments),
+        arguments,
         {
             **_state_memory(state),
             "frozen weights": (frozen, reference),
@@ -472,6 +478,7 @@ def _inference(subject: Subject, batch: int | None) -> Program:
         size,
         size,
         lambda: programs.denoise.lower(model, *arguments),
+        arguments,
         {"frozen weights": params, "batch": (noise, condition)},
         float(2 * size * steps * flops.mmdit(subject.model.mmdit, tokens, length)),
         (f"{size} images of {side}x{side}, {steps} guided Euler steps, sequence {length}",

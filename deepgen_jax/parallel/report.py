@@ -129,20 +129,18 @@ class Report:
         return lines
 
 
-def account(memory: Mapping[str, Any], stats: Any, trains: bool) -> dict[str, float]:
+def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, float]:
     """Bytes a device by kind, in the order of :data:`KINDS`.
 
     Args:
       memory: kind -> tree of shapes with shardings, see ``programs.Program.memory``.
-      stats: of ``compiled.memory_analysis()``.
-      trains: gradients, as large as what trains, are among the temporaries.
+      work: what the program needs besides its arguments.
+      trains: gradients, as large as what trains, are part of it.
     """
     found = {kind: shard_bytes(tree) for kind, tree in memory.items()}
-    work = float(stats.temp_size_in_bytes + max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0))
     if trains:
-        gradients = min(found["trainable weights"], work)
-        found["gradients"] = gradients
-        work -= gradients
+        found["gradients"] = min(found["trainable weights"], work)
+        work -= found["gradients"]
     found["activations and work space"] = work
     return {kind: found[kind] for kind in KINDS if found.get(kind)}
 

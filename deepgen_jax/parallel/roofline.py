@@ -1,8 +1,8 @@
 """How long a compiled program takes at the rates that vendors state, in the order in which its instructions stand.
 
 An instruction takes the longer of its arithmetic at the peak rate and its traffic at HBM's full bandwidth; instructions
-follow one another. A collective that begins and ends apart runs beside what stands between; all collectives share one
-link, in turn. What is left out is told by :data:`ASSUMPTIONS`.
+follow one another. A collective, or a copy within the device, that begins and ends apart runs beside what stands
+between; collectives share one link, and copies one copier, in turn. What is left out is told by :data:`ASSUMPTIONS`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deepgen_jax.parallel.costs import collectives_of, memory_bytes, operations, wire_bytes
+from deepgen_jax.parallel.costs import collectives_of, is_copy, memory_bytes, operations, wire_bytes
 from deepgen_jax.parallel.hlo import Computation, Instruction, Module, device_groups
 from deepgen_jax.parallel.topology import GPUS_A_HOST, Topology
 
@@ -144,7 +144,7 @@ def estimate(module: Module, topology: Topology, devices: Sequence[Any]) -> Esti
     """
     walk = _Walk(module, topology, Network(topology, devices))
     total = walk.computation(module.entry)
-    total.seconds = max(total.seconds, total.network_seconds)
+    total.seconds = max(total.seconds, total.network_seconds, total.memory_seconds)
     total.unknown_loops = module.unknown_loops()
     return total
 
@@ -162,12 +162,13 @@ class _Walk:
         return self._known[name]
 
     def _run(self, computation: Computation) -> Estimate:
-        total, link = Estimate(), 0.0
+        total, link, copier = Estimate(), 0.0, 0.0
         pending: dict[str, float] = {}
         for one in computation.instructions:
             if one.opcode in ("while", "call", "conditional"):
+                turns = self._module.trips(computation, one) or 1
                 for called in one.called():
-                    _add(total, self.computation(called), one.trips or 1)
+                    _add(total, self.computation(called), turns)
                 continue
             if one.opcode.endswith("-done"):
                 ends = [pending[name] for name in one.operands if name in pending]
@@ -175,7 +176,10 @@ class _Walk:
                 continue
             busy = self._device(total, computation, one)
             sent = self._collectives(total, computation, one)
-            if not sent:
+            if not sent and is_copy(one):
+                copier = max(copier, total.seconds) + busy
+                pending[one.name] = copier
+            elif not sent:
                 total.seconds += busy
             elif one.opcode.endswith("-start"):
                 link = max(link, total.seconds) + sent
@@ -196,7 +200,7 @@ class _Walk:
         total.memory += moved
         total.arithmetic_seconds += arithmetic
         total.memory_seconds += memory
-        total.device_seconds += max(arithmetic, memory)
+        total.device_seconds += 0.0 if is_copy(one) else max(arithmetic, memory)
         return max(arithmetic, memory)
 
     def _collectives(self, total: Estimate, computation: Computation, one: Instruction) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat
-from deepgen_jax.parallel.compile import Request, run
+from deepgen_jax.parallel.compile import Request
 from deepgen_jax.parallel.report import Report
 from deepgen_jax.parallel.topology import GIB, GPUS_A_HOST, Topology
 
@@ -36,8 +36,13 @@ def meshes(topology: Topology) -> Iterator[str]:
         yield _text(slices * size // fsdp // tensor, fsdp, tensor)
 
 
-def search(request: Request, say: Callable[[str], None]) -> list[Report]:
+def search(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> list[Report]:
     """All reports, best first: those that fit by estimated time, then the others by what they need.
+
+    Args:
+      request: its mesh, if it has one, is the only one that is tried.
+      run: compiles a request.
+      say: is told of every try.
 
     Raises:
       DeepGenError: no choice can be compiled at all.
