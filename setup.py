@@ -58,7 +58,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
     package_dir=SUBPACKAGES,
-    package_data={"deepgen_jax": ["py.typed"]},
+    package_data={"deepgen_jax": ["py.typed", "parallel/targets/*.txtpb"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["deepgen = deepgen_jax.cli.main:main"]},

@@ -85,6 +85,15 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "deepgen train configs/tiny_pretrain.py steps=20",
         ),
     ),
+    "compile": Subcommand(
+        "deepgen_jax.cli.compile",
+        "CompileCommand",
+        "tell memory, collectives and estimated speed of a run on a TPU pod or GPU cluster, without one",
+        (
+            "deepgen compile sft --topology v6e:8x8",
+            "deepgen compile grpo --topology h100:64 --program rollout --mesh data=8,fsdp=8 --json report.json",
+        ),
+    ),
     "data": Group(
         "look at training data, or prepare them",
         {

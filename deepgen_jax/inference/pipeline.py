@@ -24,7 +24,7 @@ from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.models import patches as grids
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
@@ -62,7 +62,7 @@ class DeepGenPipeline:
         dtype: DTypeLike,
     ) -> None:
         """Takes parameters that already lie on the mesh in their dtypes; most users want :meth:`from_pretrained`."""
-        implementation = choose_implementation(list(mesh.devices.flat), dtype)
+        implementation = choose_kernel(mesh, dtype)
         self.config = config
         self.scheduler = scheduler
         self.mesh = mesh

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from deepgen_jax.models.layers import precision_of
+from deepgen_jax.parallel.mesh import BATCH_AXES, batch_size_multiple
 
 Implementation = Literal["xla", "loop", "cudnn"]
 
 #: Widest head, in channels, of cuDNN's flash attention in both directions.
 _LARGEST_FLASH_HEAD = 128
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of attention on the devices of a mesh.
+
+    Every device computes the samples that it holds, and its share of the heads where "tensor" divides them. This also
+    keeps activations split over the batch: left to itself, the compiler lets some follow the layout of the weights.
+    """
+
+    implementation: Implementation
+    mesh: Mesh
+
+
+#: How modules are told to attend: an implementation, for a single device, or one on a mesh.
+Attention = Implementation | Kernel
+
+
+def choose_kernel(mesh: Mesh, dtype: DTypeLike, *, gradients: bool = False) -> Attention:
+    """The fastest attention for programs that run on a mesh in ``dtype``; see :func:`choose_implementation`."""
+    implementation = choose_implementation(list(mesh.devices.flat), dtype, gradients=gradients)
+    return implementation if mesh.size == 1 else Kernel(implementation, mesh)
 
 
 def choose_implementation(
@@ -42,7 +68,7 @@ def attention(
     key_lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
-    implementation: Implementation = "xla",
+    implementation: Attention = "xla",
 ) -> jax.Array:
     """Scaled dot-product attention, softmax statistics in float32.
 
@@ -57,11 +83,15 @@ def attention(
       causal: query i attends keys 0..i (Q == K).
       implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
         through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
-        attention on NVIDIA GPUs, with "xla" for dtypes and widths of heads that it does not take.
+        attention on NVIDIA GPUs, with "xla" for dtypes and widths of heads that it does not take. A :class:`Kernel`
+        splits the work over a mesh.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
     """
+    if isinstance(implementation, Kernel):
+        masks = {"key_mask": key_mask, "key_lengths": key_lengths, "segment_ids": segment_ids}
+        return _over_mesh(implementation, query, key, value, masks, causal)
     flash = implementation == "cudnn" and query.dtype.itemsize == 2
     flash = flash and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
     if key_lengths is not None:
@@ -79,6 +109,35 @@ def attention(
     if implementation == "loop":
         return _loop(query, key, value, mask)
     return _xla(query, key, value, mask)
+
+
+def _over_mesh(
+    kernel: Kernel,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    masks: dict[str, jax.Array | None],
+    causal: bool,
+) -> jax.Array:
+    mesh, heads, groups = kernel.mesh, query.shape[2], key.shape[2]
+    if query.shape[0] % batch_size_multiple(mesh):
+        # Too few samples to give every device some; the compiler finds a way.
+        return attention(query, key, value, **masks, causal=causal, implementation="xla")
+    split = mesh.shape["tensor"] > 1 and heads % mesh.shape["tensor"] == 0
+    if split and groups % mesh.shape["tensor"]:
+        key, value = (jnp.repeat(x, heads // groups, axis=2) for x in (key, value))
+    rows = PartitionSpec(BATCH_AXES, None, "tensor" if split else None, None)
+    given = {name: mask for name, mask in masks.items() if mask is not None}
+    local = partial(attention, causal=causal, implementation=kernel.implementation)
+    # Kernels do not tell over which axes their results vary.
+    spread = jax.shard_map(
+        lambda q, k, v, masks: local(q, k, v, **masks),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, PartitionSpec(BATCH_AXES)),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return spread(query, key, value, given)
 
 
 def _mask(

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import BridgeConfig
-from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import LayerNorm, Linear
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
@@ -19,7 +19,7 @@ class ConnectorLayer(nn.Module):
 
     config: BridgeConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(self, x: jax.Array, visible: jax.Array) -> tuple[jax.Array, None]:
@@ -50,7 +50,7 @@ class Bridge(nn.Module):
     sequence_dim: int
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
 
     def setup(self) -> None:
         cfg = self.config

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.models.attention import Implementation
+from deepgen_jax.models.attention import Attention
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.mmdit import MMDiT
 from deepgen_jax.models.qwen_text import QwenText
@@ -30,7 +30,7 @@ class DeepGen(nn.Module):
     config: DeepGenConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
     lora_dropout: float = 0.0
 
     def setup(self) -> None:

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import MMDiTConfig
-from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm, layer_norm
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
@@ -86,7 +86,7 @@ class JointAttention(nn.Module):
     config: MMDiTConfig
     context_pre_only: bool
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(
@@ -119,7 +119,7 @@ class ImageAttention(nn.Module):
 
     config: MMDiTConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(self, image: jax.Array, visible: Visible, num_queries: int) -> jax.Array:
@@ -155,7 +155,7 @@ class MMDiTBlock(nn.Module):
     context_pre_only: bool
     num_targets: int
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(
@@ -219,7 +219,7 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
 
     @nn.compact
     def __call__(

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import TextConfig
-from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Embedding, Linear, RMSNorm
 from deepgen_jax.models.rope import mrope_angles, rotate
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
@@ -28,7 +28,7 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
     lora_dropout: float
 
     @nn.compact
@@ -59,7 +59,7 @@ class _LayerGroup(nn.Module):
 
     config: TextConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
     lora_dropout: float
     remat: Remat
     stride: int
@@ -80,7 +80,7 @@ class QwenText(nn.Module):
     stride: int = 6
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
     lora_dropout: float = 0.0
 
     def setup(self) -> None:

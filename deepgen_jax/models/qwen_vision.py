@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import VisionConfig
-from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm
 from deepgen_jax.models.rope import rotate, vision_angles
 from deepgen_jax.models.stack import Remat, rematerialised
@@ -47,7 +47,7 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
     lora_dropout: float
 
     @nn.compact
@@ -95,7 +95,7 @@ class QwenVision(nn.Module):
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
     lora_dropout: float = 0.0
 
     @nn.compact

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import VAEConfig
-from deepgen_jax.models.attention import Implementation, attention
+from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, precision_of
 
 _EPS = 1e-6
@@ -103,7 +103,7 @@ class MidAttention(nn.Module):
 
     groups: int
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,7 +116,7 @@ class MidAttention(nn.Module):
         return x + Linear(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
 
 
-def _middle(x: jax.Array, groups: int, dtype: DTypeLike, attention: Implementation) -> jax.Array:
+def _middle(x: jax.Array, groups: int, dtype: DTypeLike, attention: Attention) -> jax.Array:
     """The widest, coarsest part of the encoder or decoder that calls it."""
     x = ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_0")(x)
     x = MidAttention(groups, dtype, attention, name="mid_attention")(x)
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
-    attention: Implementation
+    attention: Attention
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -173,7 +173,7 @@ class VAE(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
-    attention: Implementation = "xla"
+    attention: Attention = "xla"
 
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.dtype, self.attention)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepgen_jax.errors import DeepGenError
@@ -35,8 +36,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (all devices by default); None is a single device.
 
+    TPU slices that only the data-centre network joins are along "data".
+
     Raises:
-      DeepGenError: the sizes do not multiply to the number of devices.
+      DeepGenError: the sizes do not multiply to the number of devices, or "data" cannot join the slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict.fromkeys(AXES, 1) if spec is None else parse_mesh(spec)
@@ -46,7 +49,17 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
     elif needed != len(devices):
         raise DeepGenError(f"mesh {spec!r} needs {needed} devices, but there are {len(devices)}; change its sizes")
     shape = tuple(sizes[axis] for axis in AXES)
-    if len(devices) > 1 and devices[0].platform == "tpu":
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    if slices > 1:
+        if sizes["data"] % slices:
+            raise DeepGenError(
+                f"mesh {dict(sizes)}: data must be a multiple of the {slices} slices, which it joins; change its sizes"
+            )
+        inner = (sizes["data"] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+        return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+    if len(devices) > 1 and tpu:
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 

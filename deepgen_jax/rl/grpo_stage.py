@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, host_share, replicated, to_local
 from deepgen_jax.rewards.base import RewardSample
@@ -31,23 +30,21 @@ from deepgen_jax.rl import advantages as advantage
 from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.config import GRPOConfig
-from deepgen_jax.rl.nft import nft_step
-from deepgen_jax.rl.policy import Canvas, policy_variables
+from deepgen_jax.rl.policy import policy_variables
 from deepgen_jax.rl.prompts import PromptSample, load_prompts
-from deepgen_jax.rl.rollout import (
-    UPDATE,
-    RolloutSettings,
-    Trajectory,
-    concatenated,
-    image_keys,
-    initial_noise,
-    rollout,
+from deepgen_jax.rl.rollout import UPDATE, Trajectory, concatenated, image_keys, initial_noise, rollout
+from deepgen_jax.rl.step import (
+    canvas_of,
+    guidance_scale,
+    make_update,
+    policy_model,
+    rollout_settings,
+    run_optimizer,
 )
-from deepgen_jax.rl.update import UpdateKeys, UpdateSettings, grpo_step
+from deepgen_jax.rl.update import UpdateKeys
 from deepgen_jax.training.feed import Feed, StepBatch, open_loader
-from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
-from deepgen_jax.training.supervised import StepSettings, TrainState, parts
+from deepgen_jax.training.supervised import TrainState, parts
 from deepgen_jax.training.weights import load_start
 
 if TYPE_CHECKING:
@@ -118,14 +115,13 @@ class GRPOStage:
             # The starting values, rounded as the computation rounds its weights anyway.
             rounded = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
             self._reference = rounded(weights.trainable["params"])
-        optimizer = make_optimizer(config.optimizer, config.steps * config.policy.updates_per_rollout)
+        optimizer = run_optimizer(config)
         average = config.ema_decay is not None or algorithm.old_policy
         self.state = start_state(optimizer, weights, mesh, ema=average)
         self._weights = weights._replace(trainable={})
-        attention = partial(choose_implementation, list(mesh.devices.flat), config.dtype)
-        # Rollout and update are one network: with the same attention its rounding is the same, and first ratios are 1.
-        self._model = DeepGen(weights.config, dtype=dtype, remat=config.remat, attention=attention(gradients=True))
-        self._encoders = DeepGen(weights.config, dtype=dtype, attention=attention())
+        self._model = policy_model(config, weights.config, mesh)
+        attention = choose_kernel(mesh, config.dtype)
+        self._encoders = DeepGen(weights.config, dtype=dtype, attention=attention)
         conditioned = {part: weights.frozen[part] for part in ("text", "bridge", "vision")}
         tokenizer = PromptTokenizer(weights.tokenizer, weights.config)
         self._encoder = PromptEncoder(self._encoders, conditioned, tokenizer, mesh)
@@ -145,27 +141,12 @@ class GRPOStage:
             )
         self._frozen = {part: tree for part, tree in weights.frozen.items() if part not in ("vae", "vision")}
 
-        side = config.rollout.size // weights.config.vae.downscale
-        tokens = (side // weights.config.mmdit.patch_size) ** 2
-        self._canvas = Canvas(side, side, config.rollout.group_size, batch_sharding(mesh, 1))
+        self._canvas = canvas_of(config, weights.config, mesh)
+        tokens = self._canvas.height * self._canvas.width // weights.config.mmdit.patch_size**2
         self._sigmas = np.asarray(make_sigmas(weights.scheduler, config.rollout.steps, tokens))
-        self._guidance = config.rollout.guidance_scale or None
+        self._guidance = guidance_scale(config)
         self._tokens = tokens
-        settings = UpdateSettings(
-            self._canvas,
-            config.policy,
-            StepSettings(weights.scheduler, weights.lora_scale, ema_decay=config.ema_decay),
-            config.rollout.sampler,
-            config.rollout.eta,
-            self._guidance,
-        )
-        rate = learning_rate(config.optimizer, config.steps * config.policy.updates_per_rollout)
-        update = partial(grpo_step if algorithm.trajectory else nft_step, self._model, optimizer, settings)
-
-        def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
-            new, metrics = update(state, *args)
-            return new, metrics | {"learning_rate": rate(state.step)}
-
+        step = make_update(config, self._model, optimizer, weights.scheduler, weights.lora_scale, self._canvas)
         everywhere = replicated(mesh)
         self._update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
         width = weights.config.mmdit.in_channels * weights.config.mmdit.patch_size**2
@@ -242,7 +223,7 @@ class GRPOStage:
         config = self._config.rollout
         policy = self.state.ema if self._algorithm.old_policy else self.state.trainable
         variables = policy_variables(self._frozen, policy, self._weights.lora_scale)
-        settings = RolloutSettings(self._canvas, config.sampler, jnp.dtype(config.dtype))
+        settings = rollout_settings(self._config, self._canvas)
         sides = 1 if self._guidance is None else 2
         vae = {"vae": self._weights.frozen["vae"]}
         latents: list[jax.Array] = []

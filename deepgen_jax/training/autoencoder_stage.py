@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import autoencoder
@@ -53,11 +53,10 @@ class AutoencoderStage:
         # The state takes the weights over: what it was made from is donated.
         self._weights = self._weights._replace(trainable={})
         self._loader = open_loader(config.data, self._weights, mesh, config.model)
-        devices = list(mesh.devices.flat)
         self._model = DeepGen(
             self._weights.config,
             dtype=jnp.dtype(config.dtype),
-            attention=choose_implementation(devices, config.dtype, gradients=True),
+            attention=choose_kernel(mesh, config.dtype, gradients=True),
         )
         rate = learning_rate(config.optimizer, config.steps)
         everywhere = replicated(mesh)

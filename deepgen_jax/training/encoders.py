@@ -14,7 +14,7 @@ from deepgen_jax import model_folder
 from deepgen_jax.data.config import DataConfig
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import lora
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import leaves
@@ -70,7 +70,7 @@ def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:
     if adapters:
         folded = lora.merged(params["vision"], jax.device_put(adapters["vision"], everywhere), adapters["scale"])
         params["vision"] = jax.tree.map(lambda x: x.astype(compute), folded)
-    attention = choose_implementation(list(mesh.devices.flat), dtype)
+    attention = choose_kernel(mesh, dtype)
     return DeepGen(config, dtype=compute, attention=attention), params
 
 

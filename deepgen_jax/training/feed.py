@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.config import DataConfig
@@ -119,9 +120,7 @@ class Feed:
     def _prepare(self, batches: Sequence[Batch]) -> list[tuple[MicroBatch, jax.Array]]:
         length = max(batch["input_ids"].shape[1] for batch in batches)
         references = max(_tokens(batch["bucket"][1], self._unit) for batch in batches)
-        most = round_up(references, self._target) if references else 0
-        per_token = self._model.config.image_multiple // self._unit
-        budget = TokenBudget(self._target, most, -(-most // per_token**2))
+        budget = token_budget(self._model.config, self._target, references)
         return [self._prepare_one(batch, length, budget) for batch in batches]
 
     def _prepare_one(self, batch: Batch, length: int, budget: TokenBudget) -> tuple[MicroBatch, jax.Array]:
@@ -132,7 +131,7 @@ class Feed:
         images = _features(batch, share)
         if images is None:
             pictures = share(batch["target"]), tuple(map(share, batch["references"]))
-            images = _encode(self._model, self._mesh, self._encoders, *pictures)
+            images = encode_images(self._model, self._mesh, self._encoders, *pictures)
         return _assemble(
             self._model, self._mesh, images, text, share(batch["weight"]), index, np.uint32(self._seed), budget
         )
@@ -148,6 +147,55 @@ class Feed:
             tokens += samples * (targets + references + context)
             operations += samples * flops.training(self._model.config, self._trains, targets, context, references)
         return tokens, operations
+
+
+def token_budget(config: DeepGenConfig, target: int, references: int) -> TokenBudget:
+    """What micro-batches are padded to.
+
+    Args:
+      config: of the model.
+      target: MMDiT tokens of the largest target of all.
+      references: MMDiT tokens of the most references of one sample in the step; 0 for none.
+    """
+    most = round_up(references, target) if references else 0
+    per_token = config.image_multiple // (config.vae.downscale * config.mmdit.patch_size)
+    return TokenBudget(target, most, -(-most // per_token**2))
+
+
+def abstract_micro_batches(
+    model: DeepGen, mesh: Mesh, count: int, size: int, length: int, budget: TokenBudget
+) -> tuple[MicroBatch, jax.Array]:
+    """Shapes, dtypes and shardings of what a :class:`Feed` gives for one task: stacked micro-batches and their keys.
+
+    Args:
+      model: of the step.
+      mesh: batches are split over it.
+      count: micro-batches A of the task in a step.
+      size: samples B of a micro-batch.
+      length: of prompts, think tokens included.
+      budget: sizes that images are padded to.
+    """
+    config, queries = model.config, model.config.bridge.num_queries
+    channels, patch = config.mmdit.in_channels, config.mmdit.patch_size
+
+    def array(*shape: int, dtype: DTypeLike = jnp.float32, axis: int = 1) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape), axis))
+
+    def tokens(number: int) -> tuple[Any, Any, Any]:
+        rows = (count, size, number)
+        return array(*rows, channels * patch**2), array(*rows, dtype=jnp.int32), array(*rows, dtype=jnp.bool_)
+
+    rows, prompt = (count, size, length), (count, size, length - queries)
+    text = Text(
+        array(*prompt, dtype=jnp.int32),
+        array(count, 3, size, length, dtype=jnp.int32, axis=2),
+        array(*rows, dtype=jnp.bool_),
+        array(*rows, dtype=jnp.bool_),
+        array(*prompt, dtype=jnp.int32),
+    )
+    images = array(count, size, budget.image_tokens, config.vision.out_hidden_size, dtype=model.dtype)
+    micro = MicroBatch(*tokens(budget.target), *tokens(budget.references), images, array(count, size), text)
+    return micro, array(count, size, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
 def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: str) -> Loader:
@@ -220,9 +268,10 @@ def _split_batches(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
 
 
 @partial(jax.jit, static_argnames=("model", "mesh"))
-def _encode(
+def encode_images(
     model: DeepGen, mesh: Mesh, frozen: Tree, target: jax.Array, references: tuple[jax.Array, ...]
 ) -> Features:
+    """Frozen features of a micro-batch of pictures, split over the batch; see ``inputs.encode``."""
     return _split_batches(mesh, encode(model, frozen, target, references))
 
 

@@ -17,6 +17,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
 from deepgen_jax.training.config import RunConfig
 from deepgen_jax.training.supervised import TrainState, init_state
+from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights, current_params
 
 if TYPE_CHECKING:
@@ -108,16 +109,18 @@ def check_micro_batch(name: str, size: int, mesh: Mesh) -> None:
         )
 
 
-def start_state(
-    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh, *, ema: bool
+def abstract_state(
+    optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh, *, ema: bool
 ) -> TrainState:
-    """A state at step 0, laid out on the mesh; the optimiser's moments lie like the parameters they belong to.
+    """Shapes, dtypes and shardings of a state: the optimiser's moments lie like the parameters they belong to.
 
-    The arrays of ``weights.trainable`` are donated to it.
+    Args:
+      optimizer: of the run.
+      trainable: {"params": ..., "lora": ...}, arrays or ``ShapeDtypeStruct``s, with their shardings.
+      mesh: where counters are whole on every device.
+      ema: the state holds a moving average.
     """
-    trainable = weights.trainable
-    make = partial(init_state, optimizer, ema=ema)
-    shapes = jax.eval_shape(make, trainable["params"], trainable["lora"])
+    shapes = jax.eval_shape(partial(init_state, optimizer, ema=ema), trainable["params"], trainable["lora"])
     layout, everywhere = shardings_of(trainable), replicated(mesh)
     opt_state = optax.tree.map_params(
         optimizer, lambda _, like: like, shapes.opt_state, layout, transform_non_params=lambda _: everywhere
@@ -125,7 +128,20 @@ def start_state(
     shardings: Any = shapes._replace(
         step=everywhere, trainable=layout, opt_state=opt_state, ema=layout if ema else None, skipped=everywhere
     )
-    return jax.jit(make, out_shardings=shardings, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def start_state(
+    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh, *, ema: bool
+) -> TrainState:
+    """A state at step 0, laid out on the mesh as :func:`abstract_state` says.
+
+    The arrays of ``weights.trainable`` are donated to it.
+    """
+    trainable = weights.trainable
+    make = partial(init_state, optimizer, ema=ema)
+    layout: Any = shardings_of(abstract_state(optimizer, trainable, mesh, ema=ema))
+    return jax.jit(make, out_shardings=layout, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
 
 
 def make_pipeline(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
+from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.training.config import SupervisedConfig
@@ -22,6 +25,38 @@ from deepgen_jax.training.weights import load_start
 
 if TYPE_CHECKING:
     from deepgen_jax.inference.pipeline import DeepGenPipeline
+
+
+#: Parts of the model that a step runs.
+STEP_PARTS = ("text", "bridge", "mmdit")
+
+Step = Callable[[TrainState, Tree, Any, Any], tuple[TrainState, dict[str, Any]]]
+
+
+def step_model(config: SupervisedConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
+    """The network as a step runs it on a mesh, without dropout."""
+    attention = choose_kernel(mesh, config.dtype, gradients=True)
+    return DeepGen(model, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
+
+
+def make_step(
+    config: SupervisedConfig,
+    model: DeepGen,
+    optimizer: optax.GradientTransformation,
+    scheduler: SchedulerConfig,
+    lora_scale: float,
+) -> Step:
+    """A step as the stage jits it: (state, frozen, micro-batches, keys) -> (state, metrics)."""
+    settings = StepSettings(scheduler, lora_scale, config.weighting, config.ema_decay)
+    rate = learning_rate(config.optimizer, config.steps)
+    trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
+
+    def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+        new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
+        sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
+        return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
+
+    return step
 
 
 class SupervisedStage:
@@ -45,13 +80,7 @@ class SupervisedStage:
         # The state takes the weights over: what it was made from is donated.
         self._weights = self._weights._replace(trainable={})
         self._loader = open_loader(config.data, self._weights, mesh, config.model)
-        devices = list(mesh.devices.flat)
-        model = DeepGen(
-            self._weights.config,
-            dtype=jnp.dtype(config.dtype),
-            remat=config.remat,
-            attention=choose_implementation(devices, config.dtype, gradients=True),
-        )
+        model = step_model(config, self._weights.config, mesh)
         self._feed = Feed(
             self._loader,
             model,
@@ -61,18 +90,9 @@ class SupervisedStage:
             seed=config.seed,
             trains=config.trains,
         )
-        settings = StepSettings(self._weights.scheduler, self._weights.lora_scale, config.weighting, config.ema_decay)
-        rate = learning_rate(config.optimizer, config.steps)
         # The feed's VAE and vision tower take no part in the step.
-        self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part not in ("vae", "vision")}
-        dropout = config.lora.dropout if "lora" in config.trains else 0.0
-        trained = model.clone(lora_dropout=dropout)
-
-        def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
-            new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
-            sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
-            return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
-
+        self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part in STEP_PARTS}
+        step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale)
         layout = (shardings_of(self.state), replicated(mesh))
         self._step = jax.jit(step, donate_argnums=0, out_shardings=layout)
 

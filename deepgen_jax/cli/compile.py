@@ -1,0 +1,105 @@
+"""``deepgen compile``: memory, collectives and estimated time of a run's programs on devices that are not there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from deepgen_jax.errors import DeepGenError
+
+if TYPE_CHECKING:
+    from deepgen_jax.parallel.report import Report
+
+
+@dataclass(frozen=True)
+class CompileCommand:
+    """Compiles a run's real programs with the real compiler of a TPU slice or GPU cluster, without either.
+
+    Needs the compiler's package alone: `pip install 'deepgen-jax[tpu]'` or `'deepgen-jax[cuda]'`, each in an
+    environment of its own. A compilation takes minutes on few cores and some GB of memory.
+    """
+
+    config: Annotated[Positional[str], arg(metavar="CONFIG")]
+    """A .py file with `get_config()`, or the name of a packaged one: pretrain, sft or grpo."""
+    overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = field(default=())
+    """Changes to it, such as data.micro_batch=512 remat=dots."""
+    topology: str = ""
+    """v5e:16x16, v6e:8x8, v5p:4x4x4, ... (chips along each dimension) or h100:64 (GPUs, 8 a host)."""
+    slices: int = 1
+    """TPU slices, joined by the data-centre network."""
+    mesh: str = ""
+    """Sizes of the axes, such as data=8,fsdp=8; by default fsdp is a slice's last dimension, or the GPUs of a host."""
+    program: str = ""
+    """step, encoders (stages 1 and 2), update, rollout (stage 3) or inference; by default the first of its stage."""
+    batch: int | None = None
+    """Samples of an optimiser step, or images of a rollout or of inference, over all devices."""
+    prompt_tokens: int = 100
+    """Tokens of a prompt with its template."""
+    largest_batch: bool = False
+    """Look for the largest batch that fits, with the same number of micro-batches."""
+    search: bool = False
+    """Try meshes and rematerialisation (all of --mesh, or sensible ones) and rank them."""
+    json: Path | None = None
+    """Write everything there, too."""
+
+    def run(self) -> int:
+        """Compiles and prints; 0 also where the program does not fit."""
+        from deepgen_jax.parallel import topology as topologies
+
+        if not self.topology:
+            raise DeepGenError("--topology missing; name one, such as v6e:8x8 or h100:64")
+        if self.largest_batch and (self.search or self.batch is not None):
+            raise DeepGenError("--largest-batch looks for a batch by itself; leave --batch and --search out")
+        if self.json is not None and not self.json.parent.is_dir():
+            raise DeepGenError(f"--json {self.json}: there is no folder {self.json.parent}")
+        topology = topologies.parse_topology(self.topology, self.slices)
+        topologies.prepare(topology)
+        from deepgen_jax.training import overrides
+
+        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+
+        from deepgen_jax.parallel import compile as compiling
+        from deepgen_jax.parallel import search as searching
+        from deepgen_jax.parallel.apart import compile_apart
+
+        mesh = self.mesh or config.mesh
+        request = compiling.Request(
+            config, topology, mesh, self.program, self.batch, self.prompt_tokens, self._command()
+        )
+        if self.search:
+            reports = searching.search(request, compile_apart, _say)
+            print(searching.ranking(reports), end="\n\n")
+        elif self.largest_batch:
+            reports = [compiling.largest(request, compile_apart, _say)]
+        else:
+            reports = [compile_apart(request)]
+        print(reports[0].table())
+        self._save(reports)
+        return 0
+
+    def _save(self, reports: list[Report]) -> None:
+        if self.json is not None:
+            found = [report.to_json() for report in reports]
+            self.json.write_text(json.dumps(found if self.search else found[0], indent=2) + "\n", encoding="utf-8")
+
+    def _command(self) -> str:
+        words = ["deepgen", "compile", self.config, *self.overrides, "--topology", self.topology]
+        if self.slices > 1:
+            words += ["--slices", str(self.slices)]
+        for name, value in (("mesh", self.mesh), ("program", self.program)):
+            words += [f"--{name}", value] if value else []
+        words += [] if self.batch is None else ["--batch", str(self.batch)]
+        words += [] if self.prompt_tokens == 100 else ["--prompt-tokens", str(self.prompt_tokens)]
+        words += ["--largest-batch"] if self.largest_batch else []
+        words += ["--search"] if self.search else []
+        return shlex.join(words)
+
+
+def _say(text: str) -> None:
+    print(f"deepgen: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,268 @@
+"""What each instruction of a compiled program costs: operations, bytes of HBM, bytes over links.
+
+Operations are those of matrix products, convolutions and fused attention; everything else is counted by the memory that
+it moves. A fusion moves its operands and results once; an operand of which it only reads slices counts as the slices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from deepgen_jax.parallel.hlo import Array, Computation, Instruction, Module
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+# Neither compute nor move anything.
+_FREE = frozenset((
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "while", "call", "conditional", "add-dependency", "opt-barrier", "domain", "get-dimension-size",
+))  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def collective_kind(instruction: Instruction) -> str | None:
+    """Which collective an instruction is, or begins; None for any other, and for the end of one."""
+    base = instruction.opcode.removesuffix("-start")
+    return base if base in COLLECTIVES else None
+
+
+def is_copy(instruction: Instruction) -> bool:
+    """Whether an instruction begins to move data within a device beside what follows it."""
+    return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start", "async-start")
+
+
+def collectives_of(module: Module, instruction: Instruction, computation: Computation) -> Iterator[
+    tuple[str, Instruction, int]
+]:  # fmt: skip
+    """(kind, collective, bytes of its operands on a device) of an instruction and of what it holds.
+
+    A TPU program reduces and scatters in a fusion named so around an all-reduce.
+    """
+    kind = collective_kind(instruction)
+    if kind:
+        yield kind, instruction, _operand_bytes(computation, instruction)
+    elif instruction.opcode in ("fusion", "async-start"):
+        scatters = "all-reduce-scatter" in instruction.attributes
+        for inner_computation, inner in module.inside(instruction):
+            if kind := collective_kind(inner):
+                if scatters and kind == "all-reduce":
+                    kind = "reduce-scatter"
+                yield kind, inner, _operand_bytes(inner_computation, inner)
+
+
+def wire_bytes(kind: str, operand: int, members: int) -> float:
+    """Bytes that a device sends in a collective of ``members`` devices, by the algorithm that sends least.
+
+    Args:
+      kind: of the collective.
+      operand: bytes that a device puts in.
+      members: devices of a group.
+    """
+    share = (members - 1) / members if members > 1 else 0.0
+    if kind == "all-gather":
+        return operand * (members - 1)
+    if kind == "all-reduce":
+        return 2 * operand * share
+    if kind in ("collective-permute", "collective-broadcast"):
+        return float(operand) if members > 1 else 0.0
+    return operand * share
+
+
+def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that an instruction reads from and writes to HBM."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0
+    operands = computation.arrays(instruction)
+    if is_copy(instruction):
+        # The results name source and target; between HBM and the chip the data pass HBM once.
+        arrays = [array for array in instruction.results if array.shape]
+        moved = min((array.bytes for array in arrays), default=0)
+        return moved if any(not array.in_hbm for array in arrays) else 2 * moved
+    if opcode.endswith("-start"):
+        return max(_hbm(instruction.results), sum(_hbm(arrays) for arrays in operands))
+    written = _hbm(instruction.results)
+    if opcode in _SLICES:
+        return 2 * written
+    if opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * _hbm(operands[1 if opcode == "dynamic-update-slice" else 2])
+    if opcode == "fusion":
+        body = module.computations[instruction.called()[0]]
+        return sum(_fusion_reads(body, operands)) + _fusion_writes(body, instruction)
+    return written + sum(_hbm(arrays) for arrays in operands)
+
+
+def _fusion_reads(body: Computation, operands: list[tuple[Array, ...]]) -> Iterator[int]:
+    users: dict[str, list[Instruction]] = {}
+    for inner in body.instructions:
+        for name in inner.operands:
+            users.setdefault(name, []).append(inner)
+    for inner in body.instructions:
+        if inner.opcode != "parameter":
+            continue
+        whole = _hbm(operands[inner.number]) if inner.number < len(operands) else 0
+        uses = _through_bitcasts(inner, users)
+        if whole and uses and all(_reads_a_part(use, name) for use, name in uses):
+            whole = min(whole, sum(_part_read(body, use) for use, _ in uses))
+        yield whole
+
+
+def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
+    """(user, name under which it knows the value) of a value, views of it followed."""
+    found = []
+    for use in users.get(start.name, []):
+        if use.opcode == "bitcast":
+            found += _through_bitcasts(use, users)
+        else:
+            found.append((use, start.name))
+    return found
+
+
+def _reads_a_part(use: Instruction, name: str) -> bool:
+    if use.opcode in ("dynamic-slice", "gather", "slice"):
+        return use.operands[0] == name
+    # The rest of the array stays where it is.
+    return use.opcode == "dynamic-update-slice" and use.operands[0] == name
+
+
+def _part_read(body: Computation, use: Instruction) -> int:
+    if use.opcode == "dynamic-update-slice":
+        return 0
+    return use.bytes
+
+
+def _fusion_writes(body: Computation, fusion: Instruction) -> int:
+    root = body.root
+    parts = [body.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(fusion.results):
+        return _hbm(fusion.results)
+    total = 0
+    for part, result in zip(parts, fusion.results, strict=True):
+        source = part
+        while source.opcode in ("bitcast", "copy") and source.operands and source.operands[0] in body.by_name:
+            source = body.by_name[source.operands[0]]
+        if not result.in_hbm:
+            continue
+        if source.opcode == "dynamic-update-slice":
+            total += body.by_name[source.operands[1]].bytes
+        else:
+            total += result.bytes
+    return total
+
+
+def _hbm(arrays: tuple[Array, ...]) -> int:
+    return sum(array.bytes for array in arrays if array.in_hbm)
+
+
+def _operand_bytes(computation: Computation, instruction: Instruction) -> int:
+    return sum(array.bytes for arrays in computation.arrays(instruction) for array in arrays)
+
+
+def operations(module: Module, computation: Computation, instruction: Instruction) -> tuple[int, int]:
+    """(operations, of these in float32 at full precision) of an instruction and of what it holds."""
+    total = exact = 0
+    where = [(computation, instruction)]
+    if instruction.opcode in ("fusion", "async-start") or instruction.opcode.endswith("-start"):
+        where += module.inside(instruction)
+    for owner, one in where:
+        count = _operations(owner, one)
+        total += count
+        exact += count if count and _is_exact(owner, one) else 0
+    return total, exact
+
+
+def _operations(computation: Computation, one: Instruction) -> int:
+    if one.opcode == "dot":
+        left = computation.by_name[one.operands[0]].results[0].shape
+        contracted = _numbers(one.attribute(r"lhs_contracting_dims=\{([\d,]*)\}"))
+        return 2 * math.prod(one.results[0].shape) * math.prod(left[axis] for axis in contracted)
+    if one.opcode == "convolution":
+        return _convolution(computation, one)
+    if one.opcode == "custom-call":
+        target = one.attribute(r'custom_call_target="([^"]*)"') or ""
+        if target.startswith("__cublas"):
+            left = computation.by_name[one.operands[0]].results[0].shape
+            text = one.attribute(r'"lhs_contracting_dimensions":\s*(\[[^\]]*\])')
+            contracted = tuple(int(axis) for axis in json.loads(text or "[]"))
+            return 2 * math.prod(one.results[0].shape) * math.prod(left[axis] for axis in contracted)
+        if target.startswith("__cudnn$fmha"):
+            return _fused_attention(one, backward=target.endswith("Backward"))
+        if target.startswith("__cudnn$conv"):
+            return _convolution(computation, one)
+    return 0
+
+
+def _fused_attention(one: Instruction, backward: bool) -> int:
+    """Two products forward; the scores again and four products backward."""
+    text = one.attribute(r'"intermediate_tensor_shape":\s*\{"element_type":\s*"\w+",\s*"dimensions":\s*(\[[^\]]*\])')
+    scores = math.prod(int(size) for size in json.loads(text or "[]"))
+    width = int((one.attribute(r"operand_layout_constraints=\{\w+\[([\d,]+)\]") or "0").split(",")[-1])
+    return (10 if backward else 4) * scores * width if text else 0
+
+
+def _convolution(computation: Computation, one: Instruction) -> int:
+    """Multiply-adds that meet no padding; TPU programs write products of matrices as convolutions, too."""
+    labels = one.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+    if labels is None:
+        return 0
+    sides, out = labels.split("->")
+    image, kernel = sides.split("_")
+    shapes = [computation.by_name[name].results[0].shape for name in one.operands[:2]]
+    result = one.results[0].shape
+    pairs = 1
+    window = _window(one.attribute(r"window=\{([^}]*)\}") or "")
+    for place, label in enumerate(sorted(x for x in out if x.isdigit())):
+        size, stride, low, dilated, spread = (values[place] if place < len(values) else default for values, default in (
+            (window["size"], 1), (window["stride"], 1), (window["pad"], 0), (window["lhs_dilate"], 1),
+            (window["rhs_dilate"], 1),
+        ))  # fmt: skip
+        length, outs = shapes[0][image.index(label)], result[out.index(label)]
+        pairs *= _valid_pairs(outs, size, stride, low, spread, length, dilated)
+    features = shapes[1][kernel.index("i")]
+    count = 2 * result[out.index("b")] * result[out.index("f")] * features * pairs
+    groups = int(one.attribute(r"batch_group_count=(\d+)") or 1)
+    return count // groups if groups == 1 else count
+
+
+def _valid_pairs(outs: int, size: int, stride: int, low: int, spread: int, length: int, dilated: int) -> int:
+    """Pairs of an output position and a place of the window that meet an element of the image."""
+    if size == 1 and low == 0 and dilated == 1:
+        return outs
+    reach = (length - 1) * dilated + 1
+    total = 0
+    for place in range(size):
+        offset = place * spread - low
+        # Positions p in 0..outs-1 with 0 <= p * stride + offset < reach, on an element and not between two.
+        if dilated == 1:
+            first = max(0, math.ceil(-offset / stride))
+            last = min(outs - 1, (reach - 1 - offset) // stride)
+            total += max(0, last - first + 1)
+        else:
+            total += sum(0 <= p * stride + offset < reach and (p * stride + offset) % dilated == 0 for p in range(outs))
+    return total
+
+
+def _window(text: str) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {name: [] for name in ("size", "stride", "pad", "lhs_dilate", "rhs_dilate")}
+    for name, values in re.findall(r"(\w+)=([\w\-]+)", text):
+        if name == "pad":
+            found[name] = [int(low) for low in re.findall(r"(-?\d+)_-?\d+", values)]
+        elif name in found:
+            found[name] = [int(value) for value in values.split("x")]
+    return found
+
+
+def _is_exact(computation: Computation, one: Instruction) -> bool:
+    """Whether a product takes float32 operands at full precision."""
+    sizes = [computation.by_name[name].results for name in one.operands[:2] if name in computation.by_name]
+    wide = any(arrays and arrays[0].dtype == "f32" for arrays in sizes)
+    return wide and re.search(r"operand_precision[\"=:\s]*[\[{]\"?(?:highest|HIGHEST)", one.attributes) is not None
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split(",")) if text else ()

@@ -1,0 +1,93 @@
+"""Tries meshes and rematerialisation for a topology and a batch, and ranks those that fit by their estimated time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models.stack import Remat
+from deepgen_jax.parallel.compile import Request
+from deepgen_jax.parallel.report import Report
+from deepgen_jax.parallel.topology import GIB, GPUS_A_HOST, Topology
+
+#: What the backward pass computes again, dearest in time first.
+REMAT: tuple[Remat, ...] = ("full", "dots", "none")
+
+
+def meshes(topology: Topology) -> Iterator[str]:
+    """Sensible meshes as text.
+
+    Weights are split over whole dimensions of a slice, or over the GPUs of a host, two hosts, and all; heads at most
+    over four neighbours. "data" is across slices.
+    """
+    size, slices = topology.size // topology.slices, topology.slices
+    if topology.gpu:
+        spans = {min(size, GPUS_A_HOST), min(size, 4 * GPUS_A_HOST), size}
+    else:
+        spans = {topology.shape[-1], size}
+        if len(topology.shape) > 2:
+            spans.add(topology.shape[-1] * topology.shape[-2])
+    for fsdp in sorted(span for span in spans if size % span == 0):
+        yield _text(slices * size // fsdp, fsdp, 1)
+    tensor = min(4, size)
+    fsdp = min(spans) // tensor
+    if fsdp > 1:
+        yield _text(slices * size // fsdp // tensor, fsdp, tensor)
+
+
+def search(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> list[Report]:
+    """All reports, best first: those that fit by estimated time, then the others by what they need.
+
+    Args:
+      request: its mesh, if it has one, is the only one that is tried.
+      run: compiles a request.
+      say: is told of every try.
+
+    Raises:
+      DeepGenError: no choice can be compiled at all.
+    """
+    found: list[Report] = []
+    problems: list[str] = []
+    chosen = [request.mesh] if request.mesh else list(meshes(request.topology))
+    for mesh in chosen:
+        for remat in REMAT:
+            label = f"{mesh} remat={remat}"
+            config = dataclasses.replace(request.config, remat=remat)
+            command = request.command.replace(" --search", f" --mesh {mesh}") + f" remat={remat}"
+            try:
+                report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
+            except DeepGenError as error:
+                problems.append(f"{label}: {error}")
+                say(problems[-1])
+                break
+            report.choice = label
+            found.append(report)
+            time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
+            say(f"{label}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
+            if not report.trains:
+                break
+    if not found:
+        raise DeepGenError(f"no mesh of {request.topology} takes this: {problems[0]}")
+    return sorted(found, key=_rank)
+
+
+def ranking(reports: list[Report]) -> str:
+    """A line a choice."""
+    lines = [f"{'choice':<40}{'GiB':>8}{'fits':>6}{'seconds':>10}{'MFU':>7}"]
+    for report in reports:
+        seconds = f"{report.estimate.seconds:.3f}" if report.estimate else "-"
+        mfu = f"{report.mfu:.3f}" if report.mfu else "-"
+        fits = "yes" if report.fits else "no"
+        lines.append(f"{report.choice:<40}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
+    return "\n".join(lines)
+
+
+def _rank(report: Report) -> tuple[bool, float]:
+    if report.fits and report.estimate:
+        return False, report.estimate.seconds
+    return True, report.needed
+
+
+def _text(data: int, fsdp: int, tensor: int) -> str:
+    return f"data={data},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")

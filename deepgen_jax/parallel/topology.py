@@ -1,0 +1,171 @@
+"""Devices that are not there: TPU slices and GPU clusters that programs can be compiled for, and what they can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from deepgen_jax.errors import DeepGenError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as JAX sees it; all rates are the vendor's, per second.
+
+    Attributes:
+      name: for people.
+      memory: bytes that a program may use, as the compiler reports the limit.
+      peak_flops: dense bfloat16 operations.
+      memory_bandwidth: bytes between HBM and the core.
+      link_bandwidth: bytes one way through one link between neighbours (TPU), or into one device from the others of its
+        host (GPU).
+      network_bandwidth: bytes into one device from other slices (TPU) or other hosts (GPU).
+      torus: sizes at which a dimension of a slice is a ring; a shorter one is a line. Empty on GPUs.
+      options: for the compiler.
+    """
+
+    name: str
+    memory: float
+    peak_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    torus: tuple[int, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+# TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e} (peak arithmetic, HBM, the interconnect's total per chip: 400, 1200 and
+# 800 GB/s both ways over 4, 6 and 4 links; data-centre network per chip: 25, 50 and 100 Gbit/s). HBM is what libtpu
+# leaves to programs. A v5e or v6e dimension closes to a ring at 16 chips, a v5p one at 4 and above.
+# H100 SXM: NVIDIA's data sheet; NVLink 900 GB/s both ways; one 400 Gbit/s InfiniBand port a GPU. JAX preallocates 3/4
+# of a GPU's memory unless told otherwise; the limit here is the 79.1 GiB that the device description tells.
+CHIPS = {
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 50e9, 3.125e9, (16,)),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24)),
+    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,)),
+    "h100": Chip(
+        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, options=(("xla_gpu_enable_triton_gemm", False),)
+    ),
+}  # fmt: skip
+#: GPUs of one host.
+GPUS_A_HOST = 8
+_TARGETS = {"h100": "h100_sxm.txtpb"}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A slice, several slices or a cluster, by name.
+
+    Attributes:
+      name: as it was asked for, such as "v6e:8x8" or "h100:64".
+      kind: key of :data:`CHIPS`.
+      shape: chips along each dimension of one slice; () for GPUs.
+      slices: joined by the data-centre network; 1 for GPUs.
+      size: devices in all.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    slices: int
+    size: int
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def gpu(self) -> bool:
+        return self.kind in _TARGETS
+
+    @property
+    def sort(self) -> str:
+        """What these devices are called."""
+        return "GPUs" if self.gpu else "chips"
+
+    def __str__(self) -> str:
+        slices = f" x {self.slices} slices" if self.slices > 1 else ""
+        return f"{self.name}{slices} ({self.size} {self.sort})"
+
+
+def parse_topology(text: str, slices: int = 1) -> Topology:
+    """A topology of ``KIND:SHAPE`` (TPU) or ``KIND:NUMBER`` (GPU).
+
+    Raises:
+      DeepGenError: an unknown kind, or a shape that it does not come in.
+    """
+    kind, _, rest = text.strip().lower().partition(":")
+    if kind not in CHIPS:
+        raise DeepGenError(f"topology {text!r}: {kind!r} is unknown; choose one of {', '.join(CHIPS)}, as in v6e:8x8")
+    if slices < 1:
+        raise DeepGenError(f"--slices is {slices}; it must be at least 1")
+    if kind in _TARGETS:
+        if not rest.isdecimal() or int(rest) < 1 or (int(rest) > GPUS_A_HOST and int(rest) % GPUS_A_HOST):
+            raise DeepGenError(
+                f"topology {text!r}: {rest!r} is no number of GPUs; write 1 to {GPUS_A_HOST}, or a multiple of "
+                f"{GPUS_A_HOST}, as in {kind}:64"
+            )
+        if slices > 1:
+            raise DeepGenError(f"--slices is for TPUs; name all GPUs at once, as in {kind}:{int(rest) * slices}")
+        return Topology(text, kind, (), 1, int(rest))
+    dimensions = 3 if kind == "v5p" else 2
+    sample = "x".join(["4"] * dimensions)
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", rest) or rest.count("x") != dimensions - 1:
+        raise DeepGenError(f"topology {text!r}: {kind} slices have {dimensions} dimensions, as in {kind}:{sample}")
+    shape = tuple(map(int, rest.split("x")))
+    return Topology(text, kind, shape, slices, slices * math.prod(shape))
+
+
+def prepare(topology: Topology) -> None:
+    """Sets what JAX and the compilers' plugins read as they start; call it before JAX is imported.
+
+    Raises:
+      DeepGenError: the compiler for these devices is not installed.
+    """
+    plugin, extra = ("jax_cuda12_plugin", "cuda") if topology.gpu else ("libtpu", "tpu")
+    if importlib.util.find_spec(plugin) is None:
+        raise DeepGenError(f"compiling for {topology.name} needs {plugin}; run pip install 'deepgen-jax[{extra}]'")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if not topology.gpu:
+        # libtpu asks these of a TPU VM's metadata server when nobody tells it; any will do, none of it is compiled in.
+        os.environ.update(
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            TPU_ACCELERATOR_TYPE="v5litepod-16",
+            TPU_WORKER_HOSTNAMES="localhost",
+            TPU_WORKER_ID="0",
+            TPU_SKIP_MDS_QUERY="1",
+        )
+
+
+def describe(topology: Topology) -> Sequence[Any]:
+    """The devices, for meshes; after :func:`prepare`.
+
+    Raises:
+      DeepGenError: the compiler does not know such a topology.
+    """
+    from jax.experimental import topologies
+
+    try:
+        if topology.gpu:
+            target = resources.files("deepgen_jax.parallel").joinpath("targets", _TARGETS[topology.kind]).read_text()
+            hosts, each = max(topology.size // GPUS_A_HOST, 1), min(topology.size, GPUS_A_HOST)
+            found = topologies.get_topology_desc(
+                "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=target
+            )
+        else:
+            options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            if math.prod(topology.shape) < 4:
+                options["chips_per_host_bounds"] = [*topology.shape, *[1] * (3 - len(topology.shape))]
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DeepGenError(f"topology {topology.name!r} cannot be compiled for: {reason}") from error
+    return found.devices

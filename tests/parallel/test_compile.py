@@ -1,0 +1,199 @@
+"""The compile report, on programs of a tiny model and eight simulated devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+import runs
+
+from deepgen_jax.cli.main import main
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel import compile as compiling
+from deepgen_jax.parallel import search
+from deepgen_jax.parallel.topology import parse_topology
+from deepgen_jax.training import overrides
+
+PROGRAM = """
+import json, sys
+import jax
+from deepgen_jax.parallel import compile as compiling
+from deepgen_jax.parallel.topology import parse_topology
+from deepgen_jax.training import overrides
+
+found = {}
+for line in json.loads(sys.argv[1]):
+    config = overrides.apply(overrides.load_config(line["config"]), [f"model={sys.argv[2]}", *line["words"]])
+    shape = (line["mesh"], line["program"], line["batch"])
+    request = compiling.Request(config, parse_topology("h100:8"), *shape)
+    found[line["name"]] = compiling.Job(request, jax.devices()).compile({}).to_json()
+print(json.dumps(found))
+"""
+SIZES = ["data.micro_batch=8", "accumulation=4"]
+CASES = [
+    {"name": "step", "config": "tiny_sft", "words": [*SIZES, "remat=full"], "program": "step"},
+    {"name": "more", "config": "tiny_sft", "words": ["data.micro_batch=16", "accumulation=4", "remat=full"],
+     "program": "step"},
+    {"name": "encoders", "config": "tiny_sft", "words": SIZES, "program": "encoders"},
+    {"name": "inference", "config": "tiny_sft", "words": SIZES, "program": "inference", "batch": 16},
+    {"name": "rollout", "config": "tiny_grpo", "words": ["rollout.micro_batch=8"], "program": "rollout"},
+    {"name": "update", "config": "tiny_grpo", "words": ["data.micro_batch=8"], "program": "update"},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reports(folders):
+    lines = [{"mesh": "data=2,fsdp=4", "batch": None, **case} for case in CASES]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines), str(folders("none"))],
+        check=True, timeout=900, capture_output=True, text=True, env=runs.environment(8),
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES])
+def test_every_program_is_told_of(name, reports):
+    report = reports[name]
+    assert report["fits"]
+    assert report["estimate"]["unknown_loops"] == 0
+    assert report["memory"]["total"] == sum(
+        size for kind, size in report["memory"].items() if kind not in ("total", "limit")
+    )
+    # What the model needs, and what is computed again.
+    assert report["estimate"]["operations"] * 8 > 0.9 * report["model_flops"]
+    assert report["estimate"]["collectives"]["all-gather"]["count"] > 0 or name == "encoders"
+    assert 0 < report["mfu"] < 1
+
+
+def test_memory_is_of_the_kinds_that_a_program_has(reports):
+    step, inference = reports["step"]["memory"], reports["inference"]["memory"]
+    assert set(step) == {
+        "trainable weights", "frozen weights", "optimiser", "batch", "gradients", "activations and work space",
+        "total", "limit",
+    }  # fmt: skip
+    # Two moments and two counters for each float32 weight.
+    assert step["optimiser"] == pytest.approx(2 * step["trainable weights"], abs=64)
+    assert step["gradients"] == step["trainable weights"]
+    assert "optimiser" not in inference
+    assert reports["rollout"]["memory"]["optimiser"] == reports["update"]["memory"]["optimiser"]
+
+
+def test_twice_the_batch_is_twice_the_arithmetic_and_the_same_weights(reports):
+    one, two = reports["step"], reports["more"]
+    assert two["batch"]["size"] == 2 * one["batch"]["size"]
+    assert two["model_flops"] == 2 * one["model_flops"]
+    assert two["estimate"]["operations"] == pytest.approx(2 * one["estimate"]["operations"], rel=0.05)
+    assert two["memory"]["trainable weights"] == one["memory"]["trainable weights"]
+    assert two["memory"]["activations and work space"] > one["memory"]["activations and work space"]
+
+
+def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, folders):
+    from deepgen_jax.parallel import programs
+    from deepgen_jax.parallel.mesh import make_mesh
+    from deepgen_jax.training.feed import abstract_micro_batches
+    from deepgen_jax.training.supervised_stage import SupervisedStage
+
+    runs.write_data(tmp_path)
+    path = runs.write_config(tmp_path, folders("none"), trains=("bridge",))
+    config = overrides.load_config(str(path))
+    mesh = make_mesh(None)
+    stage = SupervisedStage(config, mesh)
+    batch = next(stage._feed)
+    stage.close()
+    model = programs.step_model(config, programs.model_sizes(config)[0], mesh)
+    for task, real in batch.micro_batches.items():
+        count, size, tokens = real.target_ids.shape
+        budget = programs.token_budget(model.config, tokens, real.reference_ids.shape[2])
+        found = abstract_micro_batches(model, mesh, count, size, real.text.real.shape[-1], budget)
+        expected = (real, batch.keys[task])
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+
+
+def test_the_largest_that_fits_is_found_with_few_tries():
+    for most in (0, 1, 2, 5, 8, 23, 256):
+        tried = []
+        assert compiling.bisect(lambda n, most=most, tried=tried: tried.append(n) or n <= most) == most
+        assert len(tried) == len(set(tried)) <= 17
+
+
+def test_search_splits_weights_over_whole_dimensions_and_hosts():
+    assert list(search.meshes(parse_topology("v6e:8x8"))) == [
+        "data=8,fsdp=8", "data=1,fsdp=64", "data=32,fsdp=2,tensor=4"
+    ]  # fmt: skip
+    assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=32,fsdp=16"
+    assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft"], "--topology missing"),
+        (["sft", "--topology", "v9:8x8"], "'v9' is unknown; choose one of v5e"),
+        (["sft", "--topology", "v6e:8"], "2 dimensions, as in v6e:4x4"),
+        (["sft", "--topology", "v5p:4x4"], "3 dimensions"),
+        (["sft", "--topology", "h100:12"], "multiple of 8"),
+        (["sft", "--topology", "h100:8", "--slices", "2"], "name all GPUs at once, as in h100:16"),
+        (["sft", "--topology", "v6e:8x8", "--slices", "0"], "it must be at least 1"),
+        (["sft", "--topology", "v6e:8x8", "--largest-batch", "--search"], "leave --batch and --search out"),
+        (["sft", "--topology", "v6e:8x8", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert main(["compile", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v6e:8x8", "[tpu]"), ("h100:8", "[cuda]")])
+def test_a_missing_compiler_is_told_with_what_to_install(topology, extra, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(["compile", "sft", "--topology", topology]) == 2
+    assert f"run pip install 'deepgen-jax{extra}'" in capsys.readouterr().err
+
+
+def test_batches_that_do_not_divide_are_refused(folders):
+    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={folders('none')}"])
+    request = compiling.Request(config, parse_topology("h100:1"), "data=1", batch=7)
+    with pytest.raises(DeepGenError, match="does not divide into accumulation=4"):
+        compiling.Job(request, jax.devices())
+    with pytest.raises(DeepGenError, match="choose one of step, encoders, inference"):
+        compiling.Job(dataclasses.replace(request, batch=8, program="rollout"), jax.devices())
+
+
+def test_the_compilers_complaint_tells_what_is_needed():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.25G of 31.24G hbm. Exceeded by 9.01G."
+    assert compiling.needed_bytes(message) == 40.25 * 2**30
+    with pytest.raises(DeepGenError, match="the compiler failed: INTERNAL: no"):
+        compiling.needed_bytes("INTERNAL: no")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_slice_is_compiled_for(folders):
+    done = subprocess.run(
+        [sys.executable, "-m", "deepgen_jax.cli.main", "compile", "tiny_sft", f"model={folders('none')}", *SIZES,
+         "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4"],
+        check=True, timeout=1800, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ": fits" in done.stdout
+    assert "reduce-scatter" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12]")
+def test_a_gpu_cluster_is_compiled_for(folders):
+    done = subprocess.run(
+        [sys.executable, "-m", "deepgen_jax.cli.main", "compile", "tiny_sft", f"model={folders('none')}", *SIZES,
+         "dtype=bfloat16", "--topology", "h100:16", "--mesh", "data=4,fsdp=4"],
+        check=True, timeout=1800, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ": fits" in done.stdout
+    assert "nvlink" in done.stdout

@@ -1,0 +1,211 @@
+"""Reading optimised programs: loops, device groups, operations and bytes, counted by hand."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from deepgen_jax.parallel import costs, hlo, roofline
+from deepgen_jax.parallel.topology import parse_topology
+
+TPU = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%reads_a_slice (p: bf16[10,64,128], i: s32[]) -> bf16[64,128] {
+  %p = bf16[10,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,128]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %view = bf16[64,128]{1,0} bitcast(%slice)
+}
+
+%all-reduce-scatter (q: bf16[64,128]) -> bf16[16,128] {
+  %q = bf16[64,128]{1,0} parameter(0)
+  %reduced = bf16[64,128]{1,0} all-reduce(%q), channel_id=3, replica_groups=[4,4]<=[4,4]T(1,0), to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %piece = bf16[16,128]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={16,128}
+}
+
+%body (state: (s32[], bf16[10,64,128])) -> (s32[], bf16[10,64,128]) {
+  %state = (s32[], bf16[10,64,128]) parameter(0)
+  %turn = s32[] get-tuple-element(%state), index=0
+  %stack = bf16[10,64,128]{2,1,0} get-tuple-element(%state), index=1
+  %layer = bf16[64,128]{1,0} fusion(%stack, %turn), kind=kLoop, calls=%reads_a_slice
+  %gather-start = (bf16[64,128], bf16[256,128]) all-gather-start(%layer), channel_id=1, replica_groups=[4,4]<=[16], \
+dimensions={0}
+  %product = f32[64,64]{1,0} convolution(%layer, %layer), dim_labels=bf_oi->bf
+  %gather-done = bf16[256,128]{1,0} all-gather-done(%gather-start)
+  %scattered = bf16[16,128]{1,0} fusion(%layer), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %next = (s32[], bf16[10,64,128]) tuple(%turn, %stack)
+}
+
+%condition (state: (s32[], bf16[10,64,128])) -> pred[] {
+  %state = (s32[], bf16[10,64,128]) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[10,64,128], w: bf16[128,32]) -> f32[64,32] {
+  %x = bf16[10,64,128]{2,1,0} parameter(0)
+  %w = bf16[128,32]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[10,64,128]) tuple(%zero, %x)
+  %loop = (s32[], bf16[10,64,128]) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"10"}}
+  %last = bf16[64,128]{1,0} slice(%x), slice={[0:1], [0:64], [0:128]}
+  ROOT %out = f32[64,32]{1,0} dot(%last, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+LAYER = 64 * 128 * 2
+
+
+def chips(topology):
+    """Devices as libtpu describes them."""
+    return [SimpleNamespace(coords=coords) for coords in itertools.product(*map(range, topology.shape))]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return hlo.parse(TPU)
+
+
+@pytest.fixture(scope="module")
+def estimated(module):
+    topology = parse_topology("v5e:4x4")
+    return roofline.estimate(module, topology, chips(topology))
+
+
+def test_loops_are_followed_as_often_as_they_run(module):
+    times = {one.name: count for _, one, count in module.executed()}
+    assert times["product"] == times["gather-start"] == 10
+    assert times["out"] == 1
+    assert module.unknown_loops() == 0
+    assert hlo.parse(TPU.replace("known_trip_count", "unheard_of")).unknown_loops() == 1
+
+
+def test_collectives_are_counted_by_kind_in_every_turn(estimated):
+    """An all-gather sends its piece to the 3 others; the fused reduce-scatter 3/4 of its operand."""
+    found = {kind: (traffic.count, traffic.bytes) for kind, traffic in estimated.collectives.items()}
+    assert found == {"all-gather": (10, 10 * 3 * LAYER), "reduce-scatter": (10, 10 * LAYER * 3 / 4)}
+
+
+def test_operations_are_those_of_products(estimated):
+    assert estimated.operations == 10 * 2 * 64 * 64 * 128 + 2 * 64 * 32 * 128
+
+
+def test_memory_counts_slices_as_slices_and_leaves_on_chip_memory_out(module):
+    moved = {one.name: costs.memory_bytes(module, computation, one) for computation, one, _ in module.executed()}
+    # One layer of the stack and the number of the turn are read, one layer is written.
+    assert moved["layer"] == 2 * LAYER + 4
+    assert moved["last"] == 2 * LAYER
+    # The kernel lies on the chip.
+    assert moved["out"] == LAYER + 64 * 32 * 4
+    assert moved["loop"] == moved["start"] == 0
+
+
+def test_a_collective_runs_beside_what_stands_before_its_end(estimated):
+    assert estimated.seconds < estimated.device_seconds + estimated.network_seconds
+    assert estimated.seconds >= max(estimated.device_seconds, estimated.network_seconds)
+
+
+def test_times_are_those_of_the_rates(estimated):
+    chip = parse_topology("v5e:4x4").chip
+    assert estimated.arithmetic_seconds == pytest.approx(estimated.operations / chip.peak_flops)
+    assert estimated.memory_seconds == pytest.approx(estimated.memory / chip.memory_bandwidth)
+    # Groups of 4 neighbours in a row of 4, which is no ring.
+    gather = estimated.collectives["all-gather"]
+    assert gather.seconds == pytest.approx(gather.bytes / chip.link_bandwidth)
+
+
+def test_window_of_a_convolution_meets_only_what_is_there():
+    """3x3, same padding, on 5x4: the corners see 4 of 9 places."""
+    text = """\
+ENTRY %main (x: f32[2,5,4,6], k: f32[3,3,6,7]) -> f32[2,5,4,7] {
+  %x = f32[2,5,4,6] parameter(0)
+  %k = f32[3,3,6,7] parameter(1)
+  ROOT %y = f32[2,5,4,7] convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+operand_precision={highest,highest}
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    expected = 2 * 2 * 7 * 6 * (3 * 5 - 2) * (3 * 4 - 2)
+    assert costs.operations(module, main, main.root) == (expected, expected)
+
+
+def test_operations_of_gpu_libraries():
+    text = """\
+ENTRY %main (x: bf16[64,32], k: bf16[32,16]) -> bf16[64,16] {
+  %x = bf16[64,32] parameter(0)
+  %k = bf16[32,16] parameter(1)
+  %y = (bf16[64,16], s8[4096]) custom-call(%x, %k), custom_call_target="__cublas$lt$matmul", backend_config=\
+{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %a = (bf16[2,4,8,16], u8[0]) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", \
+operand_layout_constraints={bf16[2,8,4,16]{3,2,1,0}}, backend_config={"cudnn_fmha_backend_config": \
+{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "8", "8"]}}}
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    assert costs.operations(module, main, main.by_name["y"]) == (2 * 64 * 16 * 32, 0)
+    assert costs.operations(module, main, main.by_name["a"]) == (4 * 2 * 4 * 8 * 8 * 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("channel_id=1", None),
+    ],
+)
+def test_device_groups(text, expected):
+    found = hlo.device_groups(text)
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("HloModule empty\n")
+
+
+@pytest.mark.parametrize(("groups", "spanned"), [([[0, 1, 2, 3]], 1), ([list(range(16))], 2)])
+def test_links_of_a_slice_add_up_over_its_dimensions(groups, spanned):
+    topology = parse_topology("v6e:4x4")
+    network = roofline.Network(topology, chips(topology))
+    operand, members = 1000, len(groups[0])
+    seconds, link, found = network.seconds("all-gather", operand, np.array(groups))
+    assert (link, found) == ("ici", members)
+    assert seconds == pytest.approx(operand * (members - 1) / (spanned * topology.chip.link_bandwidth))
+
+
+def test_whole_dimensions_of_sixteen_are_rings():
+    topology = parse_topology("v6e:16x16")
+    network = roofline.Network(topology, chips(topology))
+    seconds, _, _ = network.seconds("reduce-scatter", 1600, np.arange(16)[None])
+    assert seconds == pytest.approx(1500 / (2 * topology.chip.link_bandwidth))
+
+
+def test_gpus_of_a_host_share_what_crosses_hosts():
+    topology = parse_topology("h100:64")
+    network = roofline.Network(topology, [SimpleNamespace(id=number) for number in range(64)])
+    chip = topology.chip
+    inside = network.seconds("all-reduce", 800, np.arange(8)[None])
+    assert inside == (pytest.approx(2 * 700 / chip.link_bandwidth), "nvlink", 8)
+    across = network.seconds("all-reduce", 800, np.arange(0, 64, 8)[None])
+    assert across == (pytest.approx(2 * 700 / chip.network_bandwidth), "infiniband", 8)
+    everywhere = network.seconds("all-reduce", 800, None)
+    assert everywhere == (pytest.approx(2 * 700 / 8 / chip.network_bandwidth), "infiniband", 64)
+
