@@ -51,7 +51,7 @@ class Run:
 
 
 #: Penalty and auxiliary loss weigh more than published, because such steps lead away from the start much faster.
-HELD = ("policy.beta=0.002", "policy.sft_weight=0.002", "data.token_multiple=64")
+HELD = ("policy.beta=0.002", "policy.sft_weight=0.002")
 RUNS = {
     "jpeg": Run("small JPEG files", "jpeg", "tab:blue", HELD),
     "red": Run("red, with KL and auxiliary loss", "red", "tab:green", HELD),
@@ -77,11 +77,9 @@ def train(run: Run, folder: Path, args: Any) -> list[dict[str, Any]]:
     """Runs it through the command line, unless it is there; returns its logged steps."""
     log = folder / "metrics.jsonl"
     if not log.is_file() or len(list(read_lines(log))) < args.steps:
-        prompts = args.out_runs / "prompts.txt"
-        rows = json.loads((args.data / "t2i.json").read_text(encoding="utf-8"))
-        prompts.write_text("".join(f"{row['txt']}\n" for row in rows), encoding="utf-8")
         words = [*SETTINGS, *run.words, f"steps={args.steps}", f"model={args.model}", f"start={args.start}"]
-        words += [f"out={folder}", f"prompts.path={prompts}", f'prompts.rewards={{"{run.reward}": 1.0}}']
+        words += [f"out={folder}", f"prompts.path={args.data / 'prompts.txt'}"]
+        words.append(f'prompts.rewards={{"{run.reward}": 1.0}}')
         if "data=null" not in words:
             words.append(f"data.sources.pictures.path={args.data / 't2i.json'}")
         subprocess.run([sys.executable, "-m", "deepgen_jax.cli.main", "train", "tiny_grpo", *words], check=True)
