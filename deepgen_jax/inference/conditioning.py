@@ -24,7 +24,7 @@ from deepgen_jax.data.vision_inputs import batch_images, to_pixels
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.programs import Condition, Params
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
+from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated, to_host
 
 Images = Sequence[Image.Image]
 
@@ -60,7 +60,7 @@ class PromptEncoder:
         copies = batch_size_multiple(self.mesh)
         batch, *arrays = self._batch([tokens] * copies, [len(tokens.input_ids)] * copies, [images] * copies)
         states = programs.hidden_states(self.model, self._part("text", "bridge"), *self._inputs(batch), *arrays)
-        return np.asarray(states[:, 0], np.float32)[:, batch.visible[0]]
+        return to_host(states)[:, 0].astype(np.float32)[:, batch.visible[0]]
 
     def condition(
         self,

@@ -171,7 +171,7 @@ class DeepGenPipeline:
     def encode_image(self, image: Image.Image) -> np.ndarray:
         """Vision tower's output for one picture: float32 [tokens, hidden]."""
         tokens, counts = self._prompts.encode_images(self._checked([image]))
-        return np.asarray(tokens[0, : counts[0]], np.float32)
+        return to_host(tokens)[0, : counts[0]].astype(np.float32)
 
     def hidden_states(self, prompt: str, images: Sequence[Image.Image] | None = None) -> np.ndarray:
         """Selected hidden states of one prompt with its think tokens: float32 [n, L + Q, hidden], deepest first."""
@@ -198,8 +198,8 @@ class DeepGenPipeline:
         requests = self._requests(prompts, images, "" if pair_with is None else pair_with, 0)
         pairs = None if pair_with is None else requests.negative_prompts
         condition = self._prompts.condition(requests.prompts, requests.images, padding, pairs)
-        pooled, sequence = (np.asarray(x, np.float32)[: requests.count] for x in condition[:2])
-        return pooled, sequence, np.asarray(condition.mask)[: requests.count]
+        pooled, sequence = (to_host(x)[: requests.count].astype(np.float32) for x in condition[:2])
+        return pooled, sequence, to_host(condition.mask)[: requests.count]
 
     def velocity(
         self,
@@ -236,18 +236,18 @@ class DeepGenPipeline:
         mmdit = {"mmdit": self.params["mmdit"]}
         out = programs.velocity(self.model, mmdit, *device_inputs, num_targets=packed.num_targets)
         shapes = [np.shape(latent)[-2:] for latent in latents]
-        return grids.unpack(np.asarray(out)[: len(latents)], shapes, config.patch_size, config.out_channels)
+        return grids.unpack(to_host(out)[: len(latents)], shapes, config.patch_size, config.out_channels)
 
     def vae_encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [B, 3, H, W] in -1..1 -> posterior mean and log variance, float32 [B, C, H/8, W/8]."""
         moments = programs.vae_encode(self.model, self._vae, jnp.moveaxis(jnp.asarray(pixels), 1, -1))
-        mean, logvar = (np.moveaxis(np.asarray(x, np.float32), -1, 1) for x in moments)
+        mean, logvar = (np.moveaxis(to_host(x).astype(np.float32), -1, 1) for x in moments)
         return mean, logvar
 
     def vae_decode(self, latents: np.ndarray) -> np.ndarray:
         """Normalised latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w], about -1..1."""
         pixels = programs.vae_decode(self.model, self._vae, jnp.asarray(latents), one_by_one=self.mesh.size == 1)
-        return np.moveaxis(np.asarray(pixels), -1, 1)
+        return np.moveaxis(to_host(pixels), -1, 1)
 
     @property
     def _vae(self) -> programs.Params:
