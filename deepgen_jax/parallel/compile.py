@@ -58,8 +58,8 @@ class Request:
 
 
 def default_mesh(topology: Topology) -> str:
-    """Weights split over a slice's last dimension (TPU) or a host (GPU), batches over the rest."""
-    fsdp = topology.shape[-1] if topology.shape else min(topology.size, GPUS_A_HOST)
+    """Weights split over the GPUs of a host, or 16 chips (two dimensions of a slice, or a ring); batches over all."""
+    fsdp = math.gcd(topology.size // topology.slices, GPUS_A_HOST if topology.gpu else 16)
     return f"data={topology.size // fsdp},fsdp={fsdp}"
 
 

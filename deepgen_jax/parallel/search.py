@@ -18,16 +18,12 @@ REMAT: tuple[Remat, ...] = ("full", "dots", "none")
 def meshes(topology: Topology) -> Iterator[str]:
     """Sensible meshes as text.
 
-    Weights are split over whole dimensions of a slice, or over the GPUs of a host, two hosts, and all; heads at most
+    Weights are split over 8, 16 or all chips of a slice, or over the GPUs of a host, of four and of all; heads at most
     over four neighbours. "data" is across slices.
     """
     size, slices = topology.size // topology.slices, topology.slices
-    if topology.gpu:
-        spans = {min(size, GPUS_A_HOST), min(size, 4 * GPUS_A_HOST), size}
-    else:
-        spans = {topology.shape[-1], size}
-        if len(topology.shape) > 2:
-            spans.add(topology.shape[-1] * topology.shape[-2])
+    usual = (GPUS_A_HOST, 4 * GPUS_A_HOST) if topology.gpu else (8, 16)
+    spans = {min(size, span) for span in (*usual, size)}
     for fsdp in sorted(span for span in spans if size % span == 0):
         yield _text(slices * size // fsdp, fsdp, 1)
     tensor = min(4, size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepgen_jax.models.attention import attention, choose_implementation
+from deepgen_jax.models.splash import block_and_length, splash_attention
 
 BATCH, QUERIES, KEYS, HEADS, GROUPS, DIM = 2, 7, 9, 6, 2, 8
 
@@ -62,6 +65,39 @@ def test_gradients_agree(masks):
     expected = jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "xla")
     for actual, wanted in zip(jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "loop"), expected, strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["everything", "key mask", "segments", "causal, padded on the left"])
+def test_the_tpu_kernel_agrees(name):
+    """Interpreted; longer than a block and not whole blocks, so that there is padding to hide."""
+    masks, _, _ = MASKS[name]
+    repeat = 40
+    query = jnp.concatenate([QUERY] * repeat, axis=1)
+    other = ("segment_ids" in masks or "causal" in masks) and QUERIES
+    key, value = (jnp.concatenate([x[:, : other or KEYS]] * repeat, axis=1) for x in (KEY, VALUE))
+    masks = {name: x if name == "causal" else jnp.concatenate([x] * repeat, axis=1) for name, x in masks.items()}
+
+    def loss(run, *operands):
+        out = run(*operands, **masks)
+        return jnp.sum(jnp.sin(out)), out
+
+    def both(run):
+        return jax.value_and_grad(lambda *x: loss(run, *x), argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    (_, out), gradients = both(partial(splash_attention, interpret=True))
+    (_, expected), wanted = both(partial(attention, implementation="xla"))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=5e-6)
+    for actual, like in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(actual, like, rtol=0, atol=5e-6 * np.abs(like).max())
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(7, (128, 128)), (192, (256, 256)), (512, (512, 512)), (1024, (1024, 1024)), (1216, (640, 1280)),
+     (1280, (640, 1280)), (1408, (768, 1536)), (2048, (1024, 2048)), (2560, (640, 2560))],
+)  # fmt: skip
+def test_blocks_are_large_and_padding_small(length, expected):
+    assert block_and_length(length) == expected
 
 
 def test_gradient_of_a_query_without_keys_is_finite():

@@ -122,12 +122,14 @@ def test_the_largest_that_fits_is_found_with_few_tries():
         assert len(tried) == len(set(tried)) <= 17
 
 
-def test_search_splits_weights_over_whole_dimensions_and_hosts():
+def test_search_splits_weights_over_neighbours_and_hosts():
     assert list(search.meshes(parse_topology("v6e:8x8"))) == [
-        "data=8,fsdp=8", "data=1,fsdp=64", "data=32,fsdp=2,tensor=4"
+        "data=8,fsdp=8", "data=4,fsdp=16", "data=1,fsdp=64", "data=8,fsdp=2,tensor=4"
     ]  # fmt: skip
-    assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=32,fsdp=16"
+    assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=64,fsdp=8"
     assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
+    assert compiling.default_mesh(parse_topology("v6e:16x16", 2)) == "data=32,fsdp=16"
+    assert compiling.default_mesh(parse_topology("h100:64")) == "data=8,fsdp=8"
 
 
 @pytest.mark.parametrize(
