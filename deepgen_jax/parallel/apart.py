@@ -68,6 +68,8 @@ def _compile(request: Request, folder: str, answer: Connection) -> None:
         tell(job.compile(options))
     except DeepGenError as error:
         tell(str(error))
+    except Exception as error:
+        tell(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def _watched(job: Job, folder: Path) -> Report | str:

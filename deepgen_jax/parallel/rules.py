@@ -12,8 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Axes = str | tuple[str, ...] | None
-Spec = tuple[Axes, ...]
+Spec = tuple[str | None, ...]
 
 _COLUMN = (
     r"q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|qkv|to_q|to_k|to_v|add_q|add_k|add_v"
@@ -39,12 +38,12 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r"(vae|bridge)/.*norm\w*/bias", (None,)),
     (r".*/embed_tokens/a", ("fsdp", None)),
     (r".*/embed_tokens/b", (None, "fsdp")),
-    # The rank is too small to be split, so the other dimension is, over both axes.
+    # The halves of adapters lie like the kernels beside them: split otherwise, activations would have to move.
     (rf".*/({_COLUMN})/a", ("fsdp", None)),
-    (rf".*/({_COLUMN})/b", (None, ("tensor", "fsdp"))),
+    (rf".*/({_COLUMN})/b", ("fsdp", "tensor")),
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/a", ("fsdp", None)),
-    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/b", (None, ("tensor", "fsdp"))),
-    (rf".*/({_ROW})/a", (("tensor", "fsdp"), None)),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/b", ("fsdp", "tensor")),
+    (rf".*/({_ROW})/a", ("tensor", "fsdp")),
     (rf".*/({_ROW})/b", (None, "fsdp")),
 )
 
@@ -65,7 +64,7 @@ def matching_rules(path: str) -> list[int]:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How one parameter is split. A dimension that a mesh axis does not divide is not split over it.
+    """How one parameter is split. A dimension that a mesh axis does not divide stays whole.
 
     Raises:
       ValueError: no rule, or more than one, matches the path.
@@ -75,19 +74,8 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         raise ValueError(f"sharding: {path} matches {len(matches)} rules of deepgen_jax.parallel.rules, expected 1")
     spec = RULES[matches[0]][1]
     leading = len(shape) - len(spec)
-    axes = [_dividing(axis, shape[leading + i], mesh) for i, axis in enumerate(spec)]
+    axes = [axis if axis and shape[leading + i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
     return PartitionSpec(*(None,) * leading, *axes)
-
-
-def _dividing(axes: Axes, size: int, mesh: Mesh) -> Axes:
-    """Those of the axes that, one after the other, divide a dimension of this size."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    kept: list[str] = []
-    for name in names:
-        if size % mesh.shape[name] == 0:
-            kept.append(name)
-            size //= mesh.shape[name]
-    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
 
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:

@@ -50,16 +50,16 @@ def test_no_large_parameter_is_whole_on_every_device(fsdp, full):
             assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
 
 
-@pytest.mark.parametrize("fsdp", [8, 16, 64, 128])
+@pytest.mark.parametrize("fsdp", [2, 8, 16, 64])
 def test_no_large_adapter_is_whole_on_every_device(fsdp, full):
-    """That of the embedding has 151,936 rows, which 128 divides and 256 does not."""
+    """Of the published rank, 64, over which they are split where their kernels' other dimension is."""
     mesh = AbstractMesh((1, fsdp, 1), AXES)
     for part in ("text", "mmdit"):
         shapes = full[part]
         adapters = jax.eval_shape(lambda shapes=shapes, part=part: init_lora(shapes, 64, jax.random.key(0), part))
         for path, leaf in rules.leaves(adapters):
             if leaf.size * 4 > 4 * 2**20:
-                assert "fsdp" in jax.tree.leaves(tuple(rules.partition_spec(path, leaf.shape, mesh))), path
+                assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
 
 
 @pytest.mark.parametrize("tensor", [2, 4, 8])
@@ -75,16 +75,6 @@ def test_axes_that_do_not_divide_a_dimension_are_left_out():
     assert rules.partition_spec("text/x/q_proj/kernel", (6, 10), mesh) == PartitionSpec(None, "tensor")
     with pytest.raises(ValueError, match="matches 0 rules"):
         rules.partition_spec("text/x/unheard_of", (4,), mesh)
-
-
-def test_a_dimension_may_be_split_over_two_axes():
-    mesh = AbstractMesh((1, 4, 2), AXES)
-    assert rules.partition_spec("text/x/q_proj/b", (6, 16), mesh) == PartitionSpec(None, ("tensor", "fsdp"))
-    assert rules.partition_spec("text/x/q_proj/b", (6, 6), mesh) == PartitionSpec(None, "tensor")
-    assert rules.partition_spec("text/x/o_proj/a", (12, 6), mesh) == PartitionSpec("tensor", None)
-    assert rules.partition_spec("text/x/o_proj/a", (4, 6), AbstractMesh((1, 4, 1), AXES)) == PartitionSpec(
-        ("tensor", "fsdp"), None
-    )
 
 
 def test_mesh_text():
