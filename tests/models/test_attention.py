@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +126,45 @@ def test_what_flash_attention_does_not_take_runs_without_it(repeats, dtype):
     np.testing.assert_array_equal(
         attention(query, key, value, implementation="cudnn"), attention(query, key, value, implementation="xla")
     )
+
+
+MESHES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+import test_attention as cases
+from deepgen_jax.models.attention import Kernel, attention
+from deepgen_jax.parallel.mesh import make_mesh
+
+for spec in ("data=2,tensor=3", "fsdp=6"):
+    kernel = Kernel("xla", make_mesh(spec))
+    for name, (masks, length, meaning) in cases.MASKS.items():
+        key, value = cases.KEY[:, :length], cases.VALUE[:, :length]
+        arrays = {k: m for k, m in masks.items() if k != "causal"}
+
+        def out(query, key, value, arrays, kernel=kernel, causal=masks.get("causal", False)):
+            return attention(query, key, value, **arrays, causal=causal, implementation=kernel)
+
+        def gradient(kernel):
+            total = lambda *x: jax.numpy.sum(jax.numpy.sin(out(*x, arrays, kernel)))
+            return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(cases.QUERY, key, value)
+
+        wanted = cases.plain(cases.QUERY, key, value, meaning)
+        np.testing.assert_allclose(jax.jit(out)(cases.QUERY, key, value, arrays), wanted, atol=2e-6, err_msg=name)
+        for actual, expected in zip(gradient(kernel), gradient("xla"), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=2e-6, err_msg=name)
+print("equal")
+"""
+
+
+def test_a_mesh_splits_samples_and_heads_and_changes_nothing():
+    """Also where there are fewer samples than devices, and fewer groups of keys than parts of heads."""
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(Path(__file__).parent)],
+        check=True, timeout=600, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=6", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal"
 
 
 def test_a_single_cpu_device_loops():
