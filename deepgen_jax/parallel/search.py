@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 
 from deepgen_jax.errors import DeepGenError
@@ -48,19 +49,18 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
     chosen = [request.mesh] if request.mesh else list(meshes(request.topology))
     for mesh in chosen:
         for remat in REMAT:
-            label = f"{mesh} remat={remat}"
             config = dataclasses.replace(request.config, remat=remat)
-            command = request.command.replace(" --search", f" --mesh {mesh}") + f" remat={remat}"
+            command = _command(request.command, mesh, remat)
             try:
                 report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
             except DeepGenError as error:
-                problems.append(f"{label}: {error}")
+                problems.append(f"{mesh}: {error}")
                 say(problems[-1])
                 break
-            report.choice = label
+            report.choice = f"{mesh} remat={remat}" if report.trains else mesh
             found.append(report)
             time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
-            say(f"{label}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
+            say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
             if not report.trains:
                 break
     if not found:
@@ -77,6 +77,13 @@ def ranking(reports: list[Report]) -> str:
         fits = "yes" if report.fits else "no"
         lines.append(f"{report.choice:<40}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
     return "\n".join(lines)
+
+
+def _command(command: str, mesh: str, remat: str) -> str:
+    """The command that compiles one choice alone."""
+    words = [word for word in shlex.split(command) if word != "--search"]
+    words[3:3] = [f"remat={remat}"]
+    return shlex.join(words if "--mesh" in words else [*words, "--mesh", mesh])
 
 
 def _rank(report: Report) -> tuple[bool, float]:

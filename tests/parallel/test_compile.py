@@ -17,14 +17,18 @@ from deepgen_jax.cli.main import main
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel import compile as compiling
 from deepgen_jax.parallel import search
-from deepgen_jax.parallel.topology import parse_topology
+from deepgen_jax.parallel.report import Report
+from deepgen_jax.parallel.roofline import Estimate
+from deepgen_jax.parallel.topology import GIB, parse_topology
 from deepgen_jax.training import overrides
 
 PROGRAM = """
 import json, sys
 import jax
 from deepgen_jax.parallel import compile as compiling
-from deepgen_jax.parallel.topology import parse_topology
+from deepgen_jax.parallel.report import Report
+from deepgen_jax.parallel.roofline import Estimate
+from deepgen_jax.parallel.topology import GIB, parse_topology
 from deepgen_jax.training import overrides
 
 found = {}
@@ -152,6 +156,42 @@ def test_search_splits_weights_over_neighbours_and_hosts():
     assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
     assert compiling.default_mesh(parse_topology("v6e:16x16", 2)) == "data=32,fsdp=16"
     assert compiling.default_mesh(parse_topology("h100:64")) == "data=8,fsdp=8"
+
+
+def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
+    """Whole meshes need more; "dots" is faster and too large on the first."""
+    topology = parse_topology("h100:8")
+    config = overrides.load_config("tiny_sft")
+    said = []
+
+    def run(request):
+        seconds, needed = {"full": (3.0, 1), "dots": (2.0, 2), "none": (1.0, 100)}[request.config.remat]
+        if "tensor" in request.mesh:
+            raise DeepGenError("no such mesh")
+        return Report(
+            request.command, "step", "samples", 8, 8, (), topology, {}, {}, needed * GIB, 1e12,
+            Estimate(seconds=seconds, arithmetic_seconds=seconds), 1.0, trains=True,
+        )  # fmt: skip
+
+    request = compiling.Request(config, topology, command="deepgen compile tiny_sft --topology h100:8 --search")
+    reports = search.search(request, run, said.append)
+    assert [report.choice for report in reports] == [
+        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "full", "none")
+    ]
+    assert reports[0].command == "deepgen compile tiny_sft remat=dots --topology h100:8 --mesh data=1,fsdp=8"
+    assert len(said) == 4
+    assert "data=1,fsdp=2,tensor=4: no such mesh" in said
+    assert search.ranking(reports).splitlines()[3].split()[-3:] == ["no", "1.000", "0.000"]
+
+
+def test_what_does_not_fit_is_told_with_a_mend(model):
+    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={model}", *SIZES[:2], "remat=dots"])
+    request = compiling.Request(config, parse_topology("h100:1"))
+    report = compiling.Job(request, jax.devices()).report(None, 100 * GIB)
+    assert not report.fits
+    assert "DOES NOT FIT" in report.table()
+    assert report.advice[1].startswith("remat=full")
+    assert report.advice[2].startswith("accumulation=2 data.micro_batch=4, the same batch: 4 instead of 8")
 
 
 @pytest.mark.parametrize(
