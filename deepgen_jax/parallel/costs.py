@@ -195,7 +195,7 @@ def _operations(computation: Computation, one: Instruction) -> int:
         if target.startswith("__cudnn$conv"):
             return _convolution(computation, one)
         if target == "tpu_custom_call" and (kernel := re.match(r"splash_mha_(fwd|dkv|dq)", one.name)):
-            return _splash(one, kernel[1])
+            return _splash(computation, one, kernel[1])
     return 0
 
 
@@ -207,12 +207,12 @@ def _fused_attention(one: Instruction, backward: bool) -> int:
     return (10 if backward else 4) * scores * width if text else 0
 
 
-def _splash(one: Instruction, kernel: str) -> int:
+def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
     """Two products forward; backward four for keys and values, and three for queries."""
-    constraints = one.attribute(r"operand_layout_constraints=\{(.*?\})\}") or ""
-    shapes = [_numbers(text) for text in re.findall(r"\w+\[([\d,]+)\]", constraints)]
-    query, key = [shape for shape in shapes if len(shape) == 4][:2]
-    batch, heads, length, width = query
+    shapes = [array.shape for arrays in computation.arrays(one) for array in arrays if len(array.shape) == 4]
+    if len(shapes) < 2:
+        return 0
+    (batch, heads, length, width), key = shapes[:2]
     return {"fwd": 4, "dkv": 8, "dq": 6}[kernel] * batch * heads * length * key[2] * width
 
 
