@@ -25,7 +25,7 @@ class Report:
 
     Attributes:
       command: that gives this report again.
-      program, unit, batch, micro_batch, facts: of :class:`programs.Program`.
+      program, unit, batch, micro_batch, facts: of :class:`abstract.Program`.
       topology: what it was compiled for.
       mesh: axis -> size.
       memory: kind -> bytes a device; empty where the compiler gave up before it knew.
@@ -146,7 +146,7 @@ def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, f
     """Bytes a device by kind, in the order of :data:`KINDS`.
 
     Args:
-      memory: kind -> tree of shapes with shardings, see ``programs.Program.memory``.
+      memory: kind -> tree of shapes with shardings, see ``abstract.Program.memory``.
       work: what the program needs besides its arguments.
       trains: gradients, as large as what trains, are part of it.
     """

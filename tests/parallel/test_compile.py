@@ -120,10 +120,10 @@ def test_twice_the_batch_is_twice_the_arithmetic_and_the_same_weights(reports):
 
 
 def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
-    from deepgen_jax.parallel import programs
+    from deepgen_jax.parallel.abstract import model_sizes
     from deepgen_jax.parallel.mesh import make_mesh
-    from deepgen_jax.training.feed import abstract_micro_batches
-    from deepgen_jax.training.supervised_stage import SupervisedStage
+    from deepgen_jax.training.feed import abstract_micro_batches, token_budget
+    from deepgen_jax.training.supervised_stage import SupervisedStage, step_model
 
     runs.write_data(tmp_path)
     path = runs.write_config(tmp_path, model, trains=("bridge",))
@@ -132,10 +132,10 @@ def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
     stage = SupervisedStage(config, mesh)
     batch = next(stage._feed)
     stage.close()
-    network = programs.step_model(config, programs.model_sizes(config)[0], mesh)
+    network = step_model(config, model_sizes(config)[0], mesh)
     for task, real in batch.micro_batches.items():
         count, size, tokens = real.target_ids.shape
-        budget = programs.token_budget(network.config, tokens, real.reference_ids.shape[2])
+        budget = token_budget(network.config, tokens, real.reference_ids.shape[2])
         found = abstract_micro_batches(network, mesh, count, size, real.text.real.shape[-1], budget)
         expected = (real, batch.keys[task])
         assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
