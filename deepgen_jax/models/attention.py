@@ -14,11 +14,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from deepgen_jax.models.layers import precision_of
+from deepgen_jax.models.splash import splash_attention
 from deepgen_jax.parallel.mesh import BATCH_AXES, batch_size_multiple
 
-Implementation = Literal["xla", "loop", "cudnn"]
+Implementation = Literal["xla", "loop", "cudnn", "splash"]
 
-#: Widest head, in channels, of cuDNN's flash attention in both directions.
+#: Widest head, in channels, of flash attention in both directions.
 _LARGEST_FLASH_HEAD = 128
 
 
@@ -50,12 +51,12 @@ def choose_implementation(
     """The fastest implementation for programs that run on ``devices`` in ``dtype``.
 
     "loop" on a single CPU device (but not under ``gradients``, where it holds as much memory and makes larger
-    programs), cuDNN flash attention on NVIDIA GPUs in 16-bit types, "xla" elsewhere.
+    programs), in 16-bit types cuDNN flash attention on NVIDIA GPUs and the splash kernel on TPUs, "xla" elsewhere.
     """
     if devices[0].platform == "cpu" and len(devices) == 1 and not gradients:
         return "loop"
-    if devices[0].platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
-        return "cudnn"
+    if jnp.dtype(dtype).itemsize == 2 and devices[0].platform in ("gpu", "tpu"):
+        return "cudnn" if devices[0].platform == "gpu" else "splash"
     return "xla"
 
 
@@ -83,8 +84,8 @@ def attention(
       causal: query i attends keys 0..i (Q == K).
       implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
         through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
-        attention on NVIDIA GPUs, with "xla" for dtypes and widths of heads that it does not take. A :class:`Kernel`
-        splits the work over a mesh.
+        attention on NVIDIA GPUs and "splash" on TPUs, with "xla" for dtypes and widths of heads that they do not
+        take. A :class:`Kernel` splits the work over a mesh.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
@@ -92,19 +93,21 @@ def attention(
     if isinstance(implementation, Kernel):
         masks = {"key_mask": key_mask, "key_lengths": key_lengths, "segment_ids": segment_ids}
         return _over_mesh(implementation, query, key, value, masks, causal)
-    flash = implementation == "cudnn" and query.dtype.itemsize == 2
-    flash = flash and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    flash = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
+    cudnn = flash and implementation == "cudnn"
     if key_lengths is not None:
         if key_mask is not None or segment_ids is not None or causal:
             raise ValueError("attention: key_lengths stands in place of all other masks")
-        if flash:
+        if cudnn:
             lengths = key_lengths.astype(jnp.int32)
             return jax.nn.dot_product_attention(
                 query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
             )
         key_mask = jnp.arange(key.shape[1]) < key_lengths[:, None]
+    if flash and implementation == "splash":
+        return splash_attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids, causal=causal)
     mask = _mask(query, key, key_mask, segment_ids, causal)
-    if flash:
+    if cudnn:
         return _cudnn(query, key, value, mask)
     if implementation == "loop":
         return _loop(query, key, value, mask)

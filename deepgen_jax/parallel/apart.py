@@ -63,12 +63,13 @@ def _compile(request: Request, folder: str, answer: Connection) -> None:
 
     try:
         job = Job(request, describe(request.topology))
-        options = dict(request.topology.chip.options)
-        options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = request.topology.options | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         threading.Thread(target=lambda: tell(_watched(job, Path(folder))), daemon=True).start()
         tell(job.compile(options))
     except DeepGenError as error:
         tell(str(error))
+    except Exception as error:
+        tell(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def _watched(job: Job, folder: Path) -> Report | str:

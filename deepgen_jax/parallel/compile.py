@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel import hlo, programs, roofline
+from deepgen_jax.parallel import abstract, hlo, programs, roofline
 from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, make_mesh
 from deepgen_jax.parallel.report import Report, account, shard_bytes
 from deepgen_jax.parallel.topology import GPUS_A_HOST, Topology
@@ -58,8 +58,8 @@ class Request:
 
 
 def default_mesh(topology: Topology) -> str:
-    """Weights split over a slice's last dimension (TPU) or a host (GPU), batches over the rest."""
-    fsdp = topology.shape[-1] if topology.shape else min(topology.size, GPUS_A_HOST)
+    """Weights split over the GPUs of a host, or 16 chips (two dimensions of a slice, or a ring); batches over all."""
+    fsdp = math.gcd(topology.size // topology.slices, GPUS_A_HOST if topology.gpu else 16)
     return f"data={topology.size // fsdp},fsdp={fsdp}"
 
 
@@ -78,8 +78,8 @@ class Job:
         """
         self._request, self._start = request, time.monotonic()
         self._mesh: Mesh = make_mesh(request.mesh_text, devices)
-        sizes, whose = programs.model_sizes(request.config)
-        subject = programs.Subject(request.config, sizes, self._mesh, request.prompt_tokens)
+        sizes, whose = abstract.model_sizes(request.config)
+        subject = abstract.Subject(request.config, sizes, self._mesh, request.prompt_tokens)
         program = programs.make_program(subject, request.program_name, request.batch)
         self._program = dataclasses.replace(program, facts=(whose, *program.facts))
         self._lowered = program.lower()

@@ -76,7 +76,7 @@ def wire_bytes(kind: str, operand: int, members: int) -> float:
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that an instruction reads from and writes to HBM."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done"):
+    if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0
     operands = computation.arrays(instruction)
     if is_copy(instruction):
@@ -194,6 +194,8 @@ def _operations(computation: Computation, one: Instruction) -> int:
             return _fused_attention(one, backward=target.endswith("Backward"))
         if target.startswith("__cudnn$conv"):
             return _convolution(computation, one)
+        if target == "tpu_custom_call" and (kernel := re.match(r"splash_mha_(fwd|dkv|dq)", one.name)):
+            return _splash(computation, one, kernel[1])
     return 0
 
 
@@ -203,6 +205,15 @@ def _fused_attention(one: Instruction, backward: bool) -> int:
     scores = math.prod(int(size) for size in json.loads(text or "[]"))
     width = int((one.attribute(r"operand_layout_constraints=\{\w+\[([\d,]+)\]") or "0").split(",")[-1])
     return (10 if backward else 4) * scores * width if text else 0
+
+
+def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
+    """Two products forward; backward four for keys and values, and three for queries."""
+    shapes = [array.shape for arrays in computation.arrays(one) for array in arrays if len(array.shape) == 4]
+    if len(shapes) < 2:
+        return 0
+    (batch, heads, length, width), key = shapes[:2]
+    return {"fwd": 4, "dkv": 8, "dq": 6}[kernel] * batch * heads * length * key[2] * width
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,6 +86,11 @@ class Computation:
         self.instructions.append(instruction)
         self.by_name[instruction.name] = instruction
 
+    def extend(self, attributes: str) -> None:
+        """Adds to the attributes of the newest instruction."""
+        last = self.instructions.pop()
+        self.add(replace(last, attributes=f"{last.attributes} {attributes}"))
+
     def arrays(self, instruction: Instruction) -> list[tuple[Array, ...]]:
         """The arrays of each operand."""
         return [self.by_name[name].results if name in self.by_name else () for name in instruction.operands]
@@ -144,7 +149,7 @@ class Module:
             computation = self.computations[called]
             for inner in computation.instructions:
                 yield computation, inner
-                if inner.opcode in ("fusion", "call") or inner.opcode.endswith("-start"):
+                if inner.opcode in ("fusion", "call", "custom-call") or inner.opcode.endswith("-start"):
                     yield from self.inside(inner)
 
     def unknown_loops(self) -> int:
@@ -163,10 +168,13 @@ def parse(text: str) -> Module:
                 current = Computation(head[2])
                 computations[head[2]] = current
                 entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif (found := _LINE.match(line)) is not None:
             current.add(_instruction(line, found))
+        elif current.instructions:
+            # Attributes of a Pallas kernel run over several lines.
+            current.extend(line)
     if not entry:
         raise ValueError("the text holds no ENTRY computation")
     return Module(entry, computations)

@@ -57,11 +57,14 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
                 f"mesh {dict(sizes)}: data must be a multiple of the {slices} slices, which it joins; change its sizes"
             )
         inner = (sizes["data"] // slices, *shape[1:])
-        array = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
-        return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
-    if len(devices) > 1 and tpu:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+        array = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    elif len(devices) > 1 and tpu:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        array = np.asarray(devices).reshape(shape)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_size_multiple(mesh: Mesh) -> int:

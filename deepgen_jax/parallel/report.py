@@ -25,7 +25,7 @@ class Report:
 
     Attributes:
       command: that gives this report again.
-      program, unit, batch, micro_batch, facts: of :class:`programs.Program`.
+      program, unit, batch, micro_batch, facts: of :class:`abstract.Program`.
       topology: what it was compiled for.
       mesh: axis -> size.
       memory: kind -> bytes a device; empty where the compiler gave up before it knew.
@@ -66,6 +66,14 @@ class Report:
             return None
         return self.flops / (self.topology.size * self.topology.chip.peak_flops * self.estimate.seconds)
 
+    @property
+    def bound(self) -> float | None:
+        """MFU if arithmetic, HBM and network each ran at full rate beside the others: no program is faster."""
+        if self.estimate is None:
+            return None
+        times = (self.estimate.arithmetic_seconds, self.estimate.memory_seconds, self.estimate.network_seconds)
+        return self.flops / (self.topology.size * self.topology.chip.peak_flops * max(times))
+
     def to_json(self) -> dict[str, Any]:
         """Everything, in bytes, operations and seconds a device; with the assumptions."""
         chip = self.topology.chip
@@ -77,7 +85,8 @@ class Report:
             "mesh": self.mesh,
             "batch": {"size": self.batch, "unit": self.unit, "micro_batch": self.micro_batch},
             "shapes": list(self.facts),
-            "chip": {key: value for key, value in asdict(chip).items() if key not in ("options", "torus")},
+            "chip": {key: value for key, value in asdict(chip).items() if isinstance(value, (str, float, int))},
+            "compiler_options": dict(chip.options),
             "memory": {**self.memory, "total": self.needed, "limit": chip.memory},
             "fits": self.fits,
             "advice": self.advice,
@@ -86,7 +95,7 @@ class Report:
             "assumptions": list(ASSUMPTIONS),
         }
         if self.estimate is not None:
-            found |= {"estimate": asdict(self.estimate), "mfu": self.mfu}
+            found |= {"estimate": asdict(self.estimate), "mfu": self.mfu, "mfu_bound": self.bound}
             found["samples_per_second"] = self.batch / self.estimate.seconds
         return found
 
@@ -114,6 +123,7 @@ class Report:
     def _times(self, estimate: Estimate) -> list[str]:
         chip, share = self.topology.chip, self.flops / self.topology.size
         assert self.mfu is not None
+        assert self.bound is not None
         lines = [
             f"arithmetic a device: {share / 1e12:.1f} TFLOP of the model, {estimate.operations / 1e12:.1f} computed",
             f"at peak rates: arithmetic {estimate.arithmetic_seconds:.3f} s, HBM {estimate.memory_seconds:.3f} s "
@@ -121,9 +131,12 @@ class Report:
             f"network {estimate.network_seconds:.3f} s",
             f"estimated {estimate.seconds:.3f} s a run, {self.batch / estimate.seconds:.1f} {self.unit} a second, "
             f"MFU {self.mfu:.3f} of {chip.peak_flops / 1e12:.0f} TFLOP/s",
+            f"bound: arithmetic, HBM and network side by side, each at full rate, give MFU {self.bound:.3f}",
             "assumed:",
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
+        if chip.options:
+            lines.append(f"  compiler options {' '.join(name for name, _ in chip.options)}; a run needs them, too")
         if estimate.unknown_loops:
             lines.append(f"  {estimate.unknown_loops} loops of unknown length count once")
         return lines
@@ -133,7 +146,7 @@ def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, f
     """Bytes a device by kind, in the order of :data:`KINDS`.
 
     Args:
-      memory: kind -> tree of shapes with shardings, see ``programs.Program.memory``.
+      memory: kind -> tree of shapes with shardings, see ``abstract.Program.memory``.
       work: what the program needs besides its arguments.
       trains: gradients, as large as what trains, are part of it.
     """

@@ -163,7 +163,10 @@ class _Walk:
 
     def _run(self, computation: Computation) -> Estimate:
         total, link, copier = Estimate(), 0.0, 0.0
+        # When what was started ends, by the name of the newest instruction that stands for it; and what waits for its
+        # operands: TPUs start the program of a collective before they hand it its operands in an update.
         pending: dict[str, float] = {}
+        waiting: dict[str, float] = {}
         for one in computation.instructions:
             if one.opcode in ("while", "call", "conditional"):
                 turns = self._module.trips(computation, one) or 1
@@ -174,6 +177,14 @@ class _Walk:
                 ends = [pending[name] for name in one.operands if name in pending]
                 total.seconds = max([total.seconds, *ends])
                 continue
+            if one.opcode.endswith("-update"):
+                started = next((name for name in one.operands if name in pending or name in waiting), "")
+                if started in waiting:
+                    link = max(link, total.seconds) + waiting[started]
+                    pending[one.name] = link
+                elif started:
+                    pending[one.name] = pending[started]
+                continue
             busy = self._device(total, computation, one)
             sent = self._collectives(total, computation, one)
             if not sent and is_copy(one):
@@ -181,6 +192,8 @@ class _Walk:
                 pending[one.name] = copier
             elif not sent:
                 total.seconds += busy
+            elif one.opcode.endswith("-start") and not one.operands:
+                waiting[one.name] = sent
             elif one.opcode.endswith("-start"):
                 link = max(link, total.seconds) + sent
                 pending[one.name] = link

@@ -38,11 +38,12 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r"(vae|bridge)/.*norm\w*/bias", (None,)),
     (r".*/embed_tokens/a", ("fsdp", None)),
     (r".*/embed_tokens/b", (None, "fsdp")),
+    # The halves of adapters lie like the kernels beside them: split otherwise, activations would have to move.
     (rf".*/({_COLUMN})/a", ("fsdp", None)),
-    (rf".*/({_COLUMN})/b", (None, "tensor")),
+    (rf".*/({_COLUMN})/b", ("fsdp", "tensor")),
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/a", ("fsdp", None)),
-    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/b", (None, "tensor")),
-    (rf".*/({_ROW})/a", ("tensor", None)),
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/b", ("fsdp", "tensor")),
+    (rf".*/({_ROW})/a", ("tensor", "fsdp")),
     (rf".*/({_ROW})/b", (None, "fsdp")),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator
 
 from deepgen_jax.errors import DeepGenError
@@ -18,16 +19,12 @@ REMAT: tuple[Remat, ...] = ("full", "dots", "none")
 def meshes(topology: Topology) -> Iterator[str]:
     """Sensible meshes as text.
 
-    Weights are split over whole dimensions of a slice, or over the GPUs of a host, two hosts, and all; heads at most
+    Weights are split over 8, 16 or all chips of a slice, or over the GPUs of a host, of four and of all; heads at most
     over four neighbours. "data" is across slices.
     """
     size, slices = topology.size // topology.slices, topology.slices
-    if topology.gpu:
-        spans = {min(size, GPUS_A_HOST), min(size, 4 * GPUS_A_HOST), size}
-    else:
-        spans = {topology.shape[-1], size}
-        if len(topology.shape) > 2:
-            spans.add(topology.shape[-1] * topology.shape[-2])
+    usual = (GPUS_A_HOST, 4 * GPUS_A_HOST) if topology.gpu else (8, 16)
+    spans = {min(size, span) for span in (*usual, size)}
     for fsdp in sorted(span for span in spans if size % span == 0):
         yield _text(slices * size // fsdp, fsdp, 1)
     tensor = min(4, size)
@@ -52,19 +49,18 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
     chosen = [request.mesh] if request.mesh else list(meshes(request.topology))
     for mesh in chosen:
         for remat in REMAT:
-            label = f"{mesh} remat={remat}"
             config = dataclasses.replace(request.config, remat=remat)
-            command = request.command.replace(" --search", f" --mesh {mesh}") + f" remat={remat}"
+            command = _command(request.command, mesh, remat)
             try:
                 report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
             except DeepGenError as error:
-                problems.append(f"{label}: {error}")
+                problems.append(f"{mesh}: {error}")
                 say(problems[-1])
                 break
-            report.choice = label
+            report.choice = f"{mesh} remat={remat}" if report.trains else mesh
             found.append(report)
             time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
-            say(f"{label}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
+            say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
             if not report.trains:
                 break
     if not found:
@@ -81,6 +77,13 @@ def ranking(reports: list[Report]) -> str:
         fits = "yes" if report.fits else "no"
         lines.append(f"{report.choice:<40}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
     return "\n".join(lines)
+
+
+def _command(command: str, mesh: str, remat: str) -> str:
+    """The command that compiles one choice alone."""
+    words = [word for word in shlex.split(command) if word != "--search"]
+    words[3:3] = [f"remat={remat}"]
+    return shlex.join(words if "--mesh" in words else [*words, "--mesh", mesh])
 
 
 def _rank(report: Report) -> tuple[bool, float]:

@@ -29,7 +29,8 @@ class Chip:
         host (GPU).
       network_bandwidth: bytes into one device from other slices (TPU) or other hosts (GPU).
       torus: sizes at which a dimension of a slice is a ring; a shorter one is a line. Empty on GPUs.
-      options: for the compiler.
+      options: for the compiler, where its defaults lose time; a run sets them in ``LIBTPU_INIT_ARGS`` or ``XLA_FLAGS``.
+      deviceless: options that compiling without the device needs.
     """
 
     name: str
@@ -40,7 +41,21 @@ class Chip:
     network_bandwidth: float
     torus: tuple[int, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    deviceless: tuple[tuple[str, Any], ...] = ()
 
+
+# Collectives run beside the products: on v6e on the SparseCores, on v5e within fused loops.
+_ON_SPARSE_CORES = tuple(
+    (f"xla_{name}", True)
+    for name in (
+        "enable_async_all_gather",
+        "tpu_enable_sparse_core_collective_offload_all_gather",
+        "tpu_enable_sparse_core_collective_offload_all_reduce",
+        "tpu_enable_sparse_core_collective_offload_reduce_scatter",
+        "tpu_use_tc_device_shape_on_sc",
+        "sc_disable_megacore_partitioning",
+    )
+)
 
 # TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e} (peak arithmetic, HBM, the interconnect's total per chip: 400, 1200 and
 # 800 GB/s both ways over 4, 6 and 4 links; data-centre network per chip: 25, 50 and 100 Gbit/s). HBM is what libtpu
@@ -50,9 +65,9 @@ class Chip:
 CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 50e9, 3.125e9, (16,)),
     "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24)),
-    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,)),
+    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _ON_SPARSE_CORES),
     "h100": Chip(
-        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, options=(("xla_gpu_enable_triton_gemm", False),)
+        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, deviceless=(("xla_gpu_enable_triton_gemm", False),)
     ),
 }  # fmt: skip
 #: GPUs of one host.
@@ -81,6 +96,11 @@ class Topology:
     @property
     def chip(self) -> Chip:
         return CHIPS[self.kind]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For the compiler."""
+        return dict((*self.chip.options, *self.chip.deviceless))
 
     @property
     def gpu(self) -> bool:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deepgen_jax.models.attention import attention, choose_implementation
+from deepgen_jax.models.splash import block_and_length, splash_attention
 
 BATCH, QUERIES, KEYS, HEADS, GROUPS, DIM = 2, 7, 9, 6, 2, 8
 
@@ -64,6 +71,39 @@ def test_gradients_agree(masks):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("name", ["everything", "key mask", "segments", "causal, padded on the left"])
+def test_the_tpu_kernel_agrees(name):
+    """Interpreted; longer than a block and not whole blocks, so that there is padding to hide."""
+    masks, _, _ = MASKS[name]
+    repeat = 40
+    query = jnp.concatenate([QUERY] * repeat, axis=1)
+    other = ("segment_ids" in masks or "causal" in masks) and QUERIES
+    key, value = (jnp.concatenate([x[:, : other or KEYS]] * repeat, axis=1) for x in (KEY, VALUE))
+    masks = {name: x if name == "causal" else jnp.concatenate([x] * repeat, axis=1) for name, x in masks.items()}
+
+    def loss(run, *operands):
+        out = run(*operands, **masks)
+        return jnp.sum(jnp.sin(out)), out
+
+    def both(run):
+        return jax.value_and_grad(lambda *x: loss(run, *x), argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+    (_, out), gradients = both(partial(splash_attention, interpret=True))
+    (_, expected), wanted = both(partial(attention, implementation="xla"))
+    np.testing.assert_allclose(out, expected, rtol=0, atol=5e-6)
+    for actual, like in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(actual, like, rtol=0, atol=5e-6 * np.abs(like).max())
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(7, (128, 128)), (192, (256, 256)), (512, (512, 512)), (1024, (1024, 1024)), (1216, (640, 1280)),
+     (1280, (640, 1280)), (1408, (768, 1536)), (2048, (1024, 2048)), (2560, (640, 2560))],
+)  # fmt: skip
+def test_blocks_are_large_and_padding_small(length, expected):
+    assert block_and_length(length) == expected
+
+
 def test_gradient_of_a_query_without_keys_is_finite():
     mask = jnp.zeros((BATCH, KEYS), bool)
     for implementation in ("xla", "loop"):
@@ -86,6 +126,45 @@ def test_what_flash_attention_does_not_take_runs_without_it(repeats, dtype):
     np.testing.assert_array_equal(
         attention(query, key, value, implementation="cudnn"), attention(query, key, value, implementation="xla")
     )
+
+
+MESHES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+import test_attention as cases
+from deepgen_jax.models.attention import Kernel, attention
+from deepgen_jax.parallel.mesh import make_mesh
+
+for spec in ("data=2,tensor=3", "fsdp=6"):
+    kernel = Kernel("xla", make_mesh(spec))
+    for name, (masks, length, meaning) in cases.MASKS.items():
+        key, value = cases.KEY[:, :length], cases.VALUE[:, :length]
+        arrays = {k: m for k, m in masks.items() if k != "causal"}
+
+        def out(query, key, value, arrays, kernel=kernel, causal=masks.get("causal", False)):
+            return attention(query, key, value, **arrays, causal=causal, implementation=kernel)
+
+        def gradient(kernel):
+            total = lambda *x: jax.numpy.sum(jax.numpy.sin(out(*x, arrays, kernel)))
+            return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(cases.QUERY, key, value)
+
+        wanted = cases.plain(cases.QUERY, key, value, meaning)
+        np.testing.assert_allclose(jax.jit(out)(cases.QUERY, key, value, arrays), wanted, atol=2e-6, err_msg=name)
+        for actual, expected in zip(gradient(kernel), gradient("xla"), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=2e-6, err_msg=name)
+print("equal")
+"""
+
+
+def test_a_mesh_splits_samples_and_heads_and_changes_nothing():
+    """Also where there are fewer samples than devices, and fewer groups of keys than parts of heads."""
+    done = subprocess.run(
+        [sys.executable, "-c", MESHES, str(Path(__file__).parent)],
+        check=True, timeout=600, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=6", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal"
 
 
 def test_a_single_cpu_device_loops():

@@ -159,6 +159,44 @@ operand_layout_constraints={bf16[2,8,4,16]{3,2,1,0}}, backend_config={"cudnn_fmh
     assert costs.operations(module, main, main.by_name["a"]) == (4 * 2 * 4 * 8 * 8 * 16, 0)
 
 
+def test_collectives_on_sparse_cores_begin_with_their_update():
+    """The program is started before its operands are there; attributes of a Pallas kernel run over three lines."""
+    text = """\
+%gathers (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128] parameter(0)
+  ROOT %gathered = bf16[256,128] all-gather(%p), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128] parameter(0)
+  ROOT %call = bf16[256,128] custom-call(%p), custom_call_target="on_sparse_core", called_computations={%gathers}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[64,128], q: bf16[2,4,8,16], k: bf16[2,2,24,16]) -> bf16[256,128] {
+  %x = bf16[64,128] parameter(0)
+  %q = bf16[2,4,8,16] parameter(1)
+  %k = bf16[2,2,24,16] parameter(2)
+  %start = ((), (), s32[128]{0:S(4)}) async-start(), async_execution_thread="sparsecore", calls=%wrapped
+  %splash_mha_fwd_no_residuals.1 = bf16[2,4,8,16] custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="attention"}
+  %update = (bf16[64,128], bf16[256,128], s32[128]{0:S(4)}) async-update(%start, %x), calls=%wrapped
+  ROOT %done = bf16[256,128] async-done(%update)
+}
+"""
+    module, topology = hlo.parse(text), parse_topology("v5e:4x4")
+    main = module.computations[module.entry]
+    assert [one.name for one in main.instructions][-3:] == ["splash_mha_fwd_no_residuals.1", "update", "done"]
+    attention = main.by_name["splash_mha_fwd_no_residuals.1"]
+    assert attention.attribute('op_name="([^"]*)"') == "attention"
+    assert costs.operations(module, main, attention) == (4 * 2 * 4 * 8 * 24 * 16, 0)
+    found = roofline.estimate(module, topology, chips(topology))
+    assert found.collectives["all-gather"].bytes == 3 * LAYER
+    # It cannot begin before the kernel ends, which hands nothing over.
+    assert found.seconds == pytest.approx(found.device_seconds + found.network_seconds)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -40,11 +40,34 @@ def test_adapters_of_the_mmdit_match_exactly_one_rule(full):
     assert "mmdit/blocks_0/norm1/a" in paths
 
 
-def test_no_large_parameter_is_whole_on_every_device(full):
-    mesh = AbstractMesh((1, 8, 1), AXES)
+@pytest.mark.parametrize("fsdp", [2, 8, 16, 64, 256])
+def test_no_large_parameter_is_whole_on_every_device(fsdp, full):
+    """Of 4 MiB and more, in the dtype that it has in stage 2."""
+    mesh = AbstractMesh((1, fsdp, 1), AXES)
     for path, leaf in rules.leaves(full):
-        if leaf.size * 2 > 4 * 2**20:
-            assert rules.partition_spec(path, leaf.shape, mesh) != PartitionSpec(*[None] * len(leaf.shape)), path
+        width = 4 if path.split("/")[0] in ("bridge", "mmdit", "vae") else 2
+        if leaf.size * width > 4 * 2**20:
+            assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
+
+
+@pytest.mark.parametrize("fsdp", [2, 8, 16, 64])
+def test_no_large_adapter_is_whole_on_every_device(fsdp, full):
+    """Of the published rank, 64, over which they are split where their kernels' other dimension is."""
+    mesh = AbstractMesh((1, fsdp, 1), AXES)
+    for part in ("text", "mmdit"):
+        shapes = full[part]
+        adapters = jax.eval_shape(lambda shapes=shapes, part=part: init_lora(shapes, 64, jax.random.key(0), part))
+        for path, leaf in rules.leaves(adapters):
+            if leaf.size * 4 > 4 * 2**20:
+                assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_tensor_parallelism_splits_heads_and_mlps(tensor, full):
+    mesh = AbstractMesh((1, 1, tensor), AXES)
+    for path, leaf in rules.leaves({"mmdit": full["mmdit"]}):
+        if path.endswith(("to_q/kernel", "fc1/kernel", "to_out/kernel", "fc2/kernel")):
+            assert "tensor" in rules.partition_spec(path, leaf.shape, mesh), path
 
 
 def test_axes_that_do_not_divide_a_dimension_are_left_out():
