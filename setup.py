@@ -46,7 +46,11 @@ EXTRAS = {
     ],
 }
 
-SUBPACKAGES = {"deepgen_jax.convert": "convert", "deepgen_jax.configs": "configs"}
+SUBPACKAGES = {
+    "deepgen_jax.convert": "convert",
+    "deepgen_jax.configs": "configs",
+    "deepgen_jax.configs.nano": "configs/nano",
+}
 
 setup(
     name="deepgen-jax",

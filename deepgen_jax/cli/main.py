@@ -117,6 +117,17 @@ COMMANDS: dict[str, Subcommand | Group] = {
             ),
         },
     ),
+    "nano": Group(
+        "a small model of the same architecture, to train from nothing",
+        {
+            "init": Subcommand(
+                "deepgen_jax.cli.nano",
+                "InitCommand",
+                "write its model folder with random weights, for configs/nano to train",
+                ("deepgen nano init --out out/nano/model",),
+            ),
+        },
+    ),
     "eval": Group(
         "measure how good a model is",
         {

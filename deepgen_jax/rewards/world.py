@@ -37,7 +37,7 @@ class WorldReward(LocalReward):
 
     def read(self, sign: np.ndarray) -> list[str]:
         """Lines of text on a sign, uint8 [h, w, 3]."""
-        return [text for text, _ in self._words.recognise(sign)]
+        return [text for text, _ in self._words.recognise(sign, upright=True)]
 
     async def close(self) -> None:
         await self._words.close()

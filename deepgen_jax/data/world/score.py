@@ -15,6 +15,8 @@ from deepgen_jax.data.world.vocabulary import PLACES
 #: Lines of text in a picture, uint8 [H, W, 3].
 Reader: TypeAlias = Callable[[np.ndarray], Sequence[str]]
 
+#: Digits as the letters that they look like: words have no digits.
+_LETTERS = str.maketrans("058", "osb")
 #: How far from where it was a thing is still in its place, as a share of the side.
 _UNMOVED = 0.09
 #: The same about one of `PLACES`, along each side.
@@ -75,8 +77,8 @@ def score(image: np.ndarray, truth: Truth, read: Reader) -> Score:
 
 
 def reads(word: str, lines: Sequence[str]) -> bool:
-    """Whether the word, and no other, was read; case and white space do not matter."""
-    return "".join("".join(lines).split()).lower() == word.lower()
+    """Whether the word, and no other, was read; case and white space do not matter, and there are no digits."""
+    return "".join("".join(lines).split()).lower().translate(_LETTERS) == word.lower()
 
 
 def _matches(wanted: Wanted, thing: Found) -> bool:
