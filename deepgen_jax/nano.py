@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from deepgen_jax.config import (
     VAEConfig,
     VisionConfig,
 )
+from deepgen_jax.errors import DeepGenError
 
 #: Side of its pictures in pixels.
 SIZE = 96
@@ -69,6 +71,8 @@ def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> Non
     from deepgen_jax.convert import convert
     from deepgen_jax.convert.synthetic import write_release
 
+    if out.exists() and not overwrite:
+        raise DeepGenError(f"{out} exists; choose another --out or pass --overwrite")
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
         write_release(
@@ -79,7 +83,7 @@ def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> Non
 
 
 def learn_merges() -> list[tuple[str, str]]:
-    """Byte pairs of the tokenizer, learned from captions and instructions of the world; always the same.
+    """Byte pairs of the tokenizer, learned from captions, instructions and questions of the world; always the same.
 
     Words on signs are left out: they are spelled letter by letter, as they are drawn.
     """
@@ -105,8 +109,12 @@ def learn_merges() -> list[tuple[str, str]]:
 def _texts() -> Iterator[str]:
     from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
     from deepgen_jax.data.tokens import format_prompt
+    from deepgen_jax.data.world.questions import ask
 
     for task in TASK_SKILLS:
         for index in range(_TEXTS):
-            text = make_sample("train", task, seed=0, index=index).text
-            yield re.sub(r"<\|\w+\|>", "", format_prompt(re.sub('"[^"]*"', '""', text)))
+            sample = make_sample("train", task, seed=0, index=index)
+            # Instructions and questions stand behind pictures in the template.
+            question, picture = ask(random.Random(index), sample), None if task == "t2i" else ()
+            for text in (format_prompt(sample.text, picture), format_prompt(question, ())):
+                yield re.sub(r"<\|\w+\|>", "", re.sub('"[^"]*"|[A-Z]{2,}', '""', text))

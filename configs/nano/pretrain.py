@@ -16,7 +16,7 @@ def get_config() -> SupervisedConfig:
     """Pictures and edits in turns, 64 samples a step."""
     return SupervisedConfig(
         model=MODEL,
-        start="out/nano/vae",
+        start="out/nano/language",
         out="out/nano/pretrain",
         steps=6000,
         trains=("bridge", "mmdit"),

@@ -2,11 +2,14 @@
 
 The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
 pixels, samples of an epoch, and the seed; what is left out takes these values. ``split`` is "train" or "held_out".
+With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
+language model to learn to see.
 """
 
 from __future__ import annotations
 
 import io
+import random
 from collections.abc import Iterator
 
 from PIL import Image
@@ -16,9 +19,11 @@ from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.files import FileInfo
 from deepgen_jax.data.sources.base import CachedImage, Record, Row, Source
 from deepgen_jax.data.transforms import UNIT
+from deepgen_jax.data.world.questions import ask
+from deepgen_jax.data.world.scene import Scene
 from deepgen_jax.errors import DeepGenError
 
-_DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0}
+_DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0, "questions": 0}
 
 
 class Synthetic(Source):
@@ -27,7 +32,10 @@ class Synthetic(Source):
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
         values = _parse(config)
-        self._size, self._samples, self._seed = (values[name] for name in _DEFAULTS)
+        self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
+        self._asks = bool(questions)
+        if self._asks and config.task != "edit":
+            raise DeepGenError(f"source {config.name}: questions are asked about references; set task=edit")
         if config.split not in synthetic.SPLITS:
             raise DeepGenError(
                 f"source {config.name}: split is {config.split!r}; use {' or '.join(synthetic.SPLITS)}"
@@ -41,17 +49,20 @@ class Synthetic(Source):
         yield from range(self._samples)
 
     def read(self, row: Row) -> Record:
-        sample = self._sample(row)
-        scenes = (sample.scene, *sample.references)
-        return Record(sample.text, tuple(_encoded(synthetic.render(scene, self._size)) for scene in scenes))
+        text, scenes = self._sample(row)
+        return Record(text, tuple(_encoded(synthetic.render(scene, self._size)) for scene in scenes))
 
     def look(self, row: Row) -> Record:
-        sample = self._sample(row)
-        picture = CachedImage((self._size, self._size))
-        return Record(sample.text, (picture,) * (1 + len(sample.references)))
+        text, scenes = self._sample(row)
+        return Record(text, (CachedImage((self._size, self._size)),) * len(scenes))
 
-    def _sample(self, row: Row) -> synthetic.Sample:
-        return synthetic.make_sample(self.config.split, self.config.task, seed=self._seed, index=int(row))
+    def _sample(self, row: Row) -> tuple[str, tuple[Scene, ...]]:
+        """Text, and scenes of the target and the references."""
+        kind = "t2i" if self._asks else self.config.task
+        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=int(row))
+        if self._asks:
+            return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
+        return sample.text, (sample.scene, *sample.references)
 
 
 def _parse(config: SourceConfig) -> dict[str, int]:
