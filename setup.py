@@ -11,6 +11,7 @@ CORE = [
     "orbax-checkpoint>=0.11.30",
     "transformers>=4.55",
     "numpy>=2.0",
+    "scipy>=1.13",
     "einops>=0.8",
     "safetensors>=0.5",
     "huggingface_hub>=0.30",
@@ -46,7 +47,11 @@ EXTRAS = {
     ],
 }
 
-SUBPACKAGES = {"deepgen_jax.convert": "convert", "deepgen_jax.configs": "configs"}
+SUBPACKAGES = {
+    "deepgen_jax.convert": "convert",
+    "deepgen_jax.configs": "configs",
+    "deepgen_jax.configs.nano": "configs/nano",
+}
 
 setup(
     name="deepgen-jax",
@@ -59,7 +64,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
     package_dir=SUBPACKAGES,
-    package_data={"deepgen_jax": ["py.typed", "parallel/targets/*.txtpb"]},
+    package_data={
+        "deepgen_jax": ["py.typed", "parallel/targets/*.txtpb"],
+        "deepgen_jax.data.world": ["fonts/*"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["deepgen = deepgen_jax.cli.main:main"]},

@@ -289,7 +289,8 @@ def bridge_config(
 
     Args:
       shapes: canonical key -> shape of the bridge's tensors; may be empty.
-      connector: num_queries, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, as far as known.
+      connector: num_queries, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and
+        selection_stride, as far as known.
       where: name of the file that ``connector`` comes from.
       hidden_size: that of the language model, which the connector shares where nothing else is said.
 
@@ -323,6 +324,7 @@ def bridge_config(
         **sizes,
         num_heads=options.take("num_attention_heads", int, defaults.num_heads),
         layer_norm_eps=options.take("layer_norm_eps", float, defaults.layer_norm_eps),
+        selection_stride=options.take("selection_stride", int, defaults.selection_stride),
     )
     options.ignore("attention_dropout", *_IGNORED_BY_TRANSFORMERS, "model_type", "_attn_implementation")
     options.finish()

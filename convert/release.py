@@ -192,7 +192,8 @@ def scheduler_json(config: SchedulerConfig) -> dict[str, Any]:
 
 
 def connector_json(config: BridgeConfig) -> dict[str, Any]:
-    """``connector/config.json``."""
+    """``connector/config.json``; the stride at which hidden states are selected where it is not that of the release."""
+    stride = config.selection_stride
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -200,6 +201,7 @@ def connector_json(config: BridgeConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "layer_norm_eps": config.layer_norm_eps,
         "num_queries": config.num_queries,
+        **({} if stride == BridgeConfig.selection_stride else {"selection_stride": stride}),
     }
 
 

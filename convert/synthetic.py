@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .release import ReleaseWriter
 from .staging import require_space, staged
 
 #: The pattern by which Qwen2's tokenizer splits text into words.
-_WORDS = (
+WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTES = 256
@@ -76,8 +76,10 @@ def write_release(
     scheduler: SchedulerConfig | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    merges: Sequence[tuple[str, str]] = (),
+    sincos_positions: bool = False,
 ) -> Path:
-    """Writes a diffusers release of random weights, one tensor at a time, with a tokenizer of single bytes.
+    """Writes a diffusers release of random weights, one tensor at a time, with a tokenizer.
 
     Weights are normal with a standard deviation of 1/sqrt(inputs), a tenth of it at the end of residual branches
     outside the VLM; norms are the identity and biases zero. So activations stay of order one, and the model can be
@@ -85,12 +87,15 @@ def write_release(
 
     Args:
       folder: the folder to write; it appears when everything is written, or not at all.
-      config: sizes. Its special tokens must have ids from 256 on, and ``pad_token_id + 1`` must be free.
+      config: sizes. Its special tokens must have ids from 256 + merges on, and ``pad_token_id + 1`` must be free.
       seed: of the weights.
       dtype: "bfloat16" or "float32".
       scheduler: the sampling schedule; that of the released model by default.
       max_shard_size: of the safetensors files.
       overwrite: replace ``folder``.
+      merges: of the tokenizer's byte pairs; without any its tokens are single bytes.
+      sincos_positions: the MMDiT's table of positions, which never trains, is that of the released model's kind, for
+        models that are to be trained in earnest.
 
     Raises:
       DeepGenError: an argument is unusable, or ``folder`` exists.
@@ -104,11 +109,16 @@ def write_release(
     with staged(folder, overwrite=overwrite) as partial, progress_bar(total, "writing") as progress:
         require_space(folder, total)
         partial.mkdir()
-        write_byte_tokenizer(partial / "tokenizer", config.text)
+        write_tokenizer(partial / "tokenizer", config.text, merges)
         writer = ReleaseWriter(partial, config, scheduler or SchedulerConfig(), specs, parse_size(max_shard_size))
         try:
             for weight in table.values():
-                for rows in _random_rows(weight, seed, DTYPES[dtype]):
+                if sincos_positions and weight.path[-1] == "pos_embed":
+                    values = _positions(config.mmdit).astype(DTYPES[dtype]).reshape(weight.shape)
+                    blocks: Iterable[np.ndarray] = (values,)
+                else:
+                    blocks = _random_rows(weight, seed, DTYPES[dtype])
+                for rows in blocks:
                     writer.add(weight.key, rows)
                     progress(rows.nbytes)
         finally:
@@ -133,6 +143,14 @@ def _random_rows(weight: Weight, seed: int, dtype: np.dtype) -> Iterator[np.ndar
         yield values.astype(dtype)
 
 
+def _positions(config: MMDiTConfig) -> np.ndarray:
+    """Sine and cosine table of all patches, float32 [max_size^2, hidden]."""
+    from deepgen_jax.models.patches import sincos_table
+
+    base = config.sample_size // config.patch_size
+    return np.asarray(sincos_table(config.pos_embed_max_size, base, config.hidden_size))
+
+
 def _deviation(weight: Weight) -> float:
     """Standard deviation of a weight."""
     if weight.path[-1] in ("pos_embed", "embedding"):
@@ -143,11 +161,11 @@ def _deviation(weight: Weight) -> float:
     return _BRANCH_GAIN * deviation if weight.path[-2] in _BRANCH_ENDS.get(weight.path[0], ()) else deviation
 
 
-def write_byte_tokenizer(folder: Path, config: TextConfig) -> None:
-    """A Qwen2 tokenizer without merges: each byte of UTF-8 is a token, special tokens have the configuration's ids.
+def write_tokenizer(folder: Path, config: TextConfig, merges: Sequence[tuple[str, str]] = ()) -> None:
+    """A Qwen2 tokenizer: bytes of UTF-8, then what merges make of them; special tokens have the configuration's ids.
 
     Raises:
-      DeepGenError: the special tokens' ids collide with the bytes' or with each other, or exceed the vocabulary.
+      DeepGenError: the special tokens' ids collide with those of others or with each other, or exceed the vocabulary.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -161,15 +179,18 @@ def write_byte_tokenizer(folder: Path, config: TextConfig) -> None:
         "<|video_pad|>": config.video_token_id,
     }
     ids = list(special.values())
-    if min(ids) < _BYTES or max(ids) >= config.vocab_size or len(set(ids)) < len(ids):
+    usual = _BYTES + len(merges)
+    if min(ids) < usual or max(ids) >= config.vocab_size or len(set(ids)) < len(ids):
         raise DeepGenError(
-            f"the special tokens' ids {sorted(ids)} must be different, from {_BYTES} on and below "
+            f"the special tokens' ids {sorted(ids)} must be different, from {usual} on and below "
             f"text.vocab_size={config.vocab_size}"
         )
-    vocabulary = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokens = [*sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [f"{left} {right}" for left, right in merges]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": WORDS}, "behavior": "Isolated", "invert": False}
     tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -182,7 +203,7 @@ def write_byte_tokenizer(folder: Path, config: TextConfig) -> None:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-            "vocab": {**vocabulary, **special}, "merges": [],
+            "vocab": {**vocabulary, **special}, "merges": pairs,
         },
     }  # fmt: skip
     settings = {
@@ -204,4 +225,4 @@ def write_byte_tokenizer(folder: Path, config: TextConfig) -> None:
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", settings)
     (folder / "vocab.json").write_text(json.dumps({**vocabulary, **special}, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")

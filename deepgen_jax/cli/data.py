@@ -135,6 +135,48 @@ class ExampleCommand:
         return 0
 
 
+@dataclass(frozen=True)
+class WorldCommand:
+    """Writes text-to-image prompts of the procedural world's training split, each with its ground truth."""
+
+    out: Path
+    """File to write, one JSON object a line: prompt, and truth, by which the reward `world` scores pictures."""
+    prompts: int = 2000
+    """How many."""
+    seed: int = 1
+    """Of the world; supervised training uses seed 0."""
+    skills: Annotated[str, arg(help_behavior_hint="(default: all of text to image)")] = ""
+    """Only these skills, such as text,count."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+
+    def run(self) -> int:
+        """Writes; returns the exit status."""
+        from deepgen_jax.data.synthetic import make_sample
+        from deepgen_jax.data.world.truth import PICTURE_SKILLS
+        from deepgen_jax.rewards.world import TRUTH
+
+        skills = [name.strip() for name in self.skills.split(",") if name.strip()] or ["t2i"]
+        if unknown := [name for name in skills if name not in (*PICTURE_SKILLS, "t2i")]:
+            raise DeepGenError(f"--skills has {unknown[0]!r}; use {', '.join(PICTURE_SKILLS)}")
+        if self.prompts < 1 or self.seed < 0:
+            raise DeepGenError(f"--prompts is {self.prompts} and --seed {self.seed}; use 1 and 0 or more")
+        if self.out.exists() and not self.overwrite:
+            raise DeepGenError(f"{self.out} exists; choose another --out or use --overwrite")
+        samples = [
+            make_sample("train", skills[i % len(skills)], seed=self.seed, index=i) for i in range(self.prompts)
+        ]
+        records = [{"prompt": sample.text, TRUTH: sample.truth.to_json()} for sample in samples]
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+            self.out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DeepGenError(f"{self.out} cannot be written: {error.strerror or error}") from error
+        print(f"wrote {self.out}")
+        return 0
+
+
 def _told(source: CachedSource) -> list[str]:
     entry, held = source.entry, source.held
     bad = [f"  bad: {count} {reason}, such as {held.examples[reason]}" for reason, count in held.bad.items()]

@@ -112,11 +112,39 @@ COMMANDS: dict[str, Subcommand | Group] = {
                 "run the frozen encoders over all samples once, ahead of training",
                 ("deepgen data cache configs/mine.py --out /data/features --batch-size 32",),
             ),
+            "world": Subcommand(
+                "deepgen_jax.cli.data",
+                "WorldCommand",
+                "write prompts of the procedural world with their ground truth, for reinforcement learning",
+                ("deepgen data world --out prompts.jsonl --prompts 2000",),
+            ),
             "example": Subcommand(
                 "deepgen_jax.cli.data",
                 "ExampleCommand",
                 "write a tiny data set of coloured shapes, to try training with",
                 ("deepgen data example --out shapes",),
+            ),
+        },
+    ),
+    "nano": Group(
+        "a small model of the same architecture, to train from nothing",
+        {
+            "init": Subcommand(
+                "deepgen_jax.cli.nano",
+                "InitCommand",
+                "write its model folder with random weights, for configs/nano to train",
+                ("deepgen nano init --out out/nano/model",),
+            ),
+        },
+    ),
+    "eval": Group(
+        "measure how good a model is",
+        {
+            "nano": Subcommand(
+                "deepgen_jax.cli.eval",
+                "NanoCommand",
+                "tell how often held-out prompts of the procedural world come out right, by skill",
+                ("deepgen eval nano nano-model --prompts 200", "deepgen eval nano --renders right"),
             ),
         },
     ),

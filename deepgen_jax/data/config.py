@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 TASKS = ("t2i", "edit")
 #: Formats of data sets; `deepgen_jax.data.sources` holds one file for each.
-KINDS = ("json", "captions", "webdataset", "parquet", "array_record", "tfds", "image_folder", "features")
+KINDS = ("json", "captions", "webdataset", "parquet", "array_record", "tfds", "image_folder", "features", "synthetic")
 #: What `SourceConfig.fields` may rename.
 FIELDS = ("text", "image", "references", "annotation")
 #: Which left pads of a micro-batch the model sees: none, or those up to its longest prompt, as in the released system.
@@ -31,14 +31,15 @@ class SourceConfig:
     Attributes:
       name: short and unique; it stands in sample ids, counts and messages.
       kind: its format, one of `KINDS`.
-      path: a file, a folder, or a pattern with ``*`` or ``{000..123}``; local or an fsspec address (``gs://...``).
+      path: a file, a folder, or a pattern with ``*`` or ``{000..123}``; local or an fsspec address (``gs://...``). Of a
+        synthetic source, what it draws: ``size=96,samples=200000,seed=0``.
       task: "t2i" (text, image) or "edit" (instruction, reference images, image).
       weight: its share of the task's samples, relative to the other sources'. None for all sources of a task draws
         every sample equally often.
       root: folder from which relative image paths start; "" is the folder of the file that names them.
       fields: names in this data set of "text", "image" (the target) and "references", where they are not the usual
         ones; in caption sets also "annotation".
-      split: of a TFDS data set, such as "train" or "train[:90%]".
+      split: of a TFDS data set, such as "train" or "train[:90%]"; of a synthetic source, "train" or "held_out".
     """
 
     name: str

@@ -50,12 +50,15 @@ class OCRReward(LocalReward):
             return NO_TEXT
         return text_accuracy(self.recognise(sample.image), sample.prompt)
 
-    def recognise(self, image: np.ndarray) -> list[tuple[str, float]]:
-        """Lines of text in an image, uint8 [H, W, 3], with their confidence in 0..1, from top to bottom."""
+    def recognise(self, image: np.ndarray, *, upright: bool = False) -> list[tuple[str, float]]:
+        """Lines of text in an image, uint8 [H, W, 3], with their confidence in 0..1, from top to bottom.
+
+        ``upright`` text is not tried upside down, as which short words can be read, too.
+        """
         if not hasattr(self._local, "engine"):
             self._local.engine = _engine(self.min_confidence)
         # An array is taken as blue, green, red.
-        found = self._local.engine(np.ascontiguousarray(image[:, :, ::-1]))
+        found = self._local.engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=not upright)
         return list(zip(found.txts or (), map(float, found.scores or ()), strict=True))
 
     async def close(self) -> None:

@@ -21,6 +21,7 @@ KINDS = {
     "ocr_judge": "deepgen_jax.rewards.ocr_judge:OCRJudgeReward",
     "jpeg": "deepgen_jax.rewards.jpeg:JPEGReward",
     "color_target": "deepgen_jax.rewards.color:ColorTargetReward",
+    "world": "deepgen_jax.rewards.world:WorldReward",
     "http": "deepgen_jax.rewards.http:HTTPReward",
 }
 

@@ -10,7 +10,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 #: What can be trained by name, as `deepgen_jax.training.trees.TRAINABLE`.
-Trainable = Literal["bridge", "mmdit", "lora", "mmdit_lora", "vae"]
+Trainable = Literal["bridge", "mmdit", "lora", "mmdit_lora", "vae", "text", "vision"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,27 @@ class AutoencoderConfig(RunConfig):
         _at_least("kl_weight", self.kl_weight, 0)
         if self.trains != ("vae",):
             raise DeepGenError(f"trains is {self.trains}; this stage trains the vae alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig(RunConfig):
+    """Training of the vision-language model itself, for models that do not take the released one.
+
+    Attributes:
+      data: whose texts are learned, token by token, behind their references; targets are not used. A text "question?
+        answer" counts in ``answers_right``.
+      accumulation: micro-batches of one optimiser step.
+    """
+
+    data: DataConfig
+    trains: tuple[Trainable, ...] = ("text", "vision")
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("accumulation", self.accumulation, 1)
+        if set(self.trains) != {"text", "vision"}:
+            raise DeepGenError(f"trains is {self.trains}; this stage trains text and vision, both")
 
 
 def _at_least(name: str, value: float, low: float) -> None:

@@ -92,11 +92,18 @@ def load_config(path_or_name: str) -> RunConfig:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Files of the packaged configurations by name."""
+    """Files of the packaged configurations by name; those in a folder go by its name, too: "nano/vae"."""
     spec = importlib.util.find_spec(CONFIGS)
     folders = list(spec.submodule_search_locations or ()) if spec else []
-    names = sorted(module.name for module in pkgutil.iter_modules(folders))
-    return {name: Path(folders[0], f"{name}.py") for name in names}
+    return dict(sorted(_configs_in(Path(folders[0])).items())) if folders else {}
+
+
+def _configs_in(folder: Path, prefix: str = "") -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for module in pkgutil.iter_modules([str(folder)]):
+        name = f"{prefix}{module.name}"
+        found |= _configs_in(folder / module.name, f"{name}/") if module.ispkg else {name: folder / f"{module.name}.py"}
+    return found
 
 
 def _config_file(path_or_name: str) -> Path:

@@ -32,6 +32,10 @@ STAGES = {
         ("deepgen_jax.training.autoencoder_stage", "AutoencoderStage"),
     ),
     "grpo": (("deepgen_jax.rl.config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
+    "language": (
+        ("deepgen_jax.training.config", "LanguageConfig"),
+        ("deepgen_jax.training.language_stage", "LanguageStage"),
+    ),
     "supervised": (
         ("deepgen_jax.training.config", "SupervisedConfig"),
         ("deepgen_jax.training.supervised_stage", "SupervisedStage"),

@@ -71,8 +71,8 @@ class SupervisedStage:
           DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
         """
         check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
-        if "vae" in config.trains:
-            raise DeepGenError("trains: this stage does not train the vae; leave it out")
+        if others := [name for name in ("vae", "text", "vision") if name in config.trains]:
+            raise DeepGenError(f"trains: this stage does not train the {others[0]}; leave it out")
         self._config, self._mesh = config, mesh
         self._weights = load_start(config, mesh)
         optimizer = make_optimizer(config.optimizer, config.steps)

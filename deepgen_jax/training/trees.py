@@ -14,7 +14,7 @@ from deepgen_jax.parallel.rules import leaves
 Tree = dict[str, Any]
 
 #: What can be trained by name; "lora" are adapters on the language model, "mmdit_lora" on the MMDiT.
-TRAINABLE = ("bridge", "mmdit", "lora", "mmdit_lora", "vae")
+TRAINABLE = ("bridge", "mmdit", "lora", "mmdit_lora", "vae", "text", "vision")
 #: Stored tables that no stage trains.
 _TABLES = (("mmdit", "pos_embed"),)
 

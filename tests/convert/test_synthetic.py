@@ -12,7 +12,7 @@ import pytest
 
 from deepgen_jax.config import SchedulerConfig, TextConfig
 from deepgen_jax.convert import convert
-from deepgen_jax.convert.synthetic import tiny_config, write_byte_tokenizer, write_release
+from deepgen_jax.convert.synthetic import tiny_config, write_release, write_tokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import read_manifest, read_scheduler
 
@@ -61,7 +61,7 @@ def test_untied_embeddings(tmp_path: Path, read_flat: Callable[..., Flat]) -> No
 def test_the_tokenizer_is_a_byte_tokenizer(config: TextConfig, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    write_byte_tokenizer(tmp_path, config)
+    write_tokenizer(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>user\nZwei Füchse, 狐狸<|im_end|><|vision_start|><|image_pad|><|vision_end|>"

@@ -19,6 +19,7 @@ _SOURCES = {
     "tfds": ("tfds", "TensorFlowDataset"),
     "image_folder": ("image_folder", "ImageFolder"),
     "features": ("features", "Features"),
+    "synthetic": ("synthetic", "Synthetic"),
 }
 assert set(_SOURCES) == set(KINDS)
 

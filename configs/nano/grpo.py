@@ -1,0 +1,40 @@
+"""Stage 3 of DeepGen-nano: MR-GRPO with the exact reward of the world and text accuracy.
+
+Prompts: `deepgen data world --out out/nano/prompts.jsonl`.
+"""
+
+from deepgen_jax.configs.nano import MODEL, SOURCES
+from deepgen_jax.data.config import DataConfig, MixtureConfig
+from deepgen_jax.rewards.registry import RewardConfig
+from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
+from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+
+def get_config() -> GRPOConfig:
+    """16 prompts x 8 images a step, 20 steps of denoising."""
+    return GRPOConfig(
+        model=MODEL,
+        start="out/nano/sft",
+        out="out/nano/grpo",
+        steps=300,
+        trains=("mmdit",),
+        dtype="float32",
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup=5, beta2=0.999, weight_decay=0.0),
+        rollout=RolloutConfig(steps=20, group_size=8, size=96, micro_batch=64),
+        policy=PolicyConfig(micro_batch=64),
+        prompts=PromptsConfig(path="out/nano/prompts.jsonl", rewards={"world": 0.7, "ocr": 0.3}),
+        prompts_per_step=16,
+        rewards=(RewardConfig("world"), RewardConfig("ocr")),
+        data=DataConfig(
+            sources=SOURCES[:1],
+            micro_batch=64,
+            mixture=MixtureConfig(cycle=("t2i",)),
+            image_size=96,
+            token_multiple=72,
+            threads=1,
+        ),
+        checkpoints=CheckpointConfig(every=25),
+        pictures_every=25,
+    )

@@ -1,0 +1,31 @@
+"""Stage 1 of DeepGen-nano: with no DiT that was trained before, it learns together with the bridge."""
+
+from deepgen_jax.configs.nano import MODEL, world_data
+from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
+
+PROMPTS = (
+    "a large red circle to the left of a small blue square",
+    "three yellow stars on a black background",
+    "the shape with three sides, in the colour of grass",
+    'a sign that says "OPEN"',
+)
+
+
+def get_config() -> SupervisedConfig:
+    """Pictures and edits in turns, 64 samples a step."""
+    return SupervisedConfig(
+        model=MODEL,
+        start="out/nano/language",
+        out="out/nano/pretrain",
+        steps=6000,
+        trains=("bridge", "mmdit"),
+        dtype="float32",
+        remat="none",
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),
+        ema_decay=0.999,
+        data=world_data(16),
+        accumulation=4,
+        checkpoints=CheckpointConfig(every=500),
+        samples=SampleConfig(every=1000, prompts=PROMPTS, size=96, num_inference_steps=20),
+    )

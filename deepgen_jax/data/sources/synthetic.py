@@ -1,0 +1,89 @@
+"""The procedural world as a data set: rows are numbers, pictures are drawn when they are read.
+
+The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
+pixels, samples of an epoch, and the seed; what is left out takes these values. ``split`` is "train" or "held_out".
+With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
+language model to learn to see.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+
+from PIL import Image
+
+from deepgen_jax.data import synthetic
+from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.files import FileInfo
+from deepgen_jax.data.sources.base import CachedImage, Record, Row, Source
+from deepgen_jax.data.transforms import UNIT
+from deepgen_jax.data.world.questions import ask
+from deepgen_jax.data.world.scene import Scene
+from deepgen_jax.errors import DeepGenError
+
+_DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0, "questions": 0}
+
+
+class Synthetic(Source):
+    """See `deepgen_jax.data.synthetic`."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(config)
+        values = _parse(config)
+        self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
+        self._asks = bool(questions)
+        if self._asks and config.task != "edit":
+            raise DeepGenError(f"source {config.name}: questions are asked about references; set task=edit")
+        if config.split not in synthetic.SPLITS:
+            raise DeepGenError(
+                f"source {config.name}: split is {config.split!r}; use {' or '.join(synthetic.SPLITS)}"
+            )
+
+    def files(self) -> list[FileInfo]:
+        """A single one that does not exist; its stamp is the version of the world."""
+        return [FileInfo(self.config.path, self._samples, f"world {synthetic.VERSION}")]
+
+    def scan(self, path: str) -> Iterator[Row]:
+        yield from range(self._samples)
+
+    def read(self, row: Row) -> Record:
+        text, scenes = self._sample(row)
+        return Record(text, tuple(_encoded(synthetic.render(scene, self._size)) for scene in scenes))
+
+    def look(self, row: Row) -> Record:
+        text, scenes = self._sample(row)
+        return Record(text, (CachedImage((self._size, self._size)),) * len(scenes))
+
+    def _sample(self, row: Row) -> tuple[str, tuple[Scene, ...]]:
+        """Text, and scenes of the target and the references."""
+        kind = "t2i" if self._asks else self.config.task
+        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=int(row))
+        if self._asks:
+            return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
+        return sample.text, (sample.scene, *sample.references)
+
+
+def _parse(config: SourceConfig) -> dict[str, int]:
+    values = dict(_DEFAULTS)
+    for part in config.path.split(","):
+        name, equals, text = part.strip().partition("=")
+        if name not in values or not equals or not text.strip().isdecimal():
+            raise DeepGenError(
+                f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of it"
+            )
+        values[name] = int(text)
+    if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
+        raise DeepGenError(
+            f"source {config.name}: size is {values['size']} and samples {values['samples']}; sizes are multiples of "
+            f"{UNIT} from {2 * UNIT} on, and there must be samples"
+        )
+    return values
+
+
+def _encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    # Hardly compressed: it is read again at once.
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()

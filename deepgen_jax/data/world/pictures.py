@@ -1,0 +1,202 @@
+"""Text-to-image samples of the world, one function a skill."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from deepgen_jax.data.world import captions
+from deepgen_jax.data.world.render import FONTS
+from deepgen_jax.data.world.scene import Scene, Sign, Thing, different_looks, fits, near, relation_key, scattered
+from deepgen_jax.data.world.truth import Truth, Wanted
+from deepgen_jax.data.world.vocabulary import (
+    BACKGROUNDS,
+    COLOUR_RIDDLES,
+    NUMBER_RIDDLES,
+    NUMBERS,
+    PLACES,
+    RELATIONS,
+    SHAPE_RIDDLES,
+    SIZES,
+    WORDS,
+    ZH,
+)
+
+Look = tuple[str, str]
+#: Share of captions in Chinese, where there are any.
+_CHINESE = 0.15
+#: Where a sign can be.
+SIGN_HEIGHTS = (0.2, 0.5, 0.8)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the picture that it asks for, and what is asked.
+
+    Attributes:
+      text: caption or instruction.
+      scene: of the picture that is wanted.
+      references: scenes of the reference pictures.
+      truth: what is asked.
+      combinations: words that make the prompt what it is; `held_out` looks at each.
+    """
+
+    text: str
+    scene: Scene
+    references: tuple[Scene, ...]
+    truth: Truth
+    combinations: tuple[tuple[object, ...], ...]
+
+
+def background(rng: random.Random) -> str:
+    """Any background."""
+    return rng.choice(list(BACKGROUNDS))
+
+
+def some_size(rng: random.Random) -> str:
+    """Any size."""
+    return rng.choice(list(SIZES))
+
+
+def single(rng: random.Random) -> Sample:
+    """One thing: "a large red circle in the middle on a white background"."""
+    (look,) = different_looks(rng, 1)
+    size, scenery, place = some_size(rng), background(rng), rng.choice(("", "", *PLACES))
+    things = (Thing(*look, size, *near(rng, PLACES[place])),) if place else scattered(rng, [look], [size])
+    said_size, said_scenery = rng.choice((size, None)), rng.choice((scenery, None))
+    if _chinese(rng):
+        text = captions.before_zh(captions.single_zh(look, said_size, place), said_scenery)
+    else:
+        text = captions.before(rng, captions.single(look, said_size, place), said_scenery)
+    truth = Truth("single", (Wanted(*look, said_size, place),), background=said_scenery)
+    return Sample(text, Scene(scenery, things), (), truth, (look,))
+
+
+def two(rng: random.Random) -> Sample:
+    """Two things anywhere: "a red circle and a small blue square"."""
+    looks, scenery = different_looks(rng, 2), background(rng)
+    sizes = [some_size(rng), some_size(rng)]
+    said = [rng.choice((size, None)) for size in sizes]
+    said_scenery = rng.choice((scenery, None))
+    if _chinese(rng):
+        first, second = (f"一个{captions.thing_zh(look, size)}" for look, size in zip(looks, said, strict=True))
+        text = captions.before_zh(f"{first}和{second}", said_scenery)
+    else:
+        first, second = (captions.a(captions.thing(look, size)) for look, size in zip(looks, said, strict=True))
+        text = captions.before(rng, f"{first} and {second}", said_scenery)
+    wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
+    truth = Truth("two", wanted, background=said_scenery)
+    pair = (*sorted(looks)[0], "and", *sorted(looks)[1])
+    return Sample(text, Scene(scenery, scattered(rng, looks, sizes)), (), truth, (*looks, pair))
+
+
+def relation(rng: random.Random) -> Sample:
+    """Two things and how they stand: "a large red circle to the left of a small blue square"."""
+    looks, said_relation, scenery = different_looks(rng, 2), rng.choice(list(RELATIONS)), background(rng)
+    sizes = [some_size(rng), some_size(rng)]
+    # Near one line, so that what is left is not also above.
+    far, cross = [rng.uniform(0.236, 0.25), rng.uniform(0.75, 0.764)], rng.uniform(0.3, 0.7)
+    if said_relation in ("right", "below"):
+        far.reverse()
+    middles = [(along, cross + rng.uniform(-0.05, 0.05)) for along in far]
+    if said_relation in ("above", "below"):
+        middles = [(y, x) for x, y in middles]
+    things = tuple(
+        Thing(*look, size, round(x, 3), round(y, 3))
+        for look, size, (x, y) in zip(looks, sizes, middles, strict=True)
+    )
+    said = [rng.choice((size, None)) for size in sizes]
+    said_scenery = rng.choice((scenery, None))
+    if _chinese(rng):
+        first, second = (f"一个{captions.thing_zh(look, size)}" for look, size in zip(looks, said, strict=True))
+        text = captions.before_zh(f"{first}在{second}的{ZH[said_relation]}", said_scenery)
+    else:
+        names = [captions.thing(look, size) for look, size in zip(looks, said, strict=True)]
+        text = captions.before(rng, captions.relation(rng, names[0], said_relation, names[1]), said_scenery)
+    wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
+    truth = Truth("relation", wanted, said_relation, said_scenery)
+    return Sample(text, Scene(scenery, things), (), truth, (*looks, relation_key(things[0], said_relation, things[1])))
+
+
+def count(rng: random.Random) -> Sample:
+    """Several equal things: "three red circles"."""
+    (look,), number, scenery = different_looks(rng, 1), rng.randint(1, 5), background(rng)
+    said_scenery = rng.choice((scenery, None))
+    if _chinese(rng):
+        text = captions.before_zh(f"{ZH[NUMBERS[number - 1]]}个{captions.thing_zh(look)}", said_scenery)
+    else:
+        name = " ".join(look) if number == 1 else captions.plural(look)
+        digits = rng.choice((NUMBERS[number - 1], str(number)))
+        text = captions.before(rng, f"{digits} {name}", said_scenery)
+    return _several("count", rng, text, look, number, scenery, said_scenery, (look, (number, *look)))
+
+
+def reasoning(rng: random.Random) -> Sample:
+    """What is to be drawn has to be guessed: "the shape with three sides, in the colour of grass"."""
+    (look,), scenery = different_looks(rng, 1), background(rng)
+    kind = rng.choice(("both", "both", "colour", "shape", "number"))
+    if kind == "number":
+        number = rng.randint(1, 5)
+        text = f"as many {captions.plural(look)} {rng.choice(NUMBER_RIDDLES[number])}"
+        return _several(
+            "reasoning", rng, text, look, number, scenery, None, (look, ("as many", number, *look))
+        )
+    colour, shape = rng.choice(COLOUR_RIDDLES[look[0]]), rng.choice(SHAPE_RIDDLES[look[1]])
+    if kind == "both":
+        text = rng.choice((f"{shape}, in {colour}", f"{shape} with {colour}"))
+    else:
+        text = f"{captions.a(look[1])} in {colour}" if kind == "colour" else f"{shape}, {look[0]}"
+    things = scattered(rng, [look], [some_size(rng)])
+    truth = Truth("reasoning", (Wanted(*look),))
+    return Sample(text, Scene(scenery, things), (), truth, (look, ("riddle", kind, *look)))
+
+
+def text(rng: random.Random) -> Sample:
+    """A word on a sign, perhaps with a thing: 'a sign that says "OPEN" and a red circle'."""
+    word, scenery = rng.choice(WORDS), background(rng)
+    plate = any_sign(rng, word)
+    said_scenery = rng.choice((scenery, None))
+    phrase = captions.sign(rng, word)
+    combinations: tuple[tuple[object, ...], ...] = (("word", word, scenery),)
+    if rng.random() < 0.5:
+        truth = Truth("text", (), background=said_scenery, word=word)
+        return Sample(captions.before(rng, phrase, said_scenery), Scene(scenery, (), plate), (), truth, combinations)
+    (look,) = different_looks(rng, 1)
+    things = scattered(rng, [look], ["small"], plate)
+    phrase = f"{phrase} and {captions.a(captions.thing(look))}"
+    truth = Truth("text", (Wanted(*look),), background=said_scenery, word=word)
+    described = captions.before(rng, phrase, said_scenery)
+    return Sample(described, Scene(scenery, things, plate), (), truth, (look, *combinations))
+
+
+def any_sign(rng: random.Random, word: str) -> Sign:
+    """A sign of any font at any height."""
+    return Sign(word, rng.randrange(len(FONTS)), rng.choice(SIGN_HEIGHTS))
+
+
+def free_place(rng: random.Random, size: str, others: tuple[Thing, ...], sign: Sign | None) -> str | None:
+    """A place where a thing of this size would be clear of others, or None."""
+    places = [
+        place for place, (x, y) in PLACES.items() if fits(Thing("red", "circle", size, x, y), others, sign)
+    ]
+    return rng.choice(places) if places else None
+
+
+def _several(
+    skill: str,
+    rng: random.Random,
+    text: str,
+    look: Look,
+    number: int,
+    scenery: str,
+    said_scenery: str | None,
+    combinations: tuple[tuple[object, ...], ...],
+) -> Sample:
+    size = some_size(rng) if number < 3 else "small"
+    things = scattered(rng, [look] * number, [size] * number)
+    truth = Truth(skill, (Wanted(*look),) * number, background=said_scenery)
+    return Sample(text, Scene(scenery, things), (), truth, combinations)
+
+
+def _chinese(rng: random.Random) -> bool:
+    return rng.random() < _CHINESE

@@ -1,0 +1,149 @@
+"""Skills in the procedural world: held-out prompts and edits, scored exactly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from deepgen_jax.data.synthetic import Sample, make_sample, render
+from deepgen_jax.data.world import wrong
+from deepgen_jax.data.world.score import Reader, score
+from deepgen_jax.data.world.truth import EDIT_SKILLS, SKILLS
+from deepgen_jax.evaluation.intervals import wilson
+
+#: What is shown instead of a model's pictures, to see whether the scorers are right.
+Renders = Literal["right", "wrong"]
+#: The row that tells how often edits left everything else alone.
+PRESERVATION = "preservation"
+
+
+class Shown(NamedTuple):
+    """Pictures for a sample, uint8 [H, W, 3]: the one that tells whether it was done, and whether the rest was kept."""
+
+    done: np.ndarray
+    kept: np.ndarray
+
+
+#: Pictures for samples, in their order.
+Maker = Callable[[Sequence[Sample]], Iterable[Shown]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+      skill: one of `SKILLS`, or `PRESERVATION`.
+      right, count: pictures that were right, of so many.
+    """
+
+    skill: str
+    right: int
+    count: int
+
+    def facts(self) -> dict[str, Any]:
+        """With the share and its 95% interval, JSON."""
+        low, high = wilson(self.right, self.count)
+        share = self.right / self.count
+        return {**vars(self), "share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) -> list[Sample]:
+    """So many held-out samples of each skill."""
+    return [make_sample("held_out", skill, seed=seed, index=i) for skill in skills for i in range(prompts)]
+
+
+def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
+    """The table: a row for each skill, and one for what edits left alone.
+
+    Args:
+      samples: of any skills.
+      make: gives their pictures.
+      read: reads words on signs.
+    """
+    done: dict[str, list[bool]] = {}
+    kept: list[bool] = []
+    for sample, shown in zip(samples, make(samples), strict=True):
+        result = score(shown.done, sample.truth, read)
+        done.setdefault(sample.truth.skill, []).append(result.done)
+        if sample.truth.is_edit:
+            same = shown.kept is shown.done
+            kept.append((result if same else score(shown.kept, sample.truth, read)).kept)
+    rows = [Row(skill, sum(results), len(results)) for skill, results in done.items()]
+    return [*rows, Row(PRESERVATION, sum(kept), len(kept))] if kept else rows
+
+
+def renders(kind: Renders, size: int) -> Maker:
+    """Pictures drawn from the ground truth, or from scenes that are wrong in one thing."""
+
+    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+        rng = random.Random(0)
+        for sample in samples:
+            if kind == "right":
+                picture = np.asarray(render(sample.scene, size))
+                yield Shown(picture, picture)
+                continue
+            unkept = wrong.unkept(rng, sample) if sample.truth.is_edit else sample.scene
+            done, kept = (np.asarray(render(scene, size)) for scene in (wrong.undone(rng, sample), unkept))
+            yield Shown(done, kept)
+
+    return make
+
+
+def generated(
+    pipe: Callable[..., Any], size: int, *, steps: int, guidance: float, seed: int, batch_size: int
+) -> Maker:
+    """Pictures that a pipeline makes of the samples' texts and references.
+
+    Args:
+      pipe: a `DeepGenPipeline`.
+      size: side of references and results in pixels.
+      steps, guidance: of sampling.
+      seed: sample i draws its noise from seed + i.
+      batch_size: pictures at once; only samples with equally many references share a batch.
+    """
+
+    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+        made: dict[int, np.ndarray] = {}
+        for references in sorted({len(sample.references) for sample in samples}):
+            places = [i for i, sample in enumerate(samples) if len(sample.references) == references]
+            for start in range(0, len(places), batch_size):
+                chosen = places[start : start + batch_size]
+                # The last batch is filled up: one program for all.
+                filled = chosen + chosen[-1:] * (batch_size - len(chosen))
+                pictures = [_references(samples[i], size) for i in filled]
+                out = pipe(
+                    [samples[i].text for i in filled],
+                    image=pictures if references else None,
+                    height=size,
+                    width=size,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    seed=[seed + i for i in filled],
+                    padding="masked",
+                )
+                made |= {i: np.asarray(picture) for i, picture in zip(chosen, out.images, strict=False)}
+        for i in range(len(samples)):
+            yield Shown(made[i], made[i])
+
+    return make
+
+
+def _references(sample: Sample, size: int) -> list[Image.Image]:
+    return [render(scene, size) for scene in sample.references]
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The table for people."""
+    yield f"{'skill':<14} {'right':>7}   95% interval     of"
+    for row in rows:
+        if row.skill in (EDIT_SKILLS[0], PRESERVATION):
+            yield ""
+        facts = row.facts()
+        interval = f"{facts['low']:.1%} to {facts['high']:.1%}"
+        yield f"{row.skill:<14} {facts['share']:>7.1%}   {interval:<16} {row.count}"

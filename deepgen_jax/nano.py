@@ -1,0 +1,120 @@
+"""DeepGen-nano: the same architecture at small width, for the procedural world; its sizes and its untrained folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from deepgen_jax.config import (
+    BridgeConfig,
+    DeepGenConfig,
+    MMDiTConfig,
+    TextConfig,
+    VAEConfig,
+    VisionConfig,
+)
+from deepgen_jax.errors import DeepGenError
+
+#: Side of its pictures in pixels.
+SIZE = 96
+#: Tokens: bytes, merges and 7 special ones.
+_VOCABULARY, _SPECIAL = 1024, 7
+#: Samples of each task whose texts the tokenizer is made from.
+_TEXTS = 6000
+#: Bytes of a token at most: a word of English, three characters of Chinese, so that no token is a whole phrase.
+_LONGEST_TOKEN = 11
+
+
+def nano_config() -> DeepGenConfig:
+    """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 12 M parameters."""
+    first = _VOCABULARY - _SPECIAL
+    text = TextConfig(
+        hidden_size=128, intermediate_size=352, num_layers=7, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,
+        mrope_sections=(4, 6, 6), tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=first,
+        eos_token_id=first + 2, vision_start_token_id=first + 3, vision_end_token_id=first + 4,
+        image_token_id=first + 5, video_token_id=first + 6,
+    )  # fmt: skip
+    return DeepGenConfig(
+        text=text,
+        vision=VisionConfig(
+            depth=4, hidden_size=96, intermediate_size=256, num_heads=4, full_attention_blocks=(1, 3),
+            out_hidden_size=128,
+        ),
+        bridge=BridgeConfig(
+            num_queries=16, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4, selection_stride=1
+        ),
+        mmdit=MMDiTConfig(
+            num_layers=6, num_heads=3, head_dim=64, joint_attention_dim=192, caption_projection_dim=192,
+            pooled_projection_dim=128, dual_attention_layers=(0, 1, 2), pos_embed_max_size=16,
+            sample_size=SIZE // 8,
+        ),
+        vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE),
+        max_prompt_tokens=128,
+    )  # fmt: skip
+
+
+def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
+    """Writes the model folder of DeepGen-nano with random weights and its tokenizer, to start training from.
+
+    Args:
+      out: the folder to write; it appears when everything is written, or not at all.
+      seed: of the weights.
+      overwrite: replace ``out``.
+
+    Raises:
+      DeepGenError: ``out`` exists or cannot be written.
+    """
+    from deepgen_jax.convert import convert
+    from deepgen_jax.convert.synthetic import write_release
+
+    if out.exists() and not overwrite:
+        raise DeepGenError(f"{out} exists; choose another --out or pass --overwrite")
+    with tempfile.TemporaryDirectory() as folder:
+        release = Path(folder) / "release"
+        write_release(
+            release, nano_config(), seed=seed, dtype="float32", merges=learn_merges(),
+            sincos_positions=True,
+        )  # fmt: skip
+        convert(diffusers=release, out=out, overwrite=overwrite)
+
+
+def learn_merges() -> list[tuple[str, str]]:
+    """Byte pairs of the tokenizer, learned from captions, instructions and questions of the world; always the same.
+
+    Words on signs are left out: they are spelled letter by letter, as they are drawn.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from deepgen_jax.convert.synthetic import WORDS
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY - _SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False, max_token_length=_LONGEST_TOKEN,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(_texts(), trainer)
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def _texts() -> Iterator[str]:
+    from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
+    from deepgen_jax.data.tokens import format_prompt
+    from deepgen_jax.data.world.questions import ask
+
+    for task in TASK_SKILLS:
+        for index in range(_TEXTS):
+            sample = make_sample("train", task, seed=0, index=index)
+            # Instructions and questions stand behind pictures in the template.
+            question, picture = ask(random.Random(index), sample), None if task == "t2i" else ()
+            for text in (format_prompt(sample.text, picture), format_prompt(question, ())):
+                yield re.sub(r"<\|\w+\|>", "", re.sub('"[^"]*"|[A-Z]{2,}', '""', text))

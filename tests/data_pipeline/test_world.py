@@ -1,0 +1,161 @@
+"""The procedural world: always the same, nothing held out in training, drawn as it is described, read by the loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_data import TOKENIZER, model
+
+from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.loader import Loader
+from deepgen_jax.data.sources import open_source, read_row
+from deepgen_jax.data.synthetic import SPLITS, TASK_SKILLS, make_sample, render
+from deepgen_jax.data.world.scene import HELD_OUT_SHARE, Scene, fits, held_out, relation_key
+from deepgen_jax.data.world.truth import SKILLS, Truth
+from deepgen_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, SHAPES, WORDS
+from deepgen_jax.errors import DeepGenError
+
+
+def world(task: str = "t2i", split: str = "train", path: str = "size=64,samples=50,seed=3") -> SourceConfig:
+    return SourceConfig(f"world-{task}", "synthetic", path, task, split=split)
+
+
+def test_samples_are_the_same_for_ever():
+    texts = [make_sample(split, skill, seed=0, index=5).text for split in SPLITS for skill in SKILLS]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    # A change of this is a change of `synthetic.VERSION`.
+    assert digest[:16] == "56bd9b68c75f14d1"
+    assert make_sample("train", "two", seed=0, index=1) != make_sample("train", "two", seed=1, index=1)
+    pixels = np.asarray(render(make_sample("train", "single", seed=0, index=0).scene, 64))
+    assert pixels.shape == (64, 64, 3)
+    again = np.asarray(render(make_sample("train", "single", seed=0, index=0).scene, 64))
+    np.testing.assert_array_equal(pixels, again)
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_training_holds_nothing_that_is_held_out(skill):
+    for index in range(100):
+        sample = make_sample("train", skill, seed=0, index=index)
+        assert not any(held_out(*combination) for combination in sample.combinations)
+        for scene in (sample.scene, *sample.references):
+            assert not any(held_out(*thing.look) for thing in scene.things)
+        other = make_sample("held_out", skill, seed=0, index=index)
+        assert any(held_out(*combination) for combination in other.combinations)
+
+
+def test_a_fair_share_is_held_out_and_every_word_trains():
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    assert 2 <= sum(held_out(*pair) for pair in pairs) <= 2 * len(pairs) / HELD_OUT_SHARE
+    # No colour, shape or word is unknown to training.
+    assert {colour for colour, shape in pairs if not held_out(colour, shape)} == set(COLOURS)
+    assert {shape for colour, shape in pairs if not held_out(colour, shape)} == set(SHAPES)
+    words = [(word, background) for word in WORDS for background in BACKGROUNDS]
+    assert {word for word, background in words if not held_out("word", word, background)} == set(WORDS)
+
+
+def test_a_relation_is_held_out_whichever_way_it_is_told():
+    first, second = make_sample("train", "relation", seed=0, index=0).scene.things
+    assert relation_key(first, "left", second) == relation_key(second, "right", first)
+    assert relation_key(first, "above", second) == relation_key(second, "below", first)
+    assert relation_key(first, "left", second) != relation_key(second, "left", first)
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_scenes_are_tidy_and_truths_survive_json(skill):
+    for index in range(40):
+        sample = make_sample("train", skill, seed=1, index=index)
+        for scene in (sample.scene, *sample.references):
+            assert Scene.from_json(json.loads(json.dumps(scene.to_json()))) == scene
+            for number, thing in enumerate(scene.things):
+                assert fits(thing, scene.things[:number], scene.sign), sample
+        assert Truth.from_json(json.loads(json.dumps(sample.truth.to_json()))) == sample.truth
+        assert len(sample.references) == (0 if skill in TASK_SKILLS["t2i"] else 2 if skill == "reference" else 1)
+        assert sample.scene not in sample.references
+
+
+def test_colours_can_be_told_apart():
+    colours = np.array([*COLOURS.values(), *BACKGROUNDS.values()], float)
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    shapes = len(COLOURS)
+    assert apart[:shapes][apart[:shapes] > 0].min() >= 85
+
+
+def test_captions_say_what_is_there():
+    number = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+    chinese = 0
+    for index in range(60):
+        sample = make_sample("train", "count", seed=2, index=index)
+        things = sample.scene.things
+        if not sample.text.isascii():
+            chinese += 1
+            continue
+        words = sample.text.replace(",", "").split()
+        told = [number.get(word, int(word) if word.isdecimal() else 0) for word in words]
+        assert sum(told) == len(things), sample
+        assert things[0].colour in words
+    assert 1 <= chinese <= 25
+
+
+def test_the_source_reads_what_the_index_saw():
+    for task in ("t2i", "edit"):
+        source = open_source(world(task))
+        (file,) = source.files()
+        rows = list(source.scan(file.path))
+        assert rows == list(range(50))
+        for row in rows[:10]:
+            record, seen = read_row(source, row), read_row(source, row, sizes_only=True)
+            assert record.text == seen.text
+            assert len(record.images) == len(seen.images)
+            assert seen.images[0].size == (64, 64)
+
+
+def test_the_loader_reads_the_world_and_goes_on(tmp_path: Path):
+    config = DataConfig(
+        (world(), world("edit")), 4, mixture=MixtureConfig(cycle=("edit", "t2i")), image_size=64, min_side=16,
+        cache_dir=str(tmp_path), token_multiple=32, threads=1, prefetch=1,
+    )  # fmt: skip
+    with Loader(config, model(), TOKENIZER) as loader:
+        first = [next(loader) for _ in range(3)]
+        state = loader.get_state()
+        following = next(loader)
+    kinds = Counter((batch["task"], len(batch["references"])) for batch in first)
+    assert kinds["t2i", 0] == 1
+    assert sum(kinds.values()) == 3
+    with Loader(config, model(), TOKENIZER) as loader:
+        loader.set_state(state)
+        again = next(loader)
+    np.testing.assert_array_equal(following["target"], again["target"])
+    assert list(following["sample_ids"]) == list(again["sample_ids"])
+    halves = []
+    for host in range(2):
+        with Loader(config, model(), TOKENIZER, process_index=host, process_count=2) as loader:
+            halves.append(next(loader)["target"])
+    np.testing.assert_array_equal(np.concatenate(halves), first[0]["target"])
+    name, _, rest = str(first[1]["sample_ids"][0]).partition("/")
+    sample = make_sample("train", "t2i", seed=3, index=int(rest.partition("@")[0]))
+    assert name == "world-t2i"
+    np.testing.assert_array_equal(first[1]["target"][0], np.asarray(render(sample.scene, 64)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": "size=60"}, "size is 60"),
+        ({"path": "pixels=64"}, "'pixels=64'"),
+        ({"path": "samples=0"}, "samples 0"),
+        ({"split": "test"}, "'test'; use train or held_out"),
+    ],
+)
+def test_bad_settings_are_told(change, message):
+    with pytest.raises(DeepGenError, match=message):
+        open_source(world(**change))
+
+
+def test_an_unknown_skill_is_told():
+    with pytest.raises(DeepGenError, match="'recolor'"):
+        make_sample("train", "recolor", seed=0, index=0)

@@ -1,0 +1,79 @@
+"""DeepGen-nano: sizes within the promise, a tokenizer that knows the world, configurations that find each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepgen_jax.cli.main import main
+from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
+from deepgen_jax.data.tokens import PromptTokenizer
+from deepgen_jax.model_folder import PARTS, load_params, read_manifest
+from deepgen_jax.models.patches import sincos_table
+from deepgen_jax.models.qwen_text import selected_layers
+from deepgen_jax.nano import SIZE, learn_merges, nano_config
+from deepgen_jax.training.overrides import load_config, packaged_configs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nano") / "model"
+    assert main(["nano", "init", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_folder_holds_the_model_in_25_megabytes(model: Path):
+    manifest = read_manifest(model)
+    assert manifest.config == nano_config()
+    config = manifest.config
+    assert selected_layers(config.text.num_layers, config.bridge.selection_stride) == (6, 5, 4, 3, 2, 1)
+    assert config.mmdit.dual_attention_layers
+    assert config.vae.downscale == 8
+    weights = 2 * sum(summary.count for summary in manifest.parameters.values())
+    tokenizer = sum(file.stat().st_size for file in (model / "tokenizer").iterdir())
+    assert weights + tokenizer <= 25_000_000
+
+
+def test_the_tokenizer_is_always_the_same_and_positions_are_those_of_sd3(model: Path):
+    merges = (model / "tokenizer" / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    assert merges == [" ".join(pair) for pair in learn_merges()]
+    config = nano_config().mmdit
+    wanted = sincos_table(config.pos_embed_max_size, config.sample_size // config.patch_size, config.hidden_size)
+    np.testing.assert_array_equal(load_params(model, PARTS)["mmdit"]["pos_embed"], wanted)
+
+
+def test_prompts_fit_and_signs_are_spelled(model: Path):
+    prompts = Prompts(model / "tokenizer", nano_config())
+    multiple = load_config("nano/pretrain").data.token_multiple
+    queries, per_picture = nano_config().bridge.num_queries, (SIZE // 32) ** 2
+    for task in TASK_SKILLS:
+        samples = [make_sample("held_out", task, seed=7, index=index) for index in range(300)]
+        lengths = [
+            prompts.words(sample.text, len(sample.references) or None) + per_picture * len(sample.references)
+            for sample in samples
+        ]
+        assert max(lengths) + queries <= multiple
+    tokenizer = PromptTokenizer(model / "tokenizer", nano_config())
+    assert len(tokenizer.encode(' "QUEEN"')) == len(' "QUEEN"')
+    assert len(tokenizer.encode(" triangle")) == 1
+    # Anything else goes byte by byte, and nothing is lost.
+    assert len(tokenizer.encode("ÿ")) == len("ÿ".encode())
+
+
+def test_stages_follow_each_other():
+    stages = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
+    assert {"nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)
+    assert len({config.model for config in stages.values()}) == 1
+    outs = {config.out for config in stages.values()}
+    assert len(outs) == len(stages)
+    assert all(config.start in outs for name, config in stages.items() if name != "nano/vae")
+
+
+def test_bad_options_are_told(model: Path, capsys):
+    assert main(["nano", "init", "--out", str(model)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["nano", "init", "--seed", "-1"]) == 2
+    assert "--seed is -1" in capsys.readouterr().err
