@@ -57,7 +57,7 @@ RUNS = {
     "red": Run("red, with KL and auxiliary loss", "red", "tab:green", HELD),
     "red_free": Run("red, without both", "red", "tab:red", ("policy.beta=0", "policy.sft_weight=0", "data=null")),
 }
-#: A DiT of 0.4 million parameters that is to change within 150 updates wants a learning rate far above the published
+#: A DiT of 1.8 million parameters that is to change within 150 updates wants a learning rate far above the published
 #: one. With one update per rollout ratios are 1 and the clip range does nothing, so it stays as published.
 SETTINGS = (
     "optimizer.learning_rate=3e-4",

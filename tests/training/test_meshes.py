@@ -76,8 +76,11 @@ def test_first_losses_in_two_processes(stage, folder, alone):
 def test_four_processes_resume_in_one_and_in_two(folder, alone):
     out = folder / "four"
     words = (STAGE_1, f"out={out}")
-    for process in start_processes(folder, 4, *words, "mesh=data=2,fsdp=2", "steps=2"):
+    for process in start_processes(folder, 4, *words, "mesh=data=2,fsdp=2", "checkpoints.every=2"):
         runs.finish(process)
+    np.testing.assert_allclose(runs.losses(out), runs.losses(alone(STAGE_1)), rtol=1e-5)
+    for step in (4, 5):
+        shutil.rmtree(out / "checkpoints" / str(step))
     shutil.copytree(out, folder / "four-in-two")
     assert "goes on from step 2" in runs.finish(runs.start(folder, *words, "mesh=data=1"))
     for process in start_processes(folder, 2, STAGE_1, f"out={folder}/four-in-two", "mesh=data=1,fsdp=2"):
