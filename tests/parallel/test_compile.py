@@ -148,6 +148,30 @@ def test_the_largest_that_fits_is_found_with_few_tries():
         assert len(tried) == len(set(tried)) <= 17
 
 
+@pytest.mark.parametrize(
+    ("config", "program", "mesh", "unit"),
+    [
+        ("sft", "", "", 3 * 8),
+        ("sft", "inference", "fsdp=2,tensor=4", 2),
+        ("grpo", "rollout", "", 8),
+        ("grpo", "", "", 4 * 8),
+    ],
+)
+def test_the_largest_batch_goes_up_by_a_sample_a_device(config, program, mesh, unit):
+    """GRPO's published update takes 4 micro-batches; whole groups of 8 images."""
+    topology, said = parse_topology("h100:8"), []
+
+    def run(request):
+        needed, batch = 10 * GIB * request.batch // unit, request.batch
+        return Report("", program, "samples", batch, 8, (), topology, {}, {}, needed, 1.0, None, 1.0, advice=["x"])
+
+    request = compiling.Request(overrides.load_config(config), topology, mesh, program)
+    assert compiling.largest(request, run, said.append).batch == 7 * unit
+    assert any("80.0 GiB, does not fit" in line for line in said)
+    with pytest.raises(DeepGenError, match="not even one sample a device fits"):
+        compiling.largest(request, lambda request: dataclasses.replace(run(request), needed=100 * GIB), said.append)
+
+
 def test_search_splits_weights_over_neighbours_and_hosts():
     assert list(search.meshes(parse_topology("v6e:8x8"))) == [
         "data=8,fsdp=8", "data=4,fsdp=16", "data=1,fsdp=64", "data=8,fsdp=2,tensor=4"
