@@ -13,7 +13,7 @@ def get_config() -> LanguageConfig:
         model=MODEL,
         start="out/nano/vae",
         out="out/nano/language",
-        steps=4000,
+        steps=2000,
         dtype="float32",
         remat="none",
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),

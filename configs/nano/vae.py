@@ -10,7 +10,7 @@ def get_config() -> AutoencoderConfig:
     return AutoencoderConfig(
         model=MODEL,
         out="out/nano/vae",
-        steps=6000,
+        steps=4000,
         dtype="float32",
         loss="l1",
         kl_weight=1e-3,

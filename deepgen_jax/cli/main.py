@@ -112,17 +112,17 @@ COMMANDS: dict[str, Subcommand | Group] = {
                 "run the frozen encoders over all samples once, ahead of training",
                 ("deepgen data cache configs/mine.py --out /data/features --batch-size 32",),
             ),
-            "world": Subcommand(
-                "deepgen_jax.cli.data",
-                "WorldCommand",
-                "write prompts of the procedural world with their ground truth, for reinforcement learning",
-                ("deepgen data world --out prompts.jsonl --prompts 2000",),
-            ),
             "example": Subcommand(
                 "deepgen_jax.cli.data",
                 "ExampleCommand",
                 "write a tiny data set of coloured shapes, to try training with",
                 ("deepgen data example --out shapes",),
+            ),
+            "world": Subcommand(
+                "deepgen_jax.cli.data",
+                "WorldCommand",
+                "write prompts of the procedural world with their ground truth, for reinforcement learning",
+                ("deepgen data world --out prompts.jsonl --prompts 2000",),
             ),
         },
     ),
