@@ -88,10 +88,10 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "compile": Subcommand(
         "deepgen_jax.cli.compile",
         "CompileCommand",
-        "tell memory, collectives and estimated speed of a run on a TPU pod or GPU cluster, without one",
+        "tell memory and estimated speed of a run on a TPU pod or GPU cluster, without one",
         (
             "deepgen compile sft --topology v6e:8x8",
-            "deepgen compile grpo --topology h100:64 --program rollout --mesh data=8,fsdp=8 --json report.json",
+            "deepgen compile grpo --topology h100:64 --program rollout --json report.json",
         ),
     ),
     "data": Group(
