@@ -18,8 +18,8 @@ from deepgen_jax.evaluation.intervals import wilson
 
 #: What is shown instead of a model's pictures, to see whether the scorers are right.
 Renders = Literal["right", "wrong"]
-#: The row that tells how often edits left everything else alone.
-PRESERVATION = "preservation"
+#: Rows over edits of all kinds: how often they left everything else alone, and how often they were done and did.
+PRESERVATION, WHOLE = "preservation", "done_and_kept"
 
 
 class Shown(NamedTuple):
@@ -38,7 +38,7 @@ class Row:
     """A line of the table.
 
     Attributes:
-      skill: one of `SKILLS`, or `PRESERVATION`.
+      skill: one of `SKILLS`, or `PRESERVATION` or `WHOLE`.
       right, count: pictures that were right, of so many.
     """
 
@@ -59,7 +59,7 @@ def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) ->
 
 
 def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
-    """The table: a row for each skill, and one for what edits left alone.
+    """The table: a row for each skill, and two for what edits left alone.
 
     Args:
       samples: of any skills.
@@ -68,14 +68,18 @@ def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
     """
     done: dict[str, list[bool]] = {}
     kept: list[bool] = []
+    whole: list[bool] = []
     for sample, shown in zip(samples, make(samples), strict=True):
         result = score(shown.done, sample.truth, read)
         done.setdefault(sample.truth.skill, []).append(result.done)
         if sample.truth.is_edit:
+            whole.append(result.done and result.kept)
             same = shown.kept is shown.done
             kept.append((result if same else score(shown.kept, sample.truth, read)).kept)
     rows = [Row(skill, sum(results), len(results)) for skill, results in done.items()]
-    return [*rows, Row(PRESERVATION, sum(kept), len(kept))] if kept else rows
+    if kept:
+        rows += [Row(PRESERVATION, sum(kept), len(kept)), Row(WHOLE, sum(whole), len(whole))]
+    return rows
 
 
 def renders(kind: Renders, size: int) -> Maker:

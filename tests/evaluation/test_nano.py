@@ -12,7 +12,7 @@ from deepgen_jax.cli.main import main
 from deepgen_jax.data.synthetic import render
 from deepgen_jax.data.world.truth import EDIT_SKILLS, SKILLS
 from deepgen_jax.evaluation.intervals import wilson
-from deepgen_jax.evaluation.nano import PRESERVATION, evaluate, generated, held_out_samples, lines, renders
+from deepgen_jax.evaluation.nano import PRESERVATION, WHOLE, evaluate, generated, held_out_samples, lines, renders
 
 #: Skills whose pictures hold no words, which take half a second each to read.
 QUICK = [skill for skill in SKILLS if skill not in ("text", "replace_word")]
@@ -45,7 +45,7 @@ def test_a_model_that_does_what_is_asked_and_one_that_leaves_pictures_alone():
     oracle = Oracle(samples)
     settings = {"steps": 2, "guidance": 1.0, "seed": 5, "batch_size": 4}
     rows = {row.skill: row for row in evaluate(samples, generated(oracle, 96, **settings), nothing)}
-    assert [(row.right, row.count) for row in rows.values()] == [(3, 3)] * len(QUICK) + [(18, 18)]
+    assert [(row.right, row.count) for row in rows.values()] == [(3, 3)] * len(QUICK) + [(18, 18)] * 2
     # Batches are whole and of one number of references; a sample's seed is that of its place.
     assert {count for count, _, _ in oracle.batches} == {4}
     assert [references for _, references, _ in oracle.batches] == [0] * 4 + [1] * 4 + [2]
@@ -54,13 +54,14 @@ def test_a_model_that_does_what_is_asked_and_one_that_leaves_pictures_alone():
     shares = {row.skill: row.right / row.count for row in idle}
     assert all(shares[skill] == 0 for skill in EDIT_SKILLS if skill in QUICK)
     assert shares[PRESERVATION] == shares["single"] == 1
+    assert shares[WHOLE] == 0
 
 
 def test_right_and_wrong_renders():
     samples = held_out_samples(4, 1, QUICK)
     for kind, share in (("right", 1), ("wrong", 0)):
         rows = evaluate(samples, renders(kind, 96), nothing)
-        assert [row.skill for row in rows] == [*QUICK, PRESERVATION]
+        assert [row.skill for row in rows] == [*QUICK, PRESERVATION, WHOLE]
         assert all(row.right == share * row.count for row in rows)
 
 
@@ -79,7 +80,7 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert out.splitlines()[1].split() == ["single", "100.0%", "34.2%", "to", "100.0%", "2"]
     assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [row["skill"] for row in facts["rows"]] == ["single", "remove", "preservation"]
+    assert [row["skill"] for row in facts["rows"]] == ["single", "remove", "preservation", "done_and_kept"]
     assert facts["rows"][0] == {"skill": "single", "right": 2, "count": 2, "share": 1.0, "low": 0.3424, "high": 1.0}
 
 
