@@ -37,6 +37,11 @@ LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the groups, which take longest, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Tiny checkpoints in every released layout, and ``GOLDENS.md`` that says what each is."""

@@ -10,6 +10,9 @@ import pytest
 from deepgen_jax import DeepGenPipeline
 from deepgen_jax.convert import export
 
+# On its own, and so begun early: it takes longer than any other.
+pytestmark = pytest.mark.xdist_group("overfitting")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
