@@ -22,8 +22,9 @@ def interleave(rates: np.ndarray, position: int) -> tuple[np.ndarray, int]:
     """Who comes at a position when streams of the given rates take turns.
 
     Event i of stream b is due at time ((i + 1) * sum(rates)) // rates[b]; events come in order of time, those of one
-    time in order of their streams. So every stream keeps to its share within an event or two, and one that is due at 1
-    in n positions first comes when about n have passed.
+    time in order of their streams. So a stream is never more than two events behind its share, nor more than two and
+    its share of n ahead, while rare ones have yet to come; one that is due at 1 in n positions first comes when about n
+    have passed.
 
     Args:
       rates: int64 [n], positive.

@@ -41,8 +41,10 @@ def slow_conversion(data_dir: Path, tmp_path: Path) -> Iterator[tuple[subprocess
     place = tmp_path / "place"
     place.mkdir()
     program = f"""
+import signal
 import time
 from deepgen_jax.convert import convert, plan
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with SIGINT ignored
 real = plan.all_finite
 def slow(tensor):
     print("reading", flush=True)
