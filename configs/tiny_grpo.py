@@ -1,6 +1,6 @@
 """Stage 3 on a tiny model, going on from `tiny_sft.py`: images are to become red, and small as JPEG files."""
 
-from deepgen_jax.configs.tiny_pretrain import SOURCES
+from deepgen_jax.configs.tiny_vae import SOURCES
 from deepgen_jax.data.config import DataConfig, MixtureConfig
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig

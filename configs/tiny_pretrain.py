@@ -1,15 +1,9 @@
 """Stage 1 on a tiny model and a dozen drawn pictures, going on from `tiny_vae.py`: under a minute on a CPU."""
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.configs.tiny_vae import MIXTURE, SOURCES
+from deepgen_jax.data.config import DataConfig
 from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
-
-SOURCES = (
-    SourceConfig("pictures", "json", "out/example/t2i.json"),
-    SourceConfig("edits", "json", "out/example/edit.json", task="edit"),
-)
-#: Every step sees edits of both numbers of references, so that one program takes all steps.
-MIXTURE = MixtureConfig(cycle=("edit", "t2i", "edit", "t2i"))
 
 
 def get_config() -> SupervisedConfig:

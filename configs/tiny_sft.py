@@ -3,7 +3,7 @@
 Under a minute on a CPU; `benchmarks/overfit.py` goes on until the model knows the pictures by heart.
 """
 
-from deepgen_jax.configs.tiny_pretrain import MIXTURE, SOURCES
+from deepgen_jax.configs.tiny_vae import MIXTURE, SOURCES
 from deepgen_jax.data.config import DataConfig
 from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig

@@ -8,7 +8,7 @@ SOURCES = (
     SourceConfig("pictures", "json", "out/example/t2i.json"),
     SourceConfig("edits", "json", "out/example/edit.json", task="edit"),
 )
-#: Every step sees edits of both numbers of references.
+#: Every step sees edits of both numbers of references, so that one program takes all steps.
 MIXTURE = MixtureConfig(cycle=("edit", "t2i", "edit", "t2i"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,16 @@ from deepgen_jax.training.config import AutoencoderConfig
 from deepgen_jax.training.feed import index_words, open_loader
 from deepgen_jax.training.inputs import REFERENCE_POSTERIOR, TARGET_POSTERIOR, sample_keys
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
+from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start
 
-if TYPE_CHECKING:
-    from deepgen_jax.inference.pipeline import DeepGenPipeline
 
-
-class AutoencoderStage:
+class AutoencoderStage(LoaderStage):
     """Learns to reconstruct all pictures of the data; see `deepgen_jax.training.stage.Stage`."""
 
-    state: TrainState
+    _config: AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig, mesh: Mesh) -> None:
         """Loads the weights onto the mesh and opens the data.
@@ -100,25 +97,6 @@ class AutoencoderStage:
         samples = self._config.accumulation * self._config.data.micro_batch
         return StepReport(metrics, samples, tokens, operations, ids, waited)
 
-    def position(self) -> dict[str, Any]:
-        """The seed and where the data stand."""
-        return {"seed": self._config.seed, "data": self._loader.get_state()}
-
-    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-          DeepGenError: the data or the seed are others than those of the checkpoint.
-        """
-        if position["seed"] != self._config.seed:
-            raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
-        self._loader.set_state(position["data"])
-        self.state = state
-
-    def pipeline(self) -> DeepGenPipeline:
-        """The model as it is now, or its moving average where there is one."""
-        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
-
     def facts(self) -> list[str]:
         """What trains, and the shapes that batches have."""
         count = sum(x.size for x in jax.tree.leaves(self.state.trainable))
@@ -128,10 +106,6 @@ class AutoencoderStage:
             f"trains vae {count:,} parameters; {samples} samples a step, targets and references",
             f"{len(self._loader.buckets)} buckets: {buckets}",
         ]
-
-    def close(self) -> None:
-        """Ends reading ahead."""
-        self._loader.close()
 
     def _count(self, batches: list[Batch]) -> tuple[int, float]:
         """Tokens that the MMDiT would see of the pictures, and operations, over all hosts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,16 @@ from deepgen_jax.training.feed import open_loader, widen
 from deepgen_jax.training.inputs import Text
 from deepgen_jax.training.language import Sums
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
+from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start
 
-if TYPE_CHECKING:
-    from deepgen_jax.inference.pipeline import DeepGenPipeline
 
-
-class LanguageStage:
+class LanguageStage(LoaderStage):
     """Learns the texts of the data, given their references; see `deepgen_jax.training.stage.Stage`."""
 
-    state: TrainState
+    _config: LanguageConfig
 
     def __init__(self, config: LanguageConfig, mesh: Mesh) -> None:
         """Loads the weights onto the mesh and opens the data.
@@ -104,25 +101,6 @@ class LanguageStage:
         samples = self._config.accumulation * self._config.data.micro_batch
         return StepReport(metrics, samples, tokens, operations, ids, waited)
 
-    def position(self) -> dict[str, Any]:
-        """The seed and where the data stand."""
-        return {"seed": self._config.seed, "data": self._loader.get_state()}
-
-    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-          DeepGenError: the data or the seed are others than those of the checkpoint.
-        """
-        if position["seed"] != self._config.seed:
-            raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
-        self._loader.set_state(position["data"])
-        self.state = state
-
-    def pipeline(self) -> DeepGenPipeline:
-        """The model as it is now, or its moving average where there is one."""
-        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
-
     def facts(self) -> list[str]:
         """What trains, and the shapes that batches have."""
         params = self.state.trainable["params"]
@@ -133,10 +111,6 @@ class LanguageStage:
             f"trains {trained} parameters; {samples} samples a step in {self._config.accumulation} micro-batches",
             f"{len(self._loader.buckets)} buckets: {buckets}",
         ]
-
-    def close(self) -> None:
-        """Ends reading ahead."""
-        self._loader.close()
 
     def _count(self, batches: list[Batch]) -> tuple[int, float]:
         """Tokens that are no padding, and operations, over all hosts, from this host's share."""

@@ -23,6 +23,7 @@ from deepgen_jax.training.weights import Weights, current_params
 if TYPE_CHECKING:
     from PIL import Image
 
+    from deepgen_jax.data.loader import Loader
     from deepgen_jax.inference.pipeline import DeepGenPipeline
 
 #: Name of a stage -> module and class of its config, module and class of the stage.
@@ -92,6 +93,39 @@ class Stage(Protocol):
     def close(self) -> None:
         """Ends reading ahead."""
         ...
+
+
+class LoaderStage:
+    """What the stages share that learn from one loader: where they stand, going on, and the model as it is."""
+
+    state: TrainState
+    _config: RunConfig
+    _mesh: Mesh
+    _weights: Weights
+    _loader: Loader
+
+    def position(self) -> dict[str, Any]:
+        """The seed and where the data stand."""
+        return {"seed": self._config.seed, "data": self._loader.get_state()}
+
+    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+          DeepGenError: the data or the seed are others than those of the checkpoint.
+        """
+        if position["seed"] != self._config.seed:
+            raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
+        self._loader.set_state(position["data"])
+        self.state = state
+
+    def pipeline(self) -> DeepGenPipeline:
+        """The model as it is now, or its moving average where there is one."""
+        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
+
+    def close(self) -> None:
+        """Ends reading ahead."""
+        self._loader.close()
 
 
 def make_stage(config: RunConfig, mesh: Mesh) -> Stage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,10 @@ from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.feed import Feed, open_loader
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
+from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
 from deepgen_jax.training.supervised import StepSettings, TrainState, parts, train_step
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start
-
-if TYPE_CHECKING:
-    from deepgen_jax.inference.pipeline import DeepGenPipeline
-
 
 #: Parts of the model that a step runs.
 STEP_PARTS = ("text", "bridge", "mmdit")
@@ -59,10 +55,10 @@ def make_step(
     return step
 
 
-class SupervisedStage:
+class SupervisedStage(LoaderStage):
     """Flow matching on pictures with texts; see `deepgen_jax.training.stage.Stage`."""
 
-    state: TrainState
+    _config: SupervisedConfig
 
     def __init__(self, config: SupervisedConfig, mesh: Mesh) -> None:
         """Loads the weights onto the mesh and opens the data.
@@ -103,25 +99,6 @@ class SupervisedStage:
         waited = {"data": batch.seconds}
         return StepReport(metrics, batch.samples, batch.tokens, batch.flops, batch.sample_ids, waited)
 
-    def position(self) -> dict[str, Any]:
-        """The seed and where the data stand."""
-        return {"seed": self._config.seed, "data": self._loader.get_state()}
-
-    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
-
-        Raises:
-          DeepGenError: the data or the seed are others than those of the checkpoint.
-        """
-        if position["seed"] != self._config.seed:
-            raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
-        self._loader.set_state(position["data"])
-        self.state = state
-
-    def pipeline(self) -> DeepGenPipeline:
-        """The model as it is now, or its moving average where there is one."""
-        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
-
     def facts(self) -> list[str]:
         """What trains, and the shapes that batches have."""
         trees = parts(self.state.trainable)
@@ -132,7 +109,3 @@ class SupervisedStage:
             f"trains {trained} parameters; {samples} samples a step in {self._config.accumulation} micro-batches",
             f"{len(self._loader.buckets)} buckets: {buckets}",
         ]
-
-    def close(self) -> None:
-        """Ends reading ahead."""
-        self._loader.close()
