@@ -16,7 +16,7 @@ from deepgen_jax.data.vision_inputs import patch_grid
 from deepgen_jax.data.world.questions import MARK
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import choose_implementation
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import language
@@ -59,7 +59,7 @@ class LanguageStage(LoaderStage):
             model_config,
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
-            attention=choose_implementation(list(mesh.devices.flat), config.dtype, gradients=True),
+            attention=choose_kernel(mesh, config.dtype, gradients=True),
         )
         self._frozen = {"bridge": self._weights.frozen["bridge"]}
         (mark,) = PromptTokenizer(self._weights.tokenizer, model_config).encode(MARK)
