@@ -33,6 +33,7 @@ from deepgen_jax.training.config import RunConfig, SupervisedConfig
 from deepgen_jax.training.feed import abstract_micro_batches, token_budget
 from deepgen_jax.training.origin import ADAPTED
 from deepgen_jax.training.stage import check_micro_batch
+from deepgen_jax.training.supervised import at_once
 from deepgen_jax.training.trees import Tree, init_lora, split
 
 
@@ -157,9 +158,12 @@ def _lengths(subject: Subject, data: DataConfig) -> dict[str, int]:
 
 
 def step_batch(
-    subject: Subject, model: DeepGen, data: DataConfig, accumulation: int
+    subject: Subject, model: DeepGen, data: DataConfig, accumulation: int, merge: int = 1
 ) -> tuple[dict[str, Any], dict[str, Any], float, tuple[str, ...]]:
-    """What a feed gives for one step: micro-batches, keys, operations and lines about the shapes."""
+    """What a feed gives for one step: micro-batches, keys, operations and lines about the shapes.
+
+    ``merge`` only shows in the lines: the step itself merges what it is given.
+    """
     check_micro_batch("data.micro_batch", data.micro_batch, subject.mesh)
     tokens, lengths = image_tokens(subject.model, data.image_size), _lengths(subject, data)
     tasks = [task_at(data.mixture, position)[0] for position in range(accumulation)]
@@ -175,10 +179,17 @@ def step_batch(
         )
         one = flops.training(subject.model, subject.config.trains, tokens, length, references)
         operations += count * data.micro_batch * one
-        facts.append(
-            f"{count} x {data.micro_batch} {task}: {tokens} target + {references} reference tokens, sequence {length}"
-        )
+        together = at_once(count, merge)
+        merging = f" ({together} at once)" if together > 1 else ""
+        images = f"{tokens} target + {references} reference tokens"
+        facts.append(f"{count} x {data.micro_batch} {task}{merging}: {images}, sequence {length}")
     return micro, keys, operations, tuple(facts)
+
+
+def largest_batch(config: SupervisedConfig) -> int:
+    """Samples that the network sees at once, at most."""
+    tasks = [task_at(config.data.mixture, position)[0] for position in range(config.accumulation)]
+    return config.data.micro_batch * max(at_once(tasks.count(task), config.merge) for task in set(tasks))
 
 
 def state_memory(state: Any) -> dict[str, Any]:

@@ -138,10 +138,13 @@ class Job:
         advice = ["what would take less (--search compiles and ranks such choices):"]
         if program.trains and config.remat != "full":
             advice.append("remat=full, which computes activations again in the backward pass")
+        if program.name == "step" and isinstance(config, SupervisedConfig) and config.merge > 1:
+            advice.append("merge=1, which takes the micro-batches of a task one after another")
         each = program.micro_batch // pieces
         if each > 1:
             smaller = program.micro_batch // 2
             if program.name == "step" and isinstance(config, SupervisedConfig):
+                smaller = config.data.micro_batch // 2
                 mend = f"accumulation={2 * config.accumulation} data.micro_batch={smaller}, the same batch"
             elif program.name == "update":
                 mend = f"policy.micro_batch={smaller}, the same batch"

@@ -31,6 +31,30 @@ def collective_kind(instruction: Instruction) -> str | None:
     return base if base in COLLECTIVES else None
 
 
+def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
+    """(kind, bytes that a device puts in, slices of a group) of a collective between TPU slices, where it begins.
+
+    The compiler does within slices what it can; what is left goes from device to host to the data-centre network, as a
+    ``send`` and a ``recv`` that name the collective, such as ``ALL_REDUCE`` over ``{1,2}x{0:255}``.
+    """
+    if instruction.opcode != "send":
+        return None
+    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    group = instruction.attribute(r'_xla_megascale_target="\{([^}]*)\}')
+    if kind is None:
+        return None
+    return kind.lower().replace("_", "-"), instruction.results[0].bytes, _slices(group or "")
+
+
+def _slices(text: str) -> int:
+    """How many slices ``1,2`` or ``1:4`` names; two where it says something else."""
+    count = 0
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        count += int(last) - int(first) + 1 if last.isdecimal() and first.isdecimal() else 1
+    return max(count, 2)
+
+
 def is_copy(instruction: Instruction) -> bool:
     """Whether an instruction begins to move data within a device beside what follows it."""
     return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start", "async-start")
@@ -86,6 +110,8 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         return moved if any(not array.in_hbm for array in arrays) else 2 * moved
     if opcode.endswith("-start"):
         return max(_hbm(instruction.results), sum(_hbm(arrays) for arrays in operands))
+    if opcode in ("send", "recv"):
+        return _hbm(instruction.results[:1])
     written = _hbm(instruction.results)
     if opcode in _SLICES:
         return 2 * written

@@ -25,6 +25,7 @@ from deepgen_jax.parallel.abstract import (
     condition_of,
     image_tokens,
     kernel_name,
+    largest_batch,
     lora_of,
     placed,
     prompt_length,
@@ -97,13 +98,15 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     model = step_model(config, subject.model, mesh)
     lora = lora_of(config)
     step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
-    micro, keys, operations, facts = step_batch(subject, model, config.data, config.accumulation)
+    micro, keys, operations, facts = step_batch(
+        subject, model, config.data, config.accumulation, config.merge
+    )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "step",
         "samples",
         config.accumulation * config.data.micro_batch,
-        config.data.micro_batch,
+        largest_batch(config),
         lambda: jitted.lower(state, frozen, micro, keys),
         (state, frozen, micro, keys),
         {**state_memory(state), "frozen weights": frozen, "batch": (micro, keys)},

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from deepgen_jax.parallel.costs import collectives_of, is_copy, memory_bytes, operations, wire_bytes
+from deepgen_jax.parallel.costs import (
+    collectives_of,
+    is_copy,
+    memory_bytes,
+    operations,
+    sent_to_slices,
+    wire_bytes,
+)
 from deepgen_jax.parallel.hlo import Computation, Instruction, Module, device_groups
 from deepgen_jax.parallel.topology import GPUS_A_HOST, Topology
 
@@ -24,6 +31,8 @@ ASSUMPTIONS = (
     "left out: launches, latency of collectives, others' traffic on the network, arithmetic of vectors, and the time "
     "of data loading, encoders, checkpoints and the host",
 )
+
+_RENDEZVOUS = r'_xla_host_transfer_rendezvous="([^"]*)"'
 
 
 @dataclass
@@ -162,16 +171,21 @@ class _Walk:
         return self._known[name]
 
     def _run(self, computation: Computation) -> Estimate:
-        total, link, copier = Estimate(), 0.0, 0.0
+        total, link, copier, far = Estimate(), 0.0, 0.0, 0.0
         # When what was started ends, by the name of the newest instruction that stands for it; and what waits for its
         # operands: TPUs start the program of a collective before they hand it its operands in an update.
         pending: dict[str, float] = {}
         waiting: dict[str, float] = {}
+        # When what other slices send is there, by the name under which both ends know it.
+        arriving: dict[str | None, float] = {}
         for one in computation.instructions:
             if one.opcode in ("while", "call", "conditional"):
                 turns = self._module.trips(computation, one) or 1
                 for called in one.called():
                     _add(total, self.computation(called), turns)
+                continue
+            if one.opcode == "recv-done":
+                total.seconds = max(total.seconds, arriving.get(_rendezvous(computation, one), 0.0))
                 continue
             if one.opcode.endswith("-done"):
                 ends = [pending[name] for name in one.operands if name in pending]
@@ -186,6 +200,11 @@ class _Walk:
                     pending[one.name] = pending[started]
                 continue
             busy = self._device(total, computation, one)
+            if one.opcode in ("send", "recv"):
+                if crossing := self._between_slices(total, one):
+                    far = max(far, total.seconds) + crossing
+                    arriving[one.attribute(_RENDEZVOUS)] = far
+                continue
             sent = self._collectives(total, computation, one)
             if not sent and is_copy(one):
                 copier = max(copier, total.seconds) + busy
@@ -200,7 +219,7 @@ class _Walk:
             else:
                 link = max(link, total.seconds) + sent
                 total.seconds = max(total.seconds + busy, link)
-        total.seconds = max(total.seconds, link)
+        total.seconds = max(total.seconds, link, far)
         return total
 
     def _device(self, total: Estimate, computation: Computation, one: Instruction) -> float:
@@ -226,6 +245,23 @@ class _Walk:
             sent += seconds
         total.network_seconds += sent
         return sent
+
+    def _between_slices(self, total: Estimate, one: Instruction) -> float:
+        found = sent_to_slices(one)
+        if found is None:
+            return 0.0
+        kind, operand, slices = found
+        sent = wire_bytes(kind, operand, slices)
+        carried = Traffic(1, sent, sent / self._chip.network_bandwidth)
+        _carry(total.collectives, kind, carried, 1)
+        _carry(total.links, "dcn", carried, 1)
+        total.network_seconds += carried.seconds
+        return carried.seconds
+
+
+def _rendezvous(computation: Computation, done: Instruction) -> str | None:
+    received = computation.by_name.get(done.operands[0]) if done.operands else None
+    return received.attribute(_RENDEZVOUS) if received else None
 
 
 def _add(total: Estimate, one: Estimate, times: int) -> None:

@@ -197,6 +197,40 @@ frontend_attributes={kernel_metadata={
     assert found.seconds == pytest.approx(found.device_seconds + found.network_seconds)
 
 
+def test_collectives_between_slices_run_beside_what_follows():
+    """Each of two slices sends half of what it reduces, twice, and the result is there when both have."""
+    names = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    both = f'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.1_0",{names}}}'
+    text = f"""HloModule slices
+
+ENTRY %main (x: f32[1024], a: bf16[64,64]) -> f32[1024] {{
+  %x = f32[1024]{{0}} parameter(0)
+  %a = bf16[64,64]{{1,0}} parameter(1)
+  %start = token[] after-all()
+  %send = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) send(%x, %start), channel_id=2, {both}
+  %recv = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) recv(%start), channel_id=1, {both}
+  %product = bf16[64,64]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %received = (f32[1024]{{0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = f32[1024]{{0}} get-tuple-element(%received), index=0
+}}
+"""
+    topology = parse_topology("v6e:2x2", slices=2)
+    devices = [
+        SimpleNamespace(id=number, slice_index=number // 4, coords=(number % 2, number // 2 % 2, 0))
+        for number in range(8)
+    ]
+    found = roofline.estimate(hlo.parse(text), topology, devices)
+    sent = 2 * 4096 / 2
+    assert (found.links["dcn"].count, found.links["dcn"].bytes) == (1, sent)
+    assert found.collectives["all-reduce"].bytes == sent
+    crossing = sent / topology.chip.network_bandwidth
+    assert found.network_seconds == pytest.approx(crossing)
+    # The product is over before what was sent is back.
+    assert found.device_seconds < crossing
+    assert found.seconds == pytest.approx(crossing)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
