@@ -52,6 +52,7 @@ def get_config() -> SupervisedConfig:
             token_multiple=256,
         ),
         accumulation=4,
+        merge=4,
         checkpoints=CheckpointConfig(every=1000, keep_last=3, keep_every=20_000),
         samples=SampleConfig(every=5000, prompts=("a red fox in fresh snow", "a sign that says \"OPEN\" above a door")),
     )

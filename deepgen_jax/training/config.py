@@ -157,16 +157,20 @@ class SupervisedConfig(RunConfig):
       data: what is learned from.
       accumulation: micro-batches of one optimiser step; a multiple of the mixture's cycle gives every step the same
         shares of the tasks, and one program.
+      merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
+        products, with more memory for activations.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
     """
 
     data: DataConfig
     accumulation: int = 3
+    merge: int = 1
     weighting: Literal["auto", "none", "logit_normal"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("accumulation", self.accumulation, 1)
+        _at_least("merge", self.merge, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

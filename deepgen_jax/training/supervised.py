@@ -53,12 +53,13 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Static settings of the step."""
+    """Static settings of the step; ``merge`` is how many micro-batches of a task the network sees at once, at most."""
 
     scheduler: SchedulerConfig
     lora_scale: float = 0.0
     weighting: str = "auto"
     ema_decay: float | None = None
+    merge: int = 1
 
 
 def draw(keys: jax.Array, micro: MicroBatch, settings: StepSettings) -> Draws:
@@ -150,13 +151,14 @@ def supervised_gradients(
     """
     count = sum(micro.latents.shape[0] for micro in micro_batches.values())
 
-    def mean_loss(trainable: Tree, micro: MicroBatch, keys: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def mean_loss(
+        trainable: Tree, micro: MicroBatch, keys: jax.Array, shares: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         draws = draw(keys, micro, settings)
         losses = supervised_losses(model, trainable, frozen, micro, draws, settings.lora_scale)
         bins = jnp.clip((draws.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
-        weighted = losses * micro.weight
-        sums, counts = (jnp.zeros(TIMESTEP_BINS).at[bins].add(x) for x in (weighted, micro.weight))
-        loss = jnp.sum(weighted) / jnp.sum(micro.weight) / count
+        sums, counts = (jnp.zeros(TIMESTEP_BINS).at[bins].add(x) for x in (losses * micro.weight, micro.weight))
+        loss = jnp.sum(losses * shares)
         return weight * loss, (loss, sums, counts)
 
     gradients = jax.tree.map(jnp.zeros_like, trainable) if gradients is None else gradients
@@ -168,12 +170,46 @@ def supervised_gradients(
             (_, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(trainable, *inputs)
             return jax.tree.map(jnp.add, carry, (gradient, found)), None
 
+        shares = stacked.weight / jnp.sum(stacked.weight, axis=1, keepdims=True) / count
         start = (gradients, (jnp.float32(0), *bins))
-        (gradients, (total, *sums)), _ = jax.lax.scan(accumulate, start, (stacked, keys[task]))
+        inputs = merged(stacked, keys[task], shares, settings.merge)
+        (gradients, (total, *sums)), _ = jax.lax.scan(accumulate, start, inputs)
         bins = (sums[0], sums[1])
         metrics[f"loss/{task}"] = total * count / stacked.latents.shape[0]
         metrics["loss"] = metrics.get("loss", jnp.float32(0)) + total
     return gradients, metrics | {"loss_bin_sums": bins[0], "loss_bin_counts": bins[1]}
+
+
+def at_once(count: int, most: int) -> int:
+    """How many of ``count`` micro-batches become one: the largest divisor up to ``most``."""
+    return max(number for number in range(1, most + 1) if count % number == 0)
+
+
+def merged(
+    stacked: MicroBatch, keys: jax.Array, shares: jax.Array, most: int
+) -> tuple[MicroBatch, jax.Array, jax.Array]:
+    """A micro-batches of B samples as A / n of n * B, n = :func:`at_once`.
+
+    The gradient stays the same, as every sample brings its share of the mean; weights are gathered A / n times instead
+    of A, and products are larger. Samples stay on their devices: those of one device come one after another.
+
+    Args:
+      stacked: micro-batches on a leading axis.
+      keys, shares: [A, B], of each sample.
+      most: how many become one.
+    """
+    count = keys.shape[0]
+    number = at_once(count, most)
+
+    def join(x: jax.Array, axis: int = 1) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(count // number, number, *x.shape[1:]), 1, axis + 1)
+        return x.reshape(*x.shape[:axis], number * x.shape[axis], *x.shape[axis + 2 :])
+
+    if number == 1:
+        return stacked, keys, shares
+    micro = jax.tree.map(join, stacked)
+    text = micro.text._replace(position_ids=join(stacked.text.position_ids, axis=2))
+    return micro._replace(text=text), join(keys), join(shares)
 
 
 def apply_gradients(

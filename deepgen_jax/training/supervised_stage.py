@@ -43,7 +43,7 @@ def make_step(
     lora_scale: float,
 ) -> Step:
     """A step as the stage jits it: (state, frozen, micro-batches, keys) -> (state, metrics)."""
-    settings = StepSettings(scheduler, lora_scale, config.weighting, config.ema_decay)
+    settings = StepSettings(scheduler, lora_scale, config.weighting, config.ema_decay, config.merge)
     rate = learning_rate(config.optimizer, config.steps)
     trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -248,6 +249,16 @@ def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, go
     halves = [stacked._replace(weight=jnp.asarray([row, row], jnp.float32)) for row in ([1, 0], [0, 1])]
     shares = [step(state, setup.frozen, {"t2i": half}, {"t2i": keys})[1]["loss"] for half in halves]
     np.testing.assert_allclose(sum(shares) / 2, loss, rtol=1e-6)  # each half counts its own samples alone
+
+    # The same at once; samples of unequal weight keep the share they have in their own micro-batch.
+    weighted = stacked._replace(weight=jnp.asarray([[1, 3], [1, 1]], jnp.float32))
+    at_once = jax.jit(partial(train_step, setup.model, optimizer, replace(settings, merge=4)))
+    for batch in (stacked, weighted):
+        apart, together = (one(state, setup.frozen, {"t2i": batch}, {"t2i": keys}) for one in (step, at_once))
+        for name in ("loss", "loss/t2i", "grad_norm", "loss_bin_sums", "loss_bin_counts"):
+            np.testing.assert_allclose(together[1][name], apart[1][name], rtol=1e-5, err_msg=name)
+        first, second = (jax.tree.leaves(new.opt_state) for new, _ in (apart, together))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), first, second)
 
     broken = stacked._replace(latents=stacked.latents.at[0, 0, 0, 0].set(jnp.nan))
     after, metrics = step(new, setup.frozen, {"t2i": broken}, {"t2i": keys})
