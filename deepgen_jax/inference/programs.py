@@ -16,6 +16,7 @@ from deepgen_jax.flow.samplers import sample_ode
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 
 Params = dict[str, Any]
 
@@ -78,7 +79,7 @@ def velocity(model: DeepGen, params: Params, *batch: jax.Array | None, num_targe
     return _apply(model, "velocity", params, *batch, num_targets=num_targets)
 
 
-@partial(jax.jit, static_argnames=("model", "trajectory"))
+@partial(tuned_jit, static_argnames=("model", "trajectory"))
 def denoise(
     model: DeepGen,
     params: Params,

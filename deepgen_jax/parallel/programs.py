@@ -7,7 +7,6 @@ They are those that the stages and the pipeline run, traced for the sizes that a
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from deepgen_jax.config import SchedulerConfig
@@ -36,6 +35,7 @@ from deepgen_jax.parallel.abstract import (
 )
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
 from deepgen_jax.parallel.rl_programs import rollout_program, update_program
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.training.config import RunConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import make_optimizer
@@ -101,7 +101,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    jitted = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "step",
         "samples",

@@ -136,7 +136,7 @@ class Report:
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
         if chip.options:
-            lines.append(f"  compiler options {' '.join(name for name, _ in chip.options)}; a run needs them, too")
+            lines.append(f"  compiler options {' '.join(name for name, _ in chip.options)}; runs set them, too")
         if estimate.unknown_loops:
             lines.append(f"  {estimate.unknown_loops} loops of unknown length count once")
         return lines

@@ -29,6 +29,7 @@ from deepgen_jax.parallel.abstract import (
     with_batch,
 )
 from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.rl.policy import policy_variables
@@ -137,7 +138,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,
         UpdateKeys(array(mesh, dtype=key_type()), keys), array(mesh, dtype=jnp.int32),
     )  # fmt: skip
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    jitted = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "update",
         "images",

@@ -29,7 +29,7 @@ class Chip:
         host (GPU).
       network_bandwidth: bytes into one device from other slices (TPU) or other hosts (GPU).
       torus: sizes at which a dimension of a slice is a ring; a shorter one is a line. Empty on GPUs.
-      options: for the compiler, where its defaults lose time; a run sets them in ``LIBTPU_INIT_ARGS`` or ``XLA_FLAGS``.
+      options: for the compiler, where its defaults lose time; runs set them, too (`deepgen_jax.parallel.tuned_jit`).
       deviceless: options that compiling without the device needs.
     """
 

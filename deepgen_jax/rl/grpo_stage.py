@@ -23,6 +23,7 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, host_share, replicated, to_local
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult
@@ -148,7 +149,7 @@ class GRPOStage:
         self._tokens = tokens
         step = make_update(config, self._model, optimizer, weights.scheduler, weights.lora_scale, self._canvas)
         everywhere = replicated(mesh)
-        self._update = jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
+        self._update = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
         width = weights.config.mmdit.in_channels * weights.config.mmdit.patch_size**2
 
         def begin(seed: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from deepgen_jax.flow.samplers import sample_ode, sde_step
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
 from deepgen_jax.training.trees import Tree
 
@@ -98,7 +99,7 @@ def initial_noise(
     return jnp.repeat(noise, group_size, axis=0) if share else noise
 
 
-@partial(jax.jit, static_argnames=("model", "settings"))
+@partial(tuned_jit, static_argnames=("model", "settings"))
 def rollout(
     model: DeepGen,
     settings: RolloutSettings,

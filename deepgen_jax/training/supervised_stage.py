@@ -15,6 +15,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.feed import Feed, open_loader
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
@@ -90,7 +91,7 @@ class SupervisedStage(LoaderStage):
         self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part in STEP_PARTS}
         step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale)
         layout = (shardings_of(self.state), replicated(mesh))
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=layout)
+        self._step = tuned_jit(step, donate_argnums=0, out_shardings=layout)
 
     def step(self) -> StepReport:
         """Takes one optimiser step."""

@@ -1,0 +1,44 @@
+"""`jax.jit` with the options that the compiler of the devices at hand needs in order not to lose time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from deepgen_jax.parallel.topology import CHIPS
+
+#: What JAX calls a device -> key of `deepgen_jax.parallel.topology.CHIPS`.
+_KINDS = {"TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+
+
+def compiler_options(device_kind: str) -> dict[str, Any] | None:
+    """Options for the large programs of training and sampling on a kind of device; None where defaults do."""
+    chip = CHIPS.get(_KINDS.get(device_kind, ""))
+    return dict(chip.options) if chip else None
+
+
+class tuned_jit:
+    """Like ``jax.jit``, but the devices are looked up at the first call, as importing a module must not do.
+
+    ``deepgen compile`` lowers these programs where there is no such device, and hands the compiler the same options.
+    """
+
+    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
+        self._function, self._settings = function, settings
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        options = compiler_options(jax.devices()[0].device_kind)
+        return jax.jit(self._function, compiler_options=options, **self._settings)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the program."""
+        return self._jitted(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """The program for such arguments, not compiled."""
+        return self._jitted.lower(*args, **kwargs)

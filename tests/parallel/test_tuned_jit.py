@@ -1,0 +1,49 @@
+"""Programs get the options of the devices they run on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepgen_jax.parallel.topology import parse_topology
+from deepgen_jax.parallel.tuned_jit import compiler_options, tuned_jit
+
+
+@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v6e"])
+def test_a_run_compiles_with_what_was_estimated(kind):
+    assert compiler_options(kind) == parse_topology("v6e:8x8").options
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite", "NVIDIA H100 80GB HBM3"])
+def test_other_devices_keep_the_defaults(kind):
+    assert compiler_options(kind) is None
+
+
+def test_options_of_the_device_reach_the_compiler(monkeypatch):
+    monkeypatch.setattr("deepgen_jax.parallel.tuned_jit.compiler_options", lambda kind: {"xla_no_such_option": kind})
+
+    @partial(tuned_jit, static_argnames="power")
+    def raised(x: jax.Array, power: int) -> jax.Array:
+        """A power."""
+        return x**power
+
+    assert raised.__doc__ == "A power."
+    assert "stablehlo" in raised.lower(jnp.ones(2), power=2).as_text()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        raised(jnp.ones(2), power=2)
+
+
+def test_it_is_jit():
+    traced = []
+
+    @tuned_jit
+    def double(x: jax.Array) -> jax.Array:
+        traced.append(x)
+        return 2 * x
+
+    assert float(double(jnp.float32(2))) == 4.0
+    assert float(double(jnp.float32(3))) == 6.0
+    assert len(traced) == 1
