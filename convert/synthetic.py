@@ -43,6 +43,10 @@ _BRANCH_GAIN = 0.1
 _BRANCH_ENDS = {
     "bridge": ("out_proj", "fc2"), "mmdit": ("to_out", "add_out", "fc2"), "vae": ("conv2", "to_out"),
 }  # fmt: skip
+#: Of models that are to be trained: layers of the MMDiT that make scales, shifts and gates, and its last one, which
+#: start small, and the logarithm of the variance of latents.
+_MODULATION = ("norm1", "norm1_context", "norm_out", "proj_out")
+_LOGVAR = -4.0
 
 
 def tiny_config() -> DeepGenConfig:
@@ -77,7 +81,7 @@ def write_release(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     merges: Sequence[tuple[str, str]] = (),
-    sincos_positions: bool = False,
+    for_training: bool = False,
 ) -> Path:
     """Writes a diffusers release of random weights, one tensor at a time, with a tokenizer.
 
@@ -94,8 +98,8 @@ def write_release(
       max_shard_size: of the safetensors files.
       overwrite: replace ``folder``.
       merges: of the tokenizer's byte pairs; without any its tokens are single bytes.
-      sincos_positions: the MMDiT's table of positions, which never trains, is that of the released model's kind, for
-        models that are to be trained in earnest.
+      for_training: for models that are to be trained in earnest. The MMDiT's table of positions, which never trains, is
+        that of the released model's kind; its modulation starts small; and latents start with little noise.
 
     Raises:
       DeepGenError: an argument is unusable, or ``folder`` exists.
@@ -113,11 +117,9 @@ def write_release(
         writer = ReleaseWriter(partial, config, scheduler or SchedulerConfig(), specs, parse_size(max_shard_size))
         try:
             for weight in table.values():
-                if sincos_positions and weight.path[-1] == "pos_embed":
-                    values = _positions(config.mmdit).astype(DTYPES[dtype]).reshape(weight.shape)
-                    blocks: Iterable[np.ndarray] = (values,)
-                else:
-                    blocks = _random_rows(weight, seed, DTYPES[dtype])
+                blocks: Iterable[np.ndarray] = _random_rows(weight, seed, DTYPES[dtype])
+                if for_training:
+                    blocks = _for_training(weight, config, blocks)
                 for rows in blocks:
                     writer.add(weight.key, rows)
                     progress(rows.nbytes)
@@ -141,6 +143,21 @@ def _random_rows(weight: Weight, seed: int, dtype: np.dtype) -> Iterator[np.ndar
         values = rng.standard_normal(shape, np.float32)
         values *= np.float32(_deviation(weight))
         yield values.astype(dtype)
+
+
+def _for_training(weight: Weight, config: DeepGenConfig, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """A tensor's blocks of rows, changed where a network learns faster from other values."""
+    for rows in blocks:
+        if weight.path[-1] == "pos_embed":
+            yield _positions(config.mmdit).astype(rows.dtype).reshape(rows.shape)
+        elif weight.path[0] == "mmdit" and weight.path[-2] in _MODULATION:
+            yield rows * rows.dtype.type(_BRANCH_GAIN)
+        elif weight.path[-3:] == ("encoder", "conv_out", "bias"):
+            # The second half of the channels is the logarithm of the posterior's variance.
+            half = np.arange(rows.shape[-1]) >= rows.shape[-1] // 2
+            yield np.where(half, rows.dtype.type(_LOGVAR), rows)
+        else:
+            yield rows
 
 
 def _positions(config: MMDiTConfig) -> np.ndarray:

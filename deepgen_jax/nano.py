@@ -22,7 +22,7 @@ from deepgen_jax.errors import DeepGenError
 #: Side of its pictures in pixels.
 SIZE = 96
 #: Tokens: bytes, merges and 7 special ones.
-_VOCABULARY, _SPECIAL = 1024, 7
+_VOCABULARY, _SPECIAL = 860, 7
 #: Samples of each task whose texts the tokenizer is made from.
 _TEXTS = 6000
 #: Bytes of a token at most: a word of English, three characters of Chinese, so that no token is a whole phrase.
@@ -52,7 +52,8 @@ def nano_config() -> DeepGenConfig:
             pooled_projection_dim=128, dual_attention_layers=(0, 1, 2), pos_embed_max_size=16,
             sample_size=SIZE // 8,
         ),
-        vae=VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE),
+        # One group of the norms: among few channels of a group, a plain background would keep no more than its sign.
+        vae=VAEConfig(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=1, sample_size=SIZE),
         max_prompt_tokens=128,
     )  # fmt: skip
 
@@ -77,7 +78,7 @@ def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> Non
         release = Path(folder) / "release"
         write_release(
             release, nano_config(), seed=seed, dtype="float32", merges=learn_merges(),
-            sincos_positions=True,
+            for_training=True,
         )  # fmt: skip
         convert(diffusers=release, out=out, overwrite=overwrite)
 

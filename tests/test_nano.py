@@ -65,11 +65,11 @@ def test_prompts_fit_and_signs_are_spelled(model: Path):
 
 def test_stages_follow_each_other():
     stages = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
-    assert {"nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)
+    assert {"nano/vae_small", "nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)
     assert len({config.model for config in stages.values()}) == 1
     outs = {config.out for config in stages.values()}
     assert len(outs) == len(stages)
-    assert all(config.start in outs for name, config in stages.items() if name != "nano/vae")
+    assert all(config.start in outs for name, config in stages.items() if name != "nano/vae_small")
 
 
 def test_bad_options_are_told(model: Path, capsys):

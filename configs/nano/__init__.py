@@ -1,21 +1,27 @@
-"""All stages of DeepGen-nano, in order: vae, language, pretrain, sft, grpo; see docs/nano.md."""
+"""All stages of DeepGen-nano, in order: vae_small, vae, language, pretrain, sft, grpo; see docs/nano.md."""
 
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 
 #: Model folder that `deepgen nano init` writes.
 MODEL = "out/nano/model"
-#: 200,000 pictures and as many edits before the first comes again.
-WORLD = "size=96,samples=200000,seed=0"
-SOURCES = (SourceConfig("world", "synthetic", WORLD), SourceConfig("edits", "synthetic", WORLD, task="edit"))
 
 
-def world_data(micro_batch: int) -> DataConfig:
-    """Pictures and edits in turns; all prompts of one length, so that few programs are compiled."""
+def world(size: int = 96) -> tuple[SourceConfig, SourceConfig]:
+    """200,000 pictures of a size and as many edits before the first comes again."""
+    path = f"size={size},samples=200000,seed=0"
+    return SourceConfig("world", "synthetic", path), SourceConfig("edits", "synthetic", path, task="edit")
+
+
+def world_data(
+    micro_batch: int, cycle: tuple[str, ...] = ("t2i", "t2i", "edit"), size: int = 96
+) -> DataConfig:
+    """Most prompts are of one length, so that few programs are compiled."""
     return DataConfig(
-        sources=SOURCES,
+        sources=tuple(source for source in world(size) if source.task in cycle),
         micro_batch=micro_batch,
-        mixture=MixtureConfig(cycle=("edit", "t2i")),
-        image_size=96,
-        token_multiple=72,
+        mixture=MixtureConfig(cycle=cycle),
+        image_size=size,
+        min_side=0,
+        token_multiple=68,
         threads=1,
     )

@@ -3,8 +3,7 @@
 Prompts: `deepgen data world --out out/nano/prompts.jsonl`.
 """
 
-from deepgen_jax.configs.nano import MODEL, SOURCES
-from deepgen_jax.data.config import DataConfig, MixtureConfig
+from deepgen_jax.configs.nano import MODEL, world_data
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
 from deepgen_jax.training.config import CheckpointConfig
@@ -27,14 +26,7 @@ def get_config() -> GRPOConfig:
         prompts=PromptsConfig(path="out/nano/prompts.jsonl", rewards={"world": 0.7, "ocr": 0.3}),
         prompts_per_step=16,
         rewards=(RewardConfig("world"), RewardConfig("ocr")),
-        data=DataConfig(
-            sources=SOURCES[:1],
-            micro_batch=64,
-            mixture=MixtureConfig(cycle=("t2i",)),
-            image_size=96,
-            token_multiple=72,
-            threads=1,
-        ),
+        data=world_data(64, ("t2i",)),
         checkpoints=CheckpointConfig(every=25),
         pictures_every=25,
     )

@@ -1,31 +1,34 @@
 """The vision-language model of DeepGen-nano, which nobody has trained before: questions on pictures, and captions."""
 
-from deepgen_jax.configs.nano import MODEL, SOURCES, WORLD
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from dataclasses import replace
+
+from deepgen_jax.configs.nano import MODEL, world
+from deepgen_jax.data.config import DataConfig, MixtureConfig
 from deepgen_jax.training.config import CheckpointConfig, LanguageConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> LanguageConfig:
     """Three questions to one caption, 64 samples a step."""
-    questions = SourceConfig("questions", "synthetic", f"{WORLD},questions=1", task="edit")
+    pictures, edits = world()
+    questions = replace(edits, name="questions", path=f"{edits.path},questions=1")
     return LanguageConfig(
         model=MODEL,
         start="out/nano/vae",
         out="out/nano/language",
-        steps=2000,
+        steps=400,
         dtype="float32",
         remat="none",
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),
         data=DataConfig(
-            sources=(SOURCES[0], questions),
+            sources=(pictures, questions),
             micro_batch=16,
             mixture=MixtureConfig(cycle=("edit", "edit", "edit", "t2i")),
             image_size=96,
             text_drop=0.0,
-            token_multiple=72,
+            token_multiple=68,
             threads=1,
         ),
         accumulation=4,
-        checkpoints=CheckpointConfig(every=500),
+        checkpoints=CheckpointConfig(every=100),
     )

@@ -1,20 +1,20 @@
-"""The autoencoder of DeepGen-nano, before all other stages."""
+"""The autoencoder of DeepGen-nano at the size of its pictures, before all stages that need it."""
 
-from deepgen_jax.configs.nano import MODEL, world_data
+from dataclasses import replace
+
+from deepgen_jax.configs.nano import vae_small, world_data
 from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> AutoencoderConfig:
-    """Pictures with edges and letters: absolute differences, and a light divergence."""
-    return AutoencoderConfig(
-        model=MODEL,
+    """As on small pictures, at a lower rate."""
+    return replace(
+        vae_small.get_config(),
+        start="out/nano/vae_small",
         out="out/nano/vae",
-        steps=4000,
-        dtype="float32",
-        loss="l1",
-        kl_weight=1e-3,
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02, beta2=0.99),
-        data=world_data(8),
-        checkpoints=CheckpointConfig(every=500),
+        steps=600,
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup=0.05),
+        data=world_data(8, ("t2i",)),
+        checkpoints=CheckpointConfig(every=200),
     )
