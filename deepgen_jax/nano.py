@@ -30,7 +30,7 @@ _LONGEST_TOKEN = 11
 
 
 def nano_config() -> DeepGenConfig:
-    """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 12 M parameters."""
+    """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 7 M parameters."""
     first = _VOCABULARY - _SPECIAL
     text = TextConfig(
         hidden_size=128, intermediate_size=352, num_layers=7, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,
@@ -48,7 +48,7 @@ def nano_config() -> DeepGenConfig:
             num_queries=16, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4, selection_stride=1
         ),
         mmdit=MMDiTConfig(
-            num_layers=6, num_heads=3, head_dim=64, joint_attention_dim=192, caption_projection_dim=192,
+            num_layers=6, num_heads=4, head_dim=32, joint_attention_dim=128, caption_projection_dim=128,
             pooled_projection_dim=128, dual_attention_layers=(0, 1, 2), pos_embed_max_size=16,
             sample_size=SIZE // 8,
         ),

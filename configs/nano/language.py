@@ -16,7 +16,7 @@ def get_config() -> LanguageConfig:
         model=MODEL,
         start="out/nano/vae",
         out="out/nano/language",
-        steps=400,
+        steps=200,
         dtype="float32",
         remat="none",
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),

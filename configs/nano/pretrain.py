@@ -13,19 +13,19 @@ PROMPTS = (
 
 
 def get_config() -> SupervisedConfig:
-    """Pictures and edits in turns, 64 samples a step."""
+    """Pictures from captions alone, 32 samples a step: a third of the cost of a step with edits."""
     return SupervisedConfig(
         model=MODEL,
         start="out/nano/language",
         out="out/nano/pretrain",
-        steps=2000,
+        steps=3000,
         trains=("bridge", "mmdit"),
         dtype="float32",
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.02),
         ema_decay=0.999,
-        data=world_data(16),
-        accumulation=4,
-        checkpoints=CheckpointConfig(every=500),
+        data=world_data(32, ("t2i",)),
+        accumulation=1,
+        checkpoints=CheckpointConfig(every=250),
         samples=SampleConfig(every=1000, prompts=PROMPTS, size=96, num_inference_steps=20),
     )

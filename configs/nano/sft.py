@@ -18,4 +18,5 @@ def get_config() -> SupervisedConfig:
         lora=AdapterConfig(rank=16, alpha=32, dropout=0.05),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=0.02),
         data=world_data(16),
+        accumulation=3,
     )

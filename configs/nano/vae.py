@@ -1,4 +1,4 @@
-"""The autoencoder of DeepGen-nano at the size of its pictures, before all stages that need it."""
+"""The autoencoder of DeepGen-nano at the size of its pictures."""
 
 from dataclasses import replace
 

@@ -22,6 +22,9 @@ _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "add-dependency", "opt-barrier", "domain", "get-dimension-size",
 ))  # fmt: skip
+# Which piece of a collective a fusion holds; -1 is told of the one that begins it.
+_PIECE = r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"'
+_ENDS = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -29,6 +32,22 @@ def collective_kind(instruction: Instruction) -> str | None:
     """Which collective an instruction is, or begins; None for any other, and for the end of one."""
     base = instruction.opcode.removesuffix("-start")
     return base if base in COLLECTIVES else None
+
+
+def piece_of(module: Module, instruction: Instruction) -> tuple[str, str] | None:
+    """("start", "done" or "middle", channel) of a fusion that holds a part of a collective; None for any other.
+
+    Where nothing else moves data beside the products (TPU v5e), the compiler cuts a collective in pieces and puts each
+    into a fusion with other work. All name the same channel.
+    """
+    if instruction.opcode != "fusion":
+        return None
+    for computation, inner in module.inside(instruction):
+        if collective_kind(inner) and inner.attribute(_PIECE) is not None:
+            targets = [one.attribute(r'custom_call_target="(\w+)"') for one in computation.instructions]
+            part = next((name for target, name in _ENDS.items() if target in targets), "middle")
+            return part, inner.attribute(r"channel_id=(\d+)") or ""
+    return None
 
 
 def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
@@ -65,7 +84,8 @@ def collectives_of(module: Module, instruction: Instruction, computation: Comput
 ]:  # fmt: skip
     """(kind, collective, bytes of its operands on a device) of an instruction and of what it holds.
 
-    A TPU program reduces and scatters in a fusion named so around an all-reduce.
+    A TPU program reduces and scatters in a fusion named so around an all-reduce. Of one that runs in pieces within
+    the fusions of other work, only the fusion that begins it counts; see :func:`piece_of`.
     """
     kind = collective_kind(instruction)
     if kind:
@@ -73,7 +93,7 @@ def collectives_of(module: Module, instruction: Instruction, computation: Comput
     elif instruction.opcode in ("fusion", "async-start"):
         scatters = "all-reduce-scatter" in instruction.attributes
         for inner_computation, inner in module.inside(instruction):
-            if kind := collective_kind(inner):
+            if (kind := collective_kind(inner)) and inner.attribute(_PIECE) in (None, "-1"):
                 if scatters and kind == "all-reduce":
                     kind = "reduce-scatter"
                 yield kind, inner, _operand_bytes(inner_computation, inner)
@@ -119,8 +139,28 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         return 2 * _hbm(operands[1 if opcode == "dynamic-update-slice" else 2])
     if opcode == "fusion":
         body = module.computations[instruction.called()[0]]
+        if piece := piece_of(module, instruction):
+            return _beside_a_piece(body, operands, instruction, piece[0])
         return sum(_fusion_reads(body, operands)) + _fusion_writes(body, instruction)
     return written + sum(_hbm(arrays) for arrays in operands)
+
+
+def _beside_a_piece(
+    body: Computation, operands: list[tuple[Array, ...]], fusion: Instruction, part: str
+) -> int:
+    """Traffic of a fusion that holds a piece of a collective; what it gathers is written once, where it begins."""
+    if part == "start":
+        return _hbm(fusion.results[1:2])
+    if part == "done":
+        return 0
+    # Source, target and flags of the collective pass through; the rest is another fusion's work.
+    piece = next(one for one in body.instructions if one.attribute(_PIECE) is not None)
+    used = {name for one in body.instructions if one not in (piece, body.root) for name in one.operands}
+    read = [_hbm(operands[one.number]) for one in body.instructions if one.opcode == "parameter" and one.name in used]
+    parts = ((body.by_name[name], array) for name, array in zip(body.root.operands, fusion.results, strict=False))
+    return sum(read) + sum(
+        array.bytes for one, array in parts if one is not piece and one.opcode != "parameter" and array.in_hbm
+    )
 
 
 def _fusion_reads(body: Computation, operands: list[tuple[Array, ...]]) -> Iterator[int]:

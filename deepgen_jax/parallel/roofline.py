@@ -18,6 +18,7 @@ from deepgen_jax.parallel.costs import (
     is_copy,
     memory_bytes,
     operations,
+    piece_of,
     sent_to_slices,
     wire_bytes,
 )
@@ -200,6 +201,14 @@ class _Walk:
                     pending[one.name] = pending[started]
                 continue
             busy = self._device(total, computation, one)
+            part, channel = piece_of(self._module, one) or ("", "")
+            if part == "start":
+                link = max(link, total.seconds) + self._collectives(total, computation, one)
+                pending[channel] = link
+                continue
+            if part == "done":
+                total.seconds = max(total.seconds, pending.get(channel, 0.0))
+                continue
             if one.opcode in ("send", "recv"):
                 if crossing := self._between_slices(total, one):
                     far = max(far, total.seconds) + crossing

@@ -197,6 +197,63 @@ frontend_attributes={kernel_metadata={
     assert found.seconds == pytest.approx(found.device_seconds + found.network_seconds)
 
 
+def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
+    """A v5e program gathers in three fusions: one begins, one holds a product and a piece, one ends."""
+
+    def gather(start: str) -> str:
+        flags = f'{{"async_collective_fusion_config":{{"flag_end":"8","flag_start":"{start}"}}}}'
+        return (
+            "%gather = bf16[4,256]{1,0} all-gather(%own), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, "
+            f"backend_config={flags}"
+        )
+
+    text = f"""HloModule pieces
+
+%begin (own: bf16[1,256]) -> (bf16[1,256], bf16[4,256]) {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  {gather("-1")}
+  ROOT %begun = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}}
+
+%async_collective_fusion (own: bf16[1,256], all: bf16[4,256], a: bf16[64,64]) -> (bf16[64,64], bf16[1,256], bf16[4,256]) {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  %all = bf16[4,256]{{1,0}} parameter(1)
+  %a = bf16[64,64]{{1,0}} parameter(2)
+  %product = bf16[64,64]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  {gather("2")}
+  ROOT %both = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) tuple(%product, %own, %gather)
+}}
+
+%end (own: bf16[1,256], all: bf16[4,256]) -> bf16[4,256] {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  %all = bf16[4,256]{{1,0}} parameter(1)
+  {gather("2")}
+  ROOT %ended = bf16[4,256]{{1,0}} custom-call(%own, %all, %gather), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[1,256], a: bf16[64,64]) -> bf16[4,256] {{
+  %x = bf16[1,256]{{1,0}} parameter(0)
+  %a = bf16[64,64]{{1,0}} parameter(1)
+  %start = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%x), kind=kCustom, calls=%begin
+  %own = bf16[1,256]{{1,0}} get-tuple-element(%start), index=0
+  %all = bf16[4,256]{{1,0}} get-tuple-element(%start), index=1
+  %work = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%own, %all, %a), kind=kCustom, calls=%async_collective_fusion
+  %still = bf16[1,256]{{1,0}} get-tuple-element(%work), index=1
+  %more = bf16[4,256]{{1,0}} get-tuple-element(%work), index=2
+  ROOT %done = bf16[4,256]{{1,0}} fusion(%still, %more), kind=kCustom, calls=%end
+}}
+"""  # noqa: E501 - one instruction a line
+    topology = parse_topology("v5e:2x2")
+    found = roofline.estimate(hlo.parse(text), topology, chips(topology))
+    chip, row = topology.chip, 2 * 256
+    assert (found.collectives["all-gather"].count, found.collectives["all-gather"].bytes) == (1, 3 * row)
+    assert found.operations == 2 * 64**3
+    # The gathered array is written once; the product reads and writes its own.
+    assert found.memory == 4 * row + 2 * 2 * 64**2
+    work = max(found.operations / chip.peak_flops, 2 * 2 * 64**2 / chip.memory_bandwidth)
+    assert found.seconds == pytest.approx(max(work, found.network_seconds))
+
+
 def test_collectives_between_slices_run_beside_what_follows():
     """Each of two slices sends half of what it reduces, twice, and the result is there when both have."""
     names = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'

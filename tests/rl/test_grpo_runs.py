@@ -173,23 +173,29 @@ def test_first_steps_on_a_mesh(folder, smooth):
     assert runs.sample_ids(out) == runs.sample_ids(smooth)
 
 
-def two_processes(folder, out, **options):
+def processes(folder, out, count=2, **options):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    words = ("mesh=data=1,fsdp=2", f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", "2")
-    return [runs.start(folder, *words, "--process-id", str(i), **options) for i in range(2)]
+    mesh = f"mesh=data={count // 2},fsdp=2"
+    words = (mesh, f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", str(count))
+    return [runs.start(folder, *words, "--process-id", str(i), **options) for i in range(count)]
 
 
 @pytest.mark.slow
-def test_first_steps_in_two_processes(folder, smooth):
-    for process in two_processes(folder, folder / "two"):
+@pytest.mark.parametrize("count", [2, 4])
+def test_first_steps_in_several_processes(folder, smooth, count):
+    out = folder / f"processes-{count}"
+    for process in processes(folder, out, count):
         runs.finish(process)
-    assert_close(folder / "two", smooth)
-    # Rewards that fail on one host end both, which else would wait for it.
+    assert_close(out, smooth)
+
+
+@pytest.mark.slow
+def test_rewards_that_fail_on_one_host_end_all(folder):
+    """The others would wait for it else."""
     texts = [
-        runs.finish(process, status=2)
-        for process in two_processes(folder, folder / "failing", program=FAIL_ON_ONE_HOST)
+        runs.finish(process, status=2) for process in processes(folder, folder / "failing", program=FAIL_ON_ONE_HOST)
     ]
     # Each ends with its own error, or with the other's if that is told first.
     assert all("too few rewards" in text or "the rewards of process 1 failed" in text for text in texts)
