@@ -1,4 +1,4 @@
-"""All stages of DeepGen-nano, in order: vae_small, vae, language, pretrain, sft, grpo; see docs/nano.md."""
+"""All stages of DeepGen-nano, in order: vae_small, vae, vae_long, language, pretrain, sft, grpo; see docs/nano.md."""
 
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 

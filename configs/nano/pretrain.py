@@ -18,7 +18,7 @@ def get_config() -> SupervisedConfig:
         model=MODEL,
         start="out/nano/language",
         out="out/nano/pretrain",
-        steps=3000,
+        steps=1400,
         trains=("bridge", "mmdit"),
         dtype="float32",
         remat="none",

@@ -13,7 +13,7 @@ def get_config() -> SupervisedConfig:
         pretrain.get_config(),
         start="out/nano/pretrain",
         out="out/nano/sft",
-        steps=800,
+        steps=300,
         trains=("bridge", "mmdit", "lora"),
         lora=AdapterConfig(rank=16, alpha=32, dropout=0.05),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=0.02),
