@@ -15,6 +15,7 @@ import pytest
 from fake_pipeline import FakePipeline, check_prompt
 from PIL import Image
 
+from deepgen_jax import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.edit import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.cli.main import main
@@ -73,6 +74,59 @@ def test_every_option_arrives(pipe: FakePipeline, capsys: pytest.CaptureFixture)
     assert files("sub") == ["cat_0.jpg", "cat_1.jpg", "cat_2.jpg"]
 
 
+@pytest.fixture
+def opened(pipe: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The model folders that commands open; the package's nano is in "weights"."""
+    folders: list[Path] = []
+    monkeypatch.setattr(model_folder, "PACKAGED", Path("weights"))
+    monkeypatch.setattr(sampling, "open_model", lambda folder: folders.append(folder) or (CONFIG, check_prompt))
+    monkeypatch.setattr(sampling, "load_pipeline", lambda folder, *args: folders.append(folder) or pipe)
+    Path("weights/nano").mkdir(parents=True)
+    Path("model").mkdir()
+    Path("p.txt").write_text("a cat\n")
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["generate", "a cat"], "weights/nano"),
+        (["generate", "cat"], "weights/nano"),
+        (["generate", "nano", "a cat"], "weights/nano"),
+        (["generate", "model", "a cat"], "model"),
+        (["generate", "nowhere", "a cat"], "nowhere"),
+        (["generate", "--prompts", "p.txt", "--out", "out"], "weights/nano"),
+        (["generate", "model", "--prompts", "p.txt", "--out", "out"], "model"),
+        (["edit", "a cat", "--image", "a.png"], "weights/nano"),
+        (["edit", "--image", "a.png", "model", "a cat"], "model"),
+        (["edit", "--prompts", "p.txt", "--out", "out", "--image", "a.png"], "weights/nano"),
+    ],
+)
+def test_the_model_may_be_left_out(opened: list[Path], pipe: FakePipeline, words: list[str], folder: str):
+    assert main([*words, "--dtype", "float32"]) == 0
+    assert opened == [Path(folder)] * 2
+    assert pipe.calls[0]["prompt"] == ["cat" if words[1] == "cat" else "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "there is no prompt; write it after the command"),
+        (["generate", "model"], "there is no prompt; write it after the model folder"),
+        (["generate", "nano"], "there is no prompt; write it after the model folder"),
+        (["generate", ""], "the prompt is empty"),
+        (["edit", "model", "--image", "a.png"], "there is no prompt; write it after the model folder"),
+        (["edit", "make it blue"], "there is no image to edit"),
+    ],
+)
+def test_words_that_are_missing(opened: list[Path], capsys: pytest.CaptureFixture, words: list[str], message: str):
+    before = files()
+    assert main(words) == 2
+    assert error(capsys).startswith(message)
+    assert files() == before
+
+
 def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
     for words, size in ((["--size", "96"], (96, 96)), (["--width", "32", "--height", "96"], (32, 96))):
         assert run("generate", "a cat", "--overwrite", *words) == 0
@@ -88,7 +142,6 @@ def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is no prompt"),
         ([""], "the prompt is empty; write what to show"),
         (["  \n"], "the prompt is empty"),
         (["word " * 10_000], "the prompt is 10000 tokens long, the model reads 30; shorten it"),
@@ -250,6 +303,7 @@ def test_nothing_usable_in_a_prompt_file(pipe: FakePipeline, capsys: pytest.Capt
 SCRIPT = """
 import sys
 from fake_pipeline import FakePipeline, check_prompt
+from deepgen_jax import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig
