@@ -129,13 +129,19 @@ COMMANDS: dict[str, Subcommand | Group] = {
         },
     ),
     "nano": Group(
-        "a small model of the same architecture, to train from nothing",
+        "the small model of the same architecture that comes with the package: train it again",
         {
             "init": Subcommand(
                 "deepgen_jax.cli.nano",
                 "InitCommand",
                 "write its model folder with random weights, for configs/nano to train",
                 ("deepgen nano init --out out/nano/model",),
+            ),
+            "report": Subcommand(
+                "deepgen_jax.cli.nano",
+                "ReportCommand",
+                "write how it was trained, its curves and its scores into docs/nano.md",
+                ("deepgen nano report --runs out/nano --scores trained=out/nano/scores.json",),
             ),
         },
     ),
