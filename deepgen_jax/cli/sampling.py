@@ -31,6 +31,7 @@ from deepgen_jax.inference.batch import (
     plan,
     render,
 )
+from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
@@ -68,6 +69,8 @@ class SamplingCommand(PromptArguments):
     images, seed, size (or width and height), id, num_images, steps, guidance."""
     num_images: int = 1
     """Images of each prompt; image k is made with seed + k."""
+    grid: bool = False
+    """Show all images of a prompt in one more picture, too, named like them with _grid."""
     batch_size: int = 4
     """Images made at once; it changes speed and memory, never an image."""
     seed: int = 0
@@ -200,7 +203,8 @@ class SamplingCommand(PromptArguments):
         out = Path(self.out or "image.png")
         names = [out.name] if len(requests) == 1 else [f"{out.stem}_{k}{out.suffix}" for k in range(len(requests))]
         requests = [dataclasses.replace(request, file=name) for request, name in zip(requests, names, strict=True)]
-        for name in names:
+        grids = plan_grids(requests) if self.grid else {}
+        for name in (*names, *grids):
             if out.with_name(name).exists() and not self.overwrite:
                 raise DeepGenError(f"{out.with_name(name)} exists; choose another --out or use --overwrite")
         try:
@@ -209,15 +213,19 @@ class SamplingCommand(PromptArguments):
             raise DeepGenError(f"folder {out.parent} cannot be made: {error.strerror or error}") from error
         model = Model.of(self.folder, _resolved_dtype(self.dtype))
 
+        metadata = {request.file: describe(request, settings, model) for request in requests}
+
         def save(request: Request, image: Image.Image) -> None:
             path = out.with_name(request.file)
-            save_image(image, path, describe(request, settings, model))
+            save_image(image, path, metadata[request.file])
             tqdm.write(str(path), file=sys.stdout)
 
         with Stop(graceful=False):
             failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
         if failures:
             raise DeepGenError(failures[0].reason)
+        for path in write_grids(out.parent, grids, metadata):
+            print(path)
         return 0
 
     def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
@@ -226,6 +234,9 @@ class SamplingCommand(PromptArguments):
             notify(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
         model = Model.of(self.folder, _resolved_dtype(self.dtype))
         folder = Path(self.out or "")
+        grids = plan_grids(requests) if self.grid else {}
+        if not self.overwrite:
+            check_free(folder, grids)
         with OutputFolder(folder) as output, Stop(graceful=True) as stop:
             metadata = {request.file: describe(request, settings, model) for request in requests}
             missing = set(output.missing(metadata.values(), self.overwrite))
@@ -238,9 +249,13 @@ class SamplingCommand(PromptArguments):
 
             if todo:
                 failures += self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
+            unfinished = missing.difference(made)
+            finished = {file: told for file, told in metadata.items() if file not in unfinished}
+            shown = write_grids(folder, grids, finished)
         ready = len(requests) - len(missing)
         already = f" ({ready} there already)" if ready else ""
-        print(f"{_counted(made, 'image')} written to {folder}{already}")
+        beside = f", and {_counted(shown, 'grid')}" if self.grid else ""
+        print(f"{_counted(made, 'image')} written to {folder}{already}{beside}")
         if failures:
             failed = list(dict.fromkeys(map(str, failures)))
             text = "\n  ".join([f"deepgen: error: {_counted(failed, 'prompt')} gave no image:", *failed])

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.devices import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.training import overrides
@@ -24,7 +25,7 @@ from deepgen_jax.training.config import RunConfig
 from deepgen_jax.training.origin import origin_of
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
-from deepgen_jax.training.samples import check_images, grid, make_samples
+from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
 
@@ -184,7 +185,7 @@ class _Loop:
 
     def _sample(self, step: int) -> None:
         pictures = make_samples(self._stage.pipeline(), self._config.samples)
-        self._tracker.picture(step, "samples", grid(pictures))
+        self._tracker.picture(step, "samples", tiled(pictures, columns=4))
 
     def _finish(self, step: int, report: StepReport, begun: float, ended: float | None = None) -> None:
         """Waits for a step, logs it, and stops the run where too many were not finite.
