@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.evaluation.nano import evaluate, generated, held_out_samples
 from deepgen_jax.model_folder import NANO, PACKAGED, PARTS, load_params, locate, read_manifest
+from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.qwen_text import selected_layers
 from deepgen_jax.nano import SIZE, learn_merges, nano_config
@@ -82,6 +84,24 @@ def test_bad_options_are_told(model: Path, capsys):
     assert "exists" in capsys.readouterr().err
     assert main(["nano", "init", "--seed", "-1"]) == 2
     assert "--seed is -1" in capsys.readouterr().err
+
+
+def test_ablations_lack_what_they_are_without(tmp_path: Path):
+    folder = tmp_path / "model"
+    words = ["--without", "think_tokens", "--without", "stacked_channels"]
+    assert main(["nano", "init", "--out", str(folder), *words]) == 0
+    config = read_manifest(folder).config
+    bridge = load_params(folder, ("bridge",))["bridge"]
+    assert "meta_queries" not in bridge
+    assert bridge["projector_in"]["kernel"].shape == (128, 128)
+    assert selected_layers(config.text.num_layers, config.bridge.selection_stride) == (6,)
+    # The rest is as it was, and the connector still sees whatever the prompt has.
+    assert replace(config, bridge=nano_config().bridge) == nano_config()
+    model = Bridge(config.bridge, pooled_dim=128, sequence_dim=192)
+    states = np.random.default_rng(0).normal(size=(1, 2, 5, 128)).astype(np.float32)
+    assert model.apply({"params": bridge}, states[0], method=model.append_think_tokens).shape == (2, 5, 128)
+    pooled, sequence = model.apply({"params": bridge}, states, np.ones((2, 5), bool))
+    assert (pooled.shape, sequence.shape) == ((2, 128), (2, 5, 192))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import UseAppendAction, arg
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.nano import Ablation, write_untrained
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class InitCommand:
     """Folder to write."""
     seed: int = 0
     """Of the weights."""
+    without: Annotated[UseAppendAction[tuple[Ablation, ...]], arg(help_behavior_hint="(repeatable)")] = ()
+    """For ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 
@@ -29,9 +32,7 @@ class InitCommand:
             raise DeepGenError(f"--seed is {self.seed}; use 0 or more")
         # Nothing here computes on an accelerator, so none is taken.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from deepgen_jax.nano import write_untrained
-
-        write_untrained(self.out, seed=self.seed, overwrite=self.overwrite)
+        write_untrained(self.out, seed=self.seed, without=self.without, overwrite=self.overwrite)
         print(f"wrote {self.out}; its weights are random, train it with deepgen train nano/vae")
         return 0
 
