@@ -65,7 +65,7 @@ setup(
     packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
     package_dir=SUBPACKAGES,
     package_data={
-        "deepgen_jax": ["py.typed", "parallel/targets/*.txtpb"],
+        "deepgen_jax": ["py.typed", "parallel/targets/*.txtpb", "weights/nano/**"],
         "deepgen_jax.data.world": ["fonts/*"],
     },
     install_requires=CORE,

@@ -12,6 +12,7 @@ import numpy as np
 
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.model_folder import locate
 from deepgen_jax.training.run_folder import is_run
 
 from .conversion import DTYPES
@@ -50,7 +51,7 @@ def export(
     Nothing is written in between: tensors go from where they are stored to where they are wanted, one by one.
 
     Args:
-      folder: model folder, or folder of a training run.
+      folder: model folder, folder of a training run, or "nano" for the package's model.
       format: "model": a model folder, from a run only; "diffusers": the release layout, adapters merged; "pth": one
         checkpoint of everything, with adapters as peft names them where they are kept apart.
       out: the folder or file to write; it appears when everything is written, or not at all.
@@ -75,15 +76,16 @@ def export(
         raise DeepGenError(f"--dtype {dtype} is unknown; use {' or '.join(DTYPES)}")
     if keep_lora and format == "diffusers":
         raise DeepGenError("a diffusers release has no place for adapters; leave out --keep-lora, or use --format pth")
-    folder, out = Path(folder), Path(out)
+    folder, out = locate(folder), Path(out)
     shard_bytes = parse_size(max_shard_size)
     given = {"step": step, "ema": ema, "keep-lora": keep_lora, "model": model, "start": start}
     sources: list[dict[str, Any]] = []
     if is_run(folder):
         from .runs import open_run
 
-        model, start = (None if path is None else Path(path) for path in (model, start))
-        opened, sources = open_run(folder, step=step, ema=ema, keep_lora=keep_lora, model=model, start=start)
+        base = None if model is None else locate(model)
+        earlier = None if start is None else Path(start)
+        opened, sources = open_run(folder, step=step, ema=ema, keep_lora=keep_lora, model=base, start=earlier)
         merge = not keep_lora
     else:
         opened, merge = open_folder(folder), format == "diffusers"

@@ -292,7 +292,8 @@ def bridge_weights(config: BridgeConfig, num_states: int, pooled_dim: int, seque
         "POOLED": pooled_dim,
         "SEQUENCE": sequence_dim,
     }
-    yield from _expand(_BRIDGE, "", "bridge", sizes)
+    layers = tuple(layer for layer in _BRIDGE if config.num_queries or layer.source != "meta_queries")
+    yield from _expand(layers, "", "bridge", sizes)
     for layer in range(config.num_layers):
         place = _Place("bridge/layers", (layer,), (config.num_layers,))
         yield from _expand(_CONNECTOR_LAYER, f"connector.layers.{layer}.", place, sizes)

@@ -75,6 +75,7 @@ class VisionConfig:
 class BridgeConfig:
     """Think tokens, stacked-channel projector, connector encoder and the two output heads."""
 
+    #: Think tokens; 0 for a model without.
     num_queries: int = 128
     hidden_size: int = 2048
     intermediate_size: int = 11946

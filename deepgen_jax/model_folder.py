@@ -6,6 +6,7 @@ Importing this module, and reading the manifest, is light; arrays bring in JAX a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ FORMAT, VERSION = "deepgen-jax", 1
 #: Parts of the parameter tree that the model computes with. A folder also has "unused": weights that releases hold and
 #: nothing computes with, kept so that an export is complete.
 PARTS = ("text", "vision", "bridge", "mmdit", "vae")
+
+#: Where the package keeps models of its own, and the one it has.
+PACKAGED, NANO = Path(__file__).parent / "weights", "nano"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,18 @@ class Manifest:
     provenance: dict[str, Any]
     parameters: dict[str, PartSummary]
     files: dict[str, int] = field(default_factory=dict)
+
+
+def locate(model: str | os.PathLike[str] | None) -> Path:
+    """The folder of a model that goes by its path or, as "nano" does, by the name of one in the package.
+
+    Args:
+      model: a path, or "nano", which means a folder of that name where there is one; None for the package's nano.
+    """
+    if model is None:
+        return PACKAGED / NANO
+    named = Path(model) == Path(NANO) and not os.path.isdir(model)
+    return PACKAGED / NANO if named and (PACKAGED / NANO).is_dir() else Path(model)
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -6,8 +6,9 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Literal
 
 from deepgen_jax.config import (
     BridgeConfig,
@@ -19,6 +20,8 @@ from deepgen_jax.config import (
 )
 from deepgen_jax.errors import DeepGenError
 
+#: Parts of the bridge that a model can be made without, to see what they are worth.
+Ablation = Literal["think_tokens", "stacked_channels"]
 #: Side of its pictures in pixels.
 SIZE = 96
 #: Tokens: bytes, merges and 7 special ones.
@@ -29,11 +32,18 @@ _TEXTS = 6000
 _LONGEST_TOKEN = 11
 
 
-def nano_config() -> DeepGenConfig:
-    """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 7 M parameters."""
-    first = _VOCABULARY - _SPECIAL
+def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
+    """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 7 M parameters.
+
+    Args:
+      without: what the bridge is to do without: think tokens, or all selected layers but the deepest.
+    """
+    first, layers = _VOCABULARY - _SPECIAL, 7
+    queries = 0 if "think_tokens" in without else 16
+    # Counted back from the last layer used, a stride of all layers selects that one alone.
+    stride = layers - 1 if "stacked_channels" in without else 1
     text = TextConfig(
-        hidden_size=128, intermediate_size=352, num_layers=7, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,
+        hidden_size=128, intermediate_size=352, num_layers=layers, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,
         mrope_sections=(4, 6, 6), tie_word_embeddings=True, max_position_embeddings=4096, pad_token_id=first,
         eos_token_id=first + 2, vision_start_token_id=first + 3, vision_end_token_id=first + 4,
         image_token_id=first + 5, video_token_id=first + 6,
@@ -45,7 +55,8 @@ def nano_config() -> DeepGenConfig:
             out_hidden_size=128,
         ),
         bridge=BridgeConfig(
-            num_queries=16, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4, selection_stride=1
+            num_queries=queries, hidden_size=128, intermediate_size=384, num_layers=2, num_heads=4,
+            selection_stride=stride,
         ),
         mmdit=MMDiTConfig(
             num_layers=6, num_heads=4, head_dim=32, joint_attention_dim=128, caption_projection_dim=128,
@@ -58,12 +69,15 @@ def nano_config() -> DeepGenConfig:
     )  # fmt: skip
 
 
-def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> None:
+def write_untrained(
+    out: Path, *, seed: int = 0, without: Collection[Ablation] = (), overwrite: bool = False
+) -> None:
     """Writes the model folder of DeepGen-nano with random weights and its tokenizer, to start training from.
 
     Args:
       out: the folder to write; it appears when everything is written, or not at all.
       seed: of the weights.
+      without: as of :func:`nano_config`.
       overwrite: replace ``out``.
 
     Raises:
@@ -77,7 +91,7 @@ def write_untrained(out: Path, *, seed: int = 0, overwrite: bool = False) -> Non
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
         write_release(
-            release, nano_config(), seed=seed, dtype="float32", merges=learn_merges(),
+            release, nano_config(without), seed=seed, dtype="float32", merges=learn_merges(),
             for_training=True,
         )  # fmt: skip
         convert(diffusers=release, out=out, overwrite=overwrite)

@@ -36,7 +36,7 @@ class RunArguments:
             raise DeepGenError(f"{self.config} describes no training data; name a configuration of supervised training")
         if not config.model:
             raise DeepGenError("model is not set; give model=FOLDER")
-        return data, Path(config.model), config.dtype
+        return data, config.model_folder, config.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

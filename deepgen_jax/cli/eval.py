@@ -20,7 +20,7 @@ class NanoArguments:
     """The word after the command; a class of its own so that options can follow it in the help."""
 
     model: Annotated[Positional[Path | None], arg(metavar="MODEL", help_behavior_hint="")] = None
-    """Model folder; not needed with --renders."""
+    """Model folder, or nano for the one in the package; not needed with --renders."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,13 @@ class NanoCommand(NanoArguments):
             size = self.size or 96
             return nano.renders(self.renders, size), size
         from deepgen_jax.cli.sampling import DEFAULT_SIDE, load_pipeline, open_model
+        from deepgen_jax.model_folder import locate
 
         assert self.model is not None
-        config, _ = open_model(self.model)
+        folder = locate(self.model)
+        config, _ = open_model(folder)
         size = self.size or min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
-        pipe = load_pipeline(self.model, self.dtype, None, self.compilation_cache)
+        pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
         make = nano.generated(
             pipe, size, steps=self.steps, guidance=self.guidance, seed=self.seed, batch_size=self.batch_size
         )

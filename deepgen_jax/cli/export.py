@@ -19,7 +19,7 @@ class ExportCommand:
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Model folder, or folder of a training run."""
+    """Model folder, folder of a training run, or nano."""
     format: Literal["model", "diffusers", "pth"]
     """A model folder (from a run), the folders of the release (adapters are merged), or one checkpoint of everything
     (a model folder's adapters stay apart)."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
-from deepgen_jax.model_folder import Manifest, PartSummary, read_manifest, read_scheduler
+from deepgen_jax.model_folder import Manifest, PartSummary, locate, read_manifest, read_scheduler
 from deepgen_jax.training.origin import read_origin
 from deepgen_jax.training.run_folder import is_run, last_metrics, read_run, saved_steps
 
@@ -32,21 +32,22 @@ class InfoCommand:
     """Tells what a model folder or a training run holds; the weights are not read."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Model folder, or folder of a training run."""
+    """Model folder, folder of a training run, or nano."""
     json: bool = False
     """Print one JSON object instead."""
 
     def run(self) -> int:
         """Prints; returns the exit status."""
-        if is_run(self.folder):
-            told = run_facts(self.folder)
+        folder = locate(self.folder)
+        if is_run(folder):
+            told = run_facts(folder)
             print(json.dumps(told, indent=2) if self.json else "\n".join(run_lines(told)))
             return 0
-        manifest, scheduler = read_manifest(self.folder), read_scheduler(self.folder)
+        manifest, scheduler = read_manifest(folder), read_scheduler(folder)
         if self.json:
-            print(json.dumps(facts(self.folder, manifest, scheduler), indent=2))
+            print(json.dumps(facts(folder, manifest, scheduler), indent=2))
         else:
-            print("\n".join(lines(self.folder, manifest, scheduler)))
+            print("\n".join(lines(folder, manifest, scheduler)))
         return 0
 
 

@@ -63,6 +63,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
         "GenerateCommand",
         "make images from text",
         (
+            'deepgen generate "a large red circle to the left of a small blue square" --out shapes.png',
             'deepgen generate deepgen "a red fox in fresh snow" --out fox.png',
             "deepgen generate deepgen --prompts prompts.jsonl --out images --batch-size 8",
         ),
@@ -72,6 +73,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
         "EditCommand",
         "change reference images by an instruction",
         (
+            'deepgen edit "make the circle green" --image shapes.png --out green.png',
             'deepgen edit deepgen "make it night" --image fox.png --out night.png',
             'deepgen edit deepgen "the fox beside this house" --image fox.png --image house.jpg',
         ),
@@ -127,13 +129,19 @@ COMMANDS: dict[str, Subcommand | Group] = {
         },
     ),
     "nano": Group(
-        "a small model of the same architecture, to train from nothing",
+        "the small model of the same architecture that comes with the package: train it again",
         {
             "init": Subcommand(
                 "deepgen_jax.cli.nano",
                 "InitCommand",
                 "write its model folder with random weights, for configs/nano to train",
                 ("deepgen nano init --out out/nano/model",),
+            ),
+            "report": Subcommand(
+                "deepgen_jax.cli.nano",
+                "ReportCommand",
+                "write how it was trained, its curves and its scores into docs/nano.md",
+                ("deepgen nano report --runs out/nano --scores trained=out/nano/scores.json",),
             ),
         },
     ),

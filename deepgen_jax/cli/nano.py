@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import UseAppendAction, arg
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.nano import Ablation, write_untrained
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,8 @@ class InitCommand:
     """Folder to write."""
     seed: int = 0
     """Of the weights."""
+    without: Annotated[UseAppendAction[tuple[Ablation, ...]], arg(help_behavior_hint="(repeatable)")] = ()
+    """For ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 
@@ -26,8 +32,38 @@ class InitCommand:
             raise DeepGenError(f"--seed is {self.seed}; use 0 or more")
         # Nothing here computes on an accelerator, so none is taken.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from deepgen_jax.nano import write_untrained
-
-        write_untrained(self.out, seed=self.seed, overwrite=self.overwrite)
+        write_untrained(self.out, seed=self.seed, without=self.without, overwrite=self.overwrite)
         print(f"wrote {self.out}; its weights are random, train it with deepgen train nano/vae")
+        return 0
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Writes how nano was trained, its curves and its scores into its page."""
+
+    runs: Path = Path("out/nano")
+    """Folder of the runs of configs/nano."""
+    scores: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LABEL=FILE")] = ()
+    """Column of the table of scores: its title, and what `deepgen eval nano --json` printed."""
+    device: str = ""
+    """What runs that have not recorded it ran on."""
+    out: Path = Path("docs/nano.md")
+    """The page, which has a place for the report; the picture goes to images/nano_curves.png beside it."""
+
+    def run(self) -> int:
+        """Writes and prints the paths; returns the exit status."""
+        # Nothing here computes on an accelerator, so none is taken.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from deepgen_jax.evaluation.nano_report import read_scores, write_report
+
+        columns = {}
+        for word in self.scores:
+            label, equals, path = word.partition("=")
+            if not label.strip() or not equals or not path:
+                raise DeepGenError(f"--scores {word} is not understood; write LABEL=FILE")
+            if label in columns:
+                raise DeepGenError(f"--scores has {label!r} twice; give each its own label")
+            columns[label] = read_scores(label, Path(path))
+        picture = write_report(self.out, self.runs, list(columns.values()), self.device)
+        print(f"{self.out}\n{picture}")
         return 0

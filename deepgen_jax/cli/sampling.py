@@ -31,9 +31,11 @@ from deepgen_jax.inference.batch import (
     plan,
     render,
 )
+from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.model_folder import locate
 from deepgen_jax.notices import notify
 from deepgen_jax.terminal import progress_bar
 
@@ -45,10 +47,12 @@ DEFAULT_SIDE = 512
 class PromptArguments:
     """The words after the command; a class of its own so that a command's first options can follow them in the help."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]
-    """Model folder, made by `deepgen convert`."""
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="(default: nano)")] = None
+    """Model folder, made by `deepgen convert`. Left out, or nano: the small model that comes with the package, which
+    knows coloured shapes and short words."""
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT", help_behavior_hint="")] = None
-    """What to show, or how to change the image."""
+    """What to show, or how to change the image, in quotes. A word alone is the prompt, unless there is a folder of that
+    name."""
 
 
 @dataclass
@@ -65,13 +69,15 @@ class SamplingCommand(PromptArguments):
     images, seed, size (or width and height), id, num_images, steps, guidance."""
     num_images: int = 1
     """Images of each prompt; image k is made with seed + k."""
+    grid: bool = False
+    """Show all images of a prompt in one more picture, too, named like them with _grid."""
     batch_size: int = 4
     """Images made at once; it changes speed and memory, never an image."""
     seed: int = 0
     """Seed of the noise; the same for every prompt unless the prompt file gives others."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
     """Size in pixels, such as 512x768, or one number for a square. By default that of the first reference image, or
-    512x512 (less where the model was made for less)."""
+    512x512 (less where the model was made for less: 96x96 with nano)."""
     width: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Width, in place of --size."""
     height: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
@@ -95,6 +101,22 @@ class SamplingCommand(PromptArguments):
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     max_image_megapixels: float = 64.0
     """Larger image files are refused before they are decoded."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the model."""
+        return locate(None if self._prompt_alone() else self.model)
+
+    @property
+    def text(self) -> str | None:
+        """The prompt among the words, if there is one."""
+        return self.model if self._prompt_alone() else self.prompt
+
+    def _prompt_alone(self) -> bool:
+        """Whether the only word is the prompt: there is no such folder, and no file that has prompts."""
+        if self.model is None or self.prompt is not None or self.prompts is not None:
+            return False
+        return not self.model or not os.path.isdir(locate(self.model))
 
     def settings(self, config: DeepGenConfig) -> Settings:
         """The options as the batch planner takes them; commands add theirs."""
@@ -122,7 +144,7 @@ class SamplingCommand(PromptArguments):
         """Makes the images; returns the exit status."""
         self._check_numbers()
         records, failures = self._records()
-        config, check_prompt = open_model(self.model)
+        config, check_prompt = open_model(self.folder)
         settings = self.settings(config)
         requests, more = plan(records, settings, check_prompt, str(self.prompts) if self.prompts else "")
         failures += more
@@ -134,9 +156,10 @@ class SamplingCommand(PromptArguments):
 
     def _records(self) -> tuple[list[Record], list[Failure]]:
         if self.prompts is None:
-            if self.prompt is None:
-                raise DeepGenError("there is no prompt; write it after the model folder, or give a file with --prompts")
-            prompt = _checked_text(self.prompt, "prompt")
+            if self.text is None:
+                after = "the command" if self.model is None else "the model folder"
+                raise DeepGenError(f"there is no prompt; write it after {after}, or give a file with --prompts")
+            prompt = _checked_text(self.text, "prompt")
             if not prompt.strip():
                 raise DeepGenError("the prompt is empty; write what to show")
             if self.out is not None and not _is_folder(self.out):
@@ -180,32 +203,40 @@ class SamplingCommand(PromptArguments):
         out = Path(self.out or "image.png")
         names = [out.name] if len(requests) == 1 else [f"{out.stem}_{k}{out.suffix}" for k in range(len(requests))]
         requests = [dataclasses.replace(request, file=name) for request, name in zip(requests, names, strict=True)]
-        for name in names:
+        grids = plan_grids(requests) if self.grid else {}
+        for name in (*names, *grids):
             if out.with_name(name).exists() and not self.overwrite:
                 raise DeepGenError(f"{out.with_name(name)} exists; choose another --out or use --overwrite")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DeepGenError(f"folder {out.parent} cannot be made: {error.strerror or error}") from error
-        model = Model.of(self.model, _resolved_dtype(self.dtype))
+        model = Model.of(self.folder, _resolved_dtype(self.dtype))
+
+        metadata = {request.file: describe(request, settings, model) for request in requests}
 
         def save(request: Request, image: Image.Image) -> None:
             path = out.with_name(request.file)
-            save_image(image, path, describe(request, settings, model))
+            save_image(image, path, metadata[request.file])
             tqdm.write(str(path), file=sys.stdout)
 
         with Stop(graceful=False):
             failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
         if failures:
             raise DeepGenError(failures[0].reason)
+        for path in write_grids(out.parent, grids, metadata):
+            print(path)
         return 0
 
     def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
         """Many images: what is finished is skipped, what fails is listed at the end."""
         if failures:
             notify(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
-        model = Model.of(self.model, _resolved_dtype(self.dtype))
+        model = Model.of(self.folder, _resolved_dtype(self.dtype))
         folder = Path(self.out or "")
+        grids = plan_grids(requests) if self.grid else {}
+        if not self.overwrite:
+            check_free(folder, grids)
         with OutputFolder(folder) as output, Stop(graceful=True) as stop:
             metadata = {request.file: describe(request, settings, model) for request in requests}
             missing = set(output.missing(metadata.values(), self.overwrite))
@@ -218,9 +249,13 @@ class SamplingCommand(PromptArguments):
 
             if todo:
                 failures += self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
+            unfinished = missing.difference(made)
+            finished = {file: told for file, told in metadata.items() if file not in unfinished}
+            shown = write_grids(folder, grids, finished)
         ready = len(requests) - len(missing)
         already = f" ({ready} there already)" if ready else ""
-        print(f"{_counted(made, 'image')} written to {folder}{already}")
+        beside = f", and {_counted(shown, 'grid')}" if self.grid else ""
+        print(f"{_counted(made, 'image')} written to {folder}{already}{beside}")
         if failures:
             failed = list(dict.fromkeys(map(str, failures)))
             text = "\n  ".join([f"deepgen: error: {_counted(failed, 'prompt')} gave no image:", *failed])
@@ -241,7 +276,7 @@ class SamplingCommand(PromptArguments):
         stopped: Callable[[], bool],
     ) -> list[Failure]:
         """Loads the model and makes ``todo``, saving image by image, until done or ``stopped``."""
-        pipe = load_pipeline(self.model, dtype, self.mesh, self.compilation_cache)
+        pipe = load_pipeline(self.folder, dtype, self.mesh, self.compilation_cache)
         if stopped():
             return []
         sizes = batch_sizes(planned, self._batch_size())

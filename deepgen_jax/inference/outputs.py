@@ -110,7 +110,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
         exif = Image.Exif()
         exif[_EXIF_DESCRIPTION] = json.dumps(metadata)
         options["exif"] = exif
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         image.save(file, image_format, **options)
         _flush(file.fileno())
 
@@ -238,7 +238,7 @@ class OutputFolder:
         content = "".join([*self._others, *self._lines.values()]).encode()
         before = path.read_bytes() if path.exists() else b""
         if content != before:
-            with _replacing(path) as temporary:
+            with replacing(path) as temporary:
                 temporary.write_bytes(content)
 
 
@@ -247,7 +247,7 @@ def _line(metadata: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes ``path`` at the end, or goes away on an error."""
     # The suffix keeps it out of the reach of a `*.png`.
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}.tmp")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -23,6 +22,7 @@ from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
+from deepgen_jax.model_folder import locate
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
@@ -74,10 +74,10 @@ class DeepGenPipeline:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], dtype: DTypeLike = "float32", mesh: Mesh | str | None = None
     ) -> DeepGenPipeline:
-        """Loads a model folder (made by ``deepgen convert``).
+        """Loads a model folder (made by ``deepgen convert``), or "nano", the small model that comes with the package.
 
         Args:
-          folder: the model folder.
+          folder: the model folder, or "nano"; a folder of that name comes first.
           dtype: dtype of weights and computation, "float32" or "bfloat16"; the VAE stays float32 where its config says
             so. Adapters stored beside the weights are merged on loading.
           mesh: a mesh with the axes ("data", "fsdp", "tensor"), its sizes as text ("fsdp=8"), or None for one device.
@@ -87,7 +87,7 @@ class DeepGenPipeline:
         """
         from deepgen_jax.inference.loading import load_model
 
-        return cls(*load_model(Path(folder), dtype, mesh))
+        return cls(*load_model(locate(folder), dtype, mesh))
 
     def __call__(
         self,

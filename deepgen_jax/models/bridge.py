@@ -54,8 +54,9 @@ class Bridge(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        init = nn.initializers.normal(cfg.hidden_size**-0.5)
-        self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, cfg.hidden_size))
+        if cfg.num_queries:
+            init = nn.initializers.normal(cfg.hidden_size**-0.5)
+            self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, cfg.hidden_size))
         self.projector_in = Linear(cfg.hidden_size, dtype=self.dtype)
         zeros = nn.initializers.zeros
         self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
@@ -65,6 +66,8 @@ class Bridge(nn.Module):
 
     def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:
         """[B, L, hidden] -> [B, L + num_queries, hidden]."""
+        if not self.config.num_queries:
+            return embeddings
         shape = (embeddings.shape[0], *self.meta_queries.shape)
         think = jnp.broadcast_to(self.meta_queries.astype(embeddings.dtype), shape)
         return jnp.concatenate([embeddings, think], axis=1)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -85,7 +84,7 @@ class Subject:
 
 def model_sizes(config: RunConfig) -> tuple[DeepGenConfig, str]:
     """Sizes of the model that a run starts from, and a line that tells whose they are."""
-    folder = Path(config.model)
+    folder = config.model_folder
     if config.model and folder.is_dir():
         return dataclasses.replace(model_folder.read_manifest(folder).config, lora=None), f"model {folder}"
     return DeepGenConfig(), f"model {config.model!r} is no folder here; sizes are those of the released model"

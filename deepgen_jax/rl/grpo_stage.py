@@ -130,7 +130,7 @@ class GRPOStage:
         self._loader = None
         if config.data is not None and config.policy.sft_weight:
             check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
-            self._loader = open_loader(config.data, weights, mesh, config.model)
+            self._loader = open_loader(config.data, weights, mesh, config.model_folder)
             self._feed = Feed(
                 self._loader,
                 self._encoders,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from deepgen_jax.data.config import DataConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 #: What can be trained by name, as `deepgen_jax.training.trees.TRAINABLE`.
@@ -108,7 +110,7 @@ class RunConfig:
     """What all stages share.
 
     Attributes:
-      model: model folder that the run starts from.
+      model: model folder that the run starts from, or "nano" for the one in the package.
       start: folder of an earlier run whose newest trained weights replace the model folder's; "" for none.
       out: folder of this run; a run that was interrupted goes on from its newest checkpoint there.
       steps: optimiser steps.
@@ -147,6 +149,11 @@ class RunConfig:
             raise DeepGenError(f"trains is {self.trains}; name each part that trains once")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise DeepGenError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, or null")
+
+    @property
+    def model_folder(self) -> Path:
+        """Where ``model`` is."""
+        return locate(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,7 @@ def abstract_micro_batches(
     return micro, array(count, size, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: str) -> Loader:
+def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: Path) -> Loader:
     """A loader of this host's share of the batches.
 
     Args:
@@ -217,7 +217,7 @@ def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: str) -> L
         weights.tokenizer,
         process_index=share,
         process_count=shares,
-        weights=digest_for(data, Path(model)),
+        weights=digest_for(data, model),
     )
 
 

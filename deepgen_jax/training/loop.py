@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.devices import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.training import overrides
@@ -24,7 +25,7 @@ from deepgen_jax.training.config import RunConfig
 from deepgen_jax.training.origin import origin_of
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
-from deepgen_jax.training.samples import check_images, grid, make_samples
+from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
 
@@ -68,7 +69,7 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
     """
     check_images(config.samples)
     run = Path(config.out)
-    describe(run, config)
+    describe(run, config, f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
     with ExitStack() as stack:
         stage = make_stage(config, mesh)
         stack.callback(stage.close)
@@ -90,8 +91,13 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
         return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped).run(start, stop)
 
 
-def describe(run: Path, config: RunConfig) -> None:
+def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     """Writes the run's description, unless the folder holds another run. It pins what the run starts from.
+
+    Args:
+      run: its folder.
+      config: of the run.
+      devices: what it runs on from now on, such as "8 x TPU v6e"; all that it has run on are kept.
 
     Raises:
       DeepGenError: it does, or something else; or ``config.start`` cannot be started from.
@@ -99,8 +105,10 @@ def describe(run: Path, config: RunConfig) -> None:
     values: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
     values["config"] = overrides.to_json(config)
     path = run / RUN_FILE
+    used: list[str] = []
     if path.is_file():
         earlier = read_run(run)
+        used = earlier.get("devices", [])
         if earlier["kind"] != values["kind"]:
             raise DeepGenError(f"{run} holds a run of kind {earlier['kind']}, not {values['kind']}; give another out")
         for name in _FIXED:
@@ -110,6 +118,7 @@ def describe(run: Path, config: RunConfig) -> None:
     elif run.is_dir() and any(run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
     values["origin"] = origin_of(config).to_json()
+    values["devices"] = list(dict.fromkeys([*used, *([devices] if devices else [])]))
     if jax.process_index() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -176,7 +185,7 @@ class _Loop:
 
     def _sample(self, step: int) -> None:
         pictures = make_samples(self._stage.pipeline(), self._config.samples)
-        self._tracker.picture(step, "samples", grid(pictures))
+        self._tracker.picture(step, "samples", tiled(pictures, columns=4))
 
     def _finish(self, step: int, report: StepReport, begun: float, ended: float | None = None) -> None:
         """Waits for a step, logs it, and stops the run where too many were not finite.

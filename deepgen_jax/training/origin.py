@@ -89,7 +89,7 @@ def origin_of(config: RunConfig) -> Origin:
     Raises:
       DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model, or the folder is damaged.
     """
-    model, start = Path(config.model), Path(config.start) if config.start else None
+    model, start = config.model_folder, Path(config.start) if config.start else None
     if (Path(config.out) / RUN_FILE).is_file():
         return read_origin(Path(config.out)).moved(model, start)
     if start is None:

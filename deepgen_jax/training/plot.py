@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,23 @@ _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (
 _COLUMNS = 3
 #: Ranges of steps that a heat map tells apart.
 _HEAT_COLUMNS = 200
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "agg.path.chunksize": 10_000,
+}
 #: Share of the steps, at the end, that the profiles of several runs are taken over.
 _LAST = 0.2
-_DPI = 150
+#: Dots per inch of pictures.
+DPI = 150
 #: Characters of a title and a legend that fit beside each other.
 _TITLE_ROOM = 53
 
@@ -67,39 +82,18 @@ def plot_runs(
     figure = draw(runs, choose_panels(runs, metrics), smooth)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=_DPI)
+        figure.savefig(out, dpi=DPI)
     except OSError as error:
         raise DeepGenError(f"{out} cannot be written: {error.strerror or error}") from error
     return out
 
 
 def draw(runs: Sequence[Curves], panels: Sequence[Panel], smooth: int | None = None) -> Figure:
-    """The figure, a matplotlib ``Figure`` that belongs to no window."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+    """The figure, a matplotlib ``Figure`` that belongs to no window: panels with all runs in each."""
+    with _figure(len(panels)) as (figure, places):
         from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise DeepGenError("drawing curves needs matplotlib; pip install 'deepgen-jax[log]'") from error
-    style: Any = {
-        "font.size": 9,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#e6e6e6",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-        "legend.fontsize": 8,
-        "agg.path.chunksize": 10_000,
-    }
-    with rc_context(style):
-        columns = min(_COLUMNS, len(panels))
-        rows = -(-len(panels) // columns)
-        figure = Figure(figsize=(max(4.6 * columns, 5.5), 3.0 * rows + 0.6), layout="constrained")
-        for i, panel in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, i + 1)
+
+        for axes, panel in zip(places, panels, strict=True):
             axes.set_title(panel.look.title, loc="left")
             if not panel.is_list:
                 _draw_lines(axes, panel, runs, smooth)
@@ -112,9 +106,33 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], smooth: int | None = N
         else:
             handles = [Line2D([], [], color=_color(i), linewidth=2, label=run.label) for i, run in enumerate(runs)]
             figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 4), fontsize=9)
+    return figure
+
+
+def draw_apart(runs: Sequence[tuple[Curves, Panel]]) -> Figure:
+    """The figure of runs that follow each other: a panel for each, with its label above."""
+    with _figure(len(runs)) as (figure, places):
+        for axes, (run, panel) in zip(places, runs, strict=True):
+            axes.set_title(run.label, loc="left")
+            _draw_lines(axes, panel, [run], None)
+    return figure
+
+
+@contextlib.contextmanager
+def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """An empty figure and the axes of so many panels; it is laid out at the end."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DeepGenError("drawing curves needs matplotlib; pip install 'deepgen-jax[log]'") from error
+    with rc_context(_STYLE):
+        columns = min(_COLUMNS, panels)
+        rows = -(-panels // columns)
+        figure = Figure(figsize=(max(4.6 * columns, 5.5), 3.0 * rows + 0.6), layout="constrained")
+        yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
         # Drawn here, under the style above.
         figure.draw_without_rendering()
-    return figure
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:

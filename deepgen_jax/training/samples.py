@@ -45,15 +45,5 @@ def make_samples(pipeline: DeepGenPipeline, config: SampleConfig) -> list[Image.
     return [picture for picture in pictures if picture is not None]
 
 
-def grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
-    """Pictures of one size side by side, in rows of at most ``columns``."""
-    width, height = pictures[0].size
-    across = min(columns, len(pictures))
-    sheet = Image.new("RGB", (across * width, -(-len(pictures) // across) * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % across * width, i // across * height))
-    return sheet
-
-
 def _reference(path: Path, size: int) -> Image.Image:
     return load_image(path).resize((size, size), Image.Resampling.BICUBIC)

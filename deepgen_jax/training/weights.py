@@ -63,7 +63,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     Raises:
       DeepGenError: no such folder or run, or what it holds does not fit what the run trains.
     """
-    folder = Path(run.model)
+    folder = run.model_folder
     manifest = model_folder.read_manifest(folder)
     adapted = [part for name, part in ADAPTED.items() if name in run.trains]
     config = replace(manifest.config, lora=LoRAConfig(run.lora.rank, run.lora.alpha) if adapted else None)

@@ -67,7 +67,7 @@ def test_version(capsys: pytest.CaptureFixture):
     [
         (["genrate"], "unknown command 'genrate'; did you mean 'generate'?"),
         (["zzz"], f"unknown command 'zzz'; choose one of {', '.join(COMMANDS)}"),
-        (["generate"], "MODEL missing; see deepgen generate --help"),
+        (["info"], "FOLDER missing; see deepgen info --help"),
         (["generate", "m", "a fox", "--stps", "4"], "Unrecognized options: --stps, 4; did you mean --steps?"),
         (["generate", "m", "a", "red", "fox"], "Unrecognized options: red, fox; put a text of several words in quotes"),
         (["generate", "m", "x", "--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),

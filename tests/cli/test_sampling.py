@@ -15,10 +15,12 @@ import pytest
 from fake_pipeline import FakePipeline, check_prompt
 from PIL import Image
 
+from deepgen_jax import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.edit import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig
+from deepgen_jax.inference.outputs import read_metadata
 
 TESTS = Path(__file__).parents[1]
 CONFIG = DeepGenConfig(mmdit=MMDiTConfig(sample_size=8))  # images of 64 pixels by default
@@ -73,6 +75,59 @@ def test_every_option_arrives(pipe: FakePipeline, capsys: pytest.CaptureFixture)
     assert files("sub") == ["cat_0.jpg", "cat_1.jpg", "cat_2.jpg"]
 
 
+@pytest.fixture
+def opened(pipe: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The model folders that commands open; the package's nano is in "weights"."""
+    folders: list[Path] = []
+    monkeypatch.setattr(model_folder, "PACKAGED", Path("weights"))
+    monkeypatch.setattr(sampling, "open_model", lambda folder: folders.append(folder) or (CONFIG, check_prompt))
+    monkeypatch.setattr(sampling, "load_pipeline", lambda folder, *args: folders.append(folder) or pipe)
+    Path("weights/nano").mkdir(parents=True)
+    Path("model").mkdir()
+    Path("p.txt").write_text("a cat\n")
+    Image.new("RGB", (64, 64), "red").save("a.png")
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["generate", "a cat"], "weights/nano"),
+        (["generate", "cat"], "weights/nano"),
+        (["generate", "nano", "a cat"], "weights/nano"),
+        (["generate", "model", "a cat"], "model"),
+        (["generate", "nowhere", "a cat"], "nowhere"),
+        (["generate", "--prompts", "p.txt", "--out", "out"], "weights/nano"),
+        (["generate", "model", "--prompts", "p.txt", "--out", "out"], "model"),
+        (["edit", "a cat", "--image", "a.png"], "weights/nano"),
+        (["edit", "--image", "a.png", "model", "a cat"], "model"),
+        (["edit", "--prompts", "p.txt", "--out", "out", "--image", "a.png"], "weights/nano"),
+    ],
+)
+def test_the_model_may_be_left_out(opened: list[Path], pipe: FakePipeline, words: list[str], folder: str):
+    assert main([*words, "--dtype", "float32"]) == 0
+    assert opened == [Path(folder)] * 2
+    assert pipe.calls[0]["prompt"] == ["cat" if words[1] == "cat" else "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate"], "there is no prompt; write it after the command"),
+        (["generate", "model"], "there is no prompt; write it after the model folder"),
+        (["generate", "nano"], "there is no prompt; write it after the model folder"),
+        (["generate", ""], "the prompt is empty"),
+        (["edit", "model", "--image", "a.png"], "there is no prompt; write it after the model folder"),
+        (["edit", "make it blue"], "there is no image to edit"),
+    ],
+)
+def test_words_that_are_missing(opened: list[Path], capsys: pytest.CaptureFixture, words: list[str], message: str):
+    before = files()
+    assert main(words) == 2
+    assert error(capsys).startswith(message)
+    assert files() == before
+
+
 def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
     for words, size in ((["--size", "96"], (96, 96)), (["--width", "32", "--height", "96"], (32, 96))):
         assert run("generate", "a cat", "--overwrite", *words) == 0
@@ -88,7 +143,6 @@ def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "there is no prompt"),
         ([""], "the prompt is empty; write what to show"),
         (["  \n"], "the prompt is empty"),
         (["word " * 10_000], "the prompt is 10000 tokens long, the model reads 30; shorten it"),
@@ -112,6 +166,8 @@ def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
         (["--prompts", "none.txt", "--out", "x"], "prompt file none.txt does not exist"),
         (["--prompts", "p.txt", "--out", "x", "--padding", "batch"], "--padding batch lets an image depend"),
         (["refused"], "this batch is refused"),
+        (["a cat", "--grid"], "--grid shows several images of a prompt"),
+        (["refused", "--grid", "--num-images", "2"], "this batch is refused"),
     ],
 )
 def test_refusals_leave_nothing_behind(
@@ -138,6 +194,46 @@ def test_a_folder_for_one_prompt(pipe: FakePipeline, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "2 images written to cats\n"
     assert files("cats") == ["00000_0.png", "00000_1.png", "metadata.jsonl"]
     assert run("generate", "word " * 31, "--out", "cats") == 2
+
+
+def test_a_grid(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    assert run("generate", "a cat", "--out", "sub/cat.png", "--num-images", "3", "--grid") == 0
+    assert capsys.readouterr().out.split() == [f"sub/cat_{name}.png" for name in (0, 1, 2, "grid")]
+    sheet = np.asarray(Image.open("sub/cat_grid.png"))
+    singles = [np.asarray(Image.open(f"sub/cat_{k}.png")) for k in range(3)]
+    assert sheet.shape == (128, 128, 3)
+    for k, (row, column) in enumerate([(0, 0), (0, 64), (64, 0)]):
+        np.testing.assert_array_equal(sheet[row : row + 64, column : column + 64], singles[k])
+    assert not sheet[64:, 64:].any()
+    metadata = read_metadata(Path("sub/cat_grid.png"))
+    assert metadata is not None
+    assert [image["seed"] for image in metadata["images"]] == [0, 1, 2]
+    for k in range(3):
+        Path(f"sub/cat_{k}.png").unlink()
+    pipe.calls.clear()
+    assert run("generate", "a cat", "--out", "sub/cat.png", "--num-images", "3", "--grid") == 2
+    assert error(capsys) == "sub/cat_grid.png exists; choose another --out or use --overwrite"
+    assert not pipe.calls
+
+
+def test_grids_in_a_folder(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    lines = [{"prompt": "a cat", "id": "cat", "num_images": 2}, {"prompt": "one"}, {"prompt": "refused"}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, [*lines, {**lines[0], "id": "dog"}])))
+    words = ["generate", "--prompts", "p.jsonl", "--out", "out", "--grid", "--batch-size", "1"]
+    assert run(*words) == 1
+    capsys.readouterr()
+    assert [name for name in files("out") if "grid" in name] == ["cat_grid.png", "dog_grid.png"]
+    assert Image.open("out/cat_grid.png").size == (128, 64)
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    assert run(*words) == 0
+    assert capsys.readouterr().out == "0 images written to out (3 there already), and 1 grid\n"
+    Image.new("RGB", (9, 9)).save("out/cat_grid.png")
+    assert run(*words) == 2
+    assert error(capsys).startswith("out/cat_grid.png is in the way and is not from an earlier run")
+    lines[1] = {"prompt": "one", "id": "cat_grid"}
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    assert run(*words, "--overwrite") == 2
+    assert error(capsys) == "the grid cat_grid.png has the name of an image; give that prompt another id"
 
 
 @pytest.fixture
@@ -250,6 +346,7 @@ def test_nothing_usable_in_a_prompt_file(pipe: FakePipeline, capsys: pytest.Capt
 SCRIPT = """
 import sys
 from fake_pipeline import FakePipeline, check_prompt
+from deepgen_jax import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig

@@ -16,6 +16,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training import loop
 from deepgen_jax.training.config import CheckpointConfig, LogConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.training.run_folder import read_run
 from deepgen_jax.training.stage import StepReport
 from deepgen_jax.training.supervised import TrainState
 
@@ -142,6 +143,14 @@ def test_a_run_stays_what_it_was(config, run, changes, message):
     run(config, stop=1)
     with pytest.raises(DeepGenError, match=message):
         loop.describe(Path(config.out), replace(config, **changes))
+
+
+def test_all_devices_that_a_run_has_seen_are_told(config, run):
+    run(config, stop=1)
+    assert read_run(Path(config.out))["devices"] == ["1 x cpu"]
+    for devices in ("8 x TPU v6e", "1 x cpu", ""):
+        loop.describe(Path(config.out), config, devices)
+    assert read_run(Path(config.out))["devices"] == ["1 x cpu", "8 x TPU v6e"]
 
 
 def test_a_folder_with_something_else_is_refused(config, tmp_path):
