@@ -60,11 +60,19 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
 
     Args:
       model: a path, or "nano", which means a folder of that name where there is one; None for the package's nano.
+
+    Raises:
+      DeepGenError: the package's nano is asked for, and the package has none.
     """
-    if model is None:
-        return PACKAGED / NANO
-    named = Path(model) == Path(NANO) and not os.path.isdir(model)
-    return PACKAGED / NANO if named and (PACKAGED / NANO).is_dir() else Path(model)
+    if model is not None and (Path(model) != Path(NANO) or os.path.isdir(model)):
+        return Path(model)
+    if not (PACKAGED / NANO).is_dir():
+        asked = "no model is named" if model is None else "there is no folder nano"
+        raise DeepGenError(
+            f"{asked}, and this version comes without trained weights of nano; name a MODEL folder, made by "
+            "deepgen convert or trained as docs/nano.md tells"
+        )
+    return PACKAGED / NANO
 
 
 def read_manifest(folder: str | Path) -> Manifest:

@@ -63,7 +63,6 @@ COMMANDS: dict[str, Subcommand | Group] = {
         "GenerateCommand",
         "make images from text",
         (
-            'deepgen generate "a large red circle to the left of a small blue square" --out shapes.png',
             'deepgen generate deepgen "a red fox in fresh snow" --out fox.png',
             "deepgen generate deepgen --prompts prompts.jsonl --out images --batch-size 8",
         ),
@@ -73,7 +72,6 @@ COMMANDS: dict[str, Subcommand | Group] = {
         "EditCommand",
         "change reference images by an instruction",
         (
-            'deepgen edit "make the circle green" --image shapes.png --out green.png',
             'deepgen edit deepgen "make it night" --image fox.png --out night.png',
             'deepgen edit deepgen "the fox beside this house" --image fox.png --image house.jpg',
         ),

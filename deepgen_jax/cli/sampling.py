@@ -47,9 +47,9 @@ DEFAULT_SIDE = 512
 class PromptArguments:
     """The words after the command; a class of its own so that a command's first options can follow them in the help."""
 
-    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="(default: nano)")] = None
-    """Model folder, made by `deepgen convert`. Left out, or nano: the small model that comes with the package, which
-    knows coloured shapes and short words."""
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None
+    """Model folder, made by `deepgen convert`. Left out, or nano: the small model of the package, in versions that come
+    with its trained weights."""
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT", help_behavior_hint="")] = None
     """What to show, or how to change the image, in quotes. A word alone is the prompt, unless there is a folder of that
     name."""
@@ -77,7 +77,7 @@ class SamplingCommand(PromptArguments):
     """Seed of the noise; the same for every prompt unless the prompt file gives others."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
     """Size in pixels, such as 512x768, or one number for a square. By default that of the first reference image, or
-    512x512 (less where the model was made for less: 96x96 with nano)."""
+    512x512 (less where the model was made for less)."""
     width: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Width, in place of --size."""
     height: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None

@@ -74,7 +74,7 @@ class DeepGenPipeline:
     def from_pretrained(
         cls, folder: str | os.PathLike[str], dtype: DTypeLike = "float32", mesh: Mesh | str | None = None
     ) -> DeepGenPipeline:
-        """Loads a model folder (made by ``deepgen convert``), or "nano", the small model that comes with the package.
+        """Loads a model folder (made by ``deepgen convert``), or "nano", the small model of the package.
 
         Args:
           folder: the model folder, or "nano"; a folder of that name comes first.
