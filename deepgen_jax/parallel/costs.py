@@ -274,12 +274,16 @@ def _fused_attention(one: Instruction, backward: bool) -> int:
 
 
 def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
-    """Two products forward; backward four for keys and values, and three for queries."""
-    shapes = [array.shape for arrays in computation.arrays(one) for array in arrays if len(array.shape) == 4]
+    """Two products forward; backward four for keys and values, and three for queries.
+
+    Queries and keys are the first floating arguments, [batch, heads, length, width], without the batch where it is one.
+    """
+    arrays = [array for given in computation.arrays(one) for array in given]
+    shapes = [array.shape for array in arrays if len(array.shape) >= 3 and array.dtype in ("bf16", "f32")]
     if len(shapes) < 2:
         return 0
-    (batch, heads, length, width), key = shapes[:2]
-    return {"fwd": 4, "dkv": 8, "dq": 6}[kernel] * batch * heads * length * key[2] * width
+    query, key = shapes[:2]
+    return {"fwd": 4, "dkv": 8, "dq": 6}[kernel] * math.prod(query) * key[-2]
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:

@@ -197,6 +197,23 @@ frontend_attributes={kernel_metadata={
     assert found.seconds == pytest.approx(found.device_seconds + found.network_seconds)
 
 
+@pytest.mark.parametrize("batch", ["", "1,", "2,"])
+def test_attention_of_one_sample_counts_like_that_of_many(batch):
+    """The compiler drops a batch of one; masks and segment ids are no queries."""
+    text = f"""HloModule attention
+
+ENTRY %main (m: s8[1,1,1], q: bf16[{batch}4,8,16], k: bf16[{batch}2,24,16]) -> bf16[{batch}4,8,16] {{
+  %m = s8[1,1,1] parameter(0)
+  %q = bf16[{batch}4,8,16] parameter(1)
+  %k = bf16[{batch}2,24,16] parameter(2)
+  ROOT %splash_mha_dkv.1 = bf16[{batch}4,8,16] custom-call(%m, %m, %q, %k, %k), custom_call_target="tpu_custom_call"
+}}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    assert costs.operations(module, main, main.root) == (8 * int(batch.strip(",") or 1) * 4 * 8 * 24 * 16, 0)
+
+
 def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
     """A v5e program gathers in three fusions: one begins, one holds a product and a piece, one ends."""
 
