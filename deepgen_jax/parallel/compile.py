@@ -93,7 +93,7 @@ class Job:
         try:
             compiled = self._lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            return self.report(None, needed_bytes(str(error)))
+            return self.report(None, needed_bytes(str(error), shard_bytes(self._program.arguments)))
         stats = compiled.memory_analysis()
         total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
         return self.report(compiled.as_text(), total + stats.output_size_in_bytes - stats.alias_size_in_bytes)
@@ -163,17 +163,23 @@ class Job:
         return advice
 
 
-def needed_bytes(message: str) -> float:
-    """Bytes that a program needs, from the compiler's complaint that it is too large.
+def needed_bytes(message: str, arguments: float) -> float:
+    """Bytes that a program and its arguments need, from the compiler's complaint that they are too many.
+
+    Args:
+      message: which names either all of it or the temporaries alone.
+      arguments: bytes of the arguments.
 
     Raises:
       DeepGenError: it complains about something else.
     """
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of", message)
+    whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of", message)
+    temporaries = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message)
+    found = whole or temporaries
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         reason = " ".join(message.split())[:300]
         raise DeepGenError(f"the compiler failed: {reason}")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(found[1]) * _UNITS[found[2]] + (0.0 if whole else arguments)
 
 
 def largest(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> Report:

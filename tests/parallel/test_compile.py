@@ -258,9 +258,14 @@ def test_batches_that_do_not_divide_are_refused(model):
 
 def test_the_compilers_complaint_tells_what_is_needed():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.25G of 31.24G hbm. Exceeded by 9.01G."
-    assert compiling.needed_bytes(message) == 40.25 * 2**30
+    assert compiling.needed_bytes(message, 2**30) == 40.25 * 2**30
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (75.75G) exceeds available HBM (31.24G). HLO module: jit_step."
+    )
+    assert compiling.needed_bytes(message, 2**30) == 76.75 * 2**30
     with pytest.raises(DeepGenError, match="the compiler failed: INTERNAL: no"):
-        compiling.needed_bytes("INTERNAL: no")
+        compiling.needed_bytes("INTERNAL: no", 0)
 
 
 @pytest.mark.slow
