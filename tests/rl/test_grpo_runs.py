@@ -177,8 +177,9 @@ def processes(folder, out, count=2, **options):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    mesh = f"mesh=data={count // 2},fsdp=2"
-    words = (mesh, f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", str(count))
+    # Groups of two stay on one host.
+    sizes = (f"mesh=data={count // 2},fsdp=2", f"rollout.micro_batch={2 * count}")
+    words = (*sizes, f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", str(count))
     return [runs.start(folder, *words, "--process-id", str(i), **options) for i in range(count)]
 
 
