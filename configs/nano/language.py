@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from deepgen_jax.configs.nano import MODEL, world
-from deepgen_jax.data.config import DataConfig, MixtureConfig
+from deepgen_jax.configs.nano import MODEL, world, world_data
 from deepgen_jax.training.config import CheckpointConfig, LanguageConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
@@ -20,14 +19,8 @@ def get_config() -> LanguageConfig:
         dtype="float32",
         remat="none",
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),
-        data=DataConfig(
-            sources=(pictures, questions),
-            micro_batch=16,
-            mixture=MixtureConfig(cycle=("edit", "edit", "edit", "t2i")),
-            image_size=96,
-            text_drop=0.0,
-            token_multiple=68,
-            threads=1,
+        data=replace(
+            world_data(16, ("edit", "edit", "edit", "t2i")), sources=(pictures, questions), text_drop=0.0
         ),
         accumulation=4,
         checkpoints=CheckpointConfig(every=100),

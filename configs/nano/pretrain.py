@@ -13,7 +13,7 @@ PROMPTS = (
 
 
 def get_config() -> SupervisedConfig:
-    """Pictures from captions alone, 32 samples a step: a third of the cost of a step with edits."""
+    """Pictures from captions alone, 32 samples a step; edits come in stage 2."""
     return SupervisedConfig(
         model=MODEL,
         start="out/nano/language",

@@ -1,4 +1,4 @@
-"""The autoencoder of DeepGen-nano on small pictures first, where a step costs a ninth; `nano/vae` goes on from it."""
+"""The autoencoder of DeepGen-nano on small pictures first, where a step costs less; `nano/vae` goes on from it."""
 
 from deepgen_jax.configs.nano import MODEL, world_data
 from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig

@@ -13,7 +13,7 @@ from PIL import Image
 from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request
-from deepgen_jax.inference.outputs import read_metadata, save_image
+from deepgen_jax.inference.outputs import in_the_way, read_metadata, save_image
 
 
 def tiled(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
@@ -52,9 +52,7 @@ def check_free(folder: Path, grids: Mapping[str, Sequence[str]]) -> None:
     for name in grids:
         path = folder / name
         if path.exists() and read_metadata(path) is None:
-            raise DeepGenError(
-                f"{path} is in the way and is not from an earlier run; choose another --out or use --overwrite"
-            )
+            raise in_the_way(path)
 
 
 def write_grids(

@@ -132,6 +132,11 @@ def check_format(path: Path) -> None:
         raise DeepGenError(f"{path} has the suffix {path.suffix!r}; use one of {', '.join(FORMATS)}")
 
 
+def in_the_way(path: Path) -> DeepGenError:
+    """The error of a file that no run has made, where one is to be written."""
+    return DeepGenError(f"{path} is in the way and is not from an earlier run; choose another --out or use --overwrite")
+
+
 class OutputFolder:
     """A folder of images and its ``metadata.jsonl``, held by one run at a time; a context manager.
 
@@ -188,9 +193,7 @@ class OutputFolder:
             line = self._lines.get(file)
             known = json.loads(line) if line is not None else read_metadata(path)
             if known is None and not overwrite:
-                raise DeepGenError(
-                    f"{path} is in the way and is not from an earlier run; choose another --out or use --overwrite"
-                )
+                raise in_the_way(path)
             if known is not None and known.get("fingerprint") == metadata["fingerprint"] and _is_whole(path):
                 self._lines.setdefault(file, _line(known))
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -165,13 +166,11 @@ def step_batch(
     """
     check_micro_batch("data.micro_batch", data.micro_batch, subject.mesh)
     tokens, lengths = image_tokens(subject.model, data.image_size), _lengths(subject, data)
-    tasks = [task_at(data.mixture, position)[0] for position in range(accumulation)]
     micro: dict[str, Any] = {}
     keys: dict[str, Any] = {}
     operations, facts = 0.0, []
-    for task in sorted(set(tasks)):
-        references = tokens if task == "edit" else 0
-        count, length = tasks.count(task), lengths[task]
+    for task, count in sorted(_micro_batches(data, accumulation).items()):
+        references, length = tokens if task == "edit" else 0, lengths[task]
         budget = token_budget(subject.model, tokens, references)
         micro[task], keys[task] = abstract_micro_batches(
             model, subject.mesh, count, data.micro_batch, length, budget
@@ -187,8 +186,13 @@ def step_batch(
 
 def largest_batch(config: SupervisedConfig) -> int:
     """Samples that the network sees at once, at most."""
-    tasks = [task_at(config.data.mixture, position)[0] for position in range(config.accumulation)]
-    return config.data.micro_batch * max(at_once(tasks.count(task), config.merge) for task in set(tasks))
+    counts = _micro_batches(config.data, config.accumulation).values()
+    return config.data.micro_batch * max(at_once(count, config.merge) for count in counts)
+
+
+def _micro_batches(data: DataConfig, accumulation: int) -> Counter[str]:
+    """How many micro-batches of each task a step has."""
+    return Counter(task_at(data.mixture, position)[0] for position in range(accumulation))
 
 
 def state_memory(state: Any) -> dict[str, Any]:

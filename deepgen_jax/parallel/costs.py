@@ -62,10 +62,10 @@ def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
     group = instruction.attribute(r'_xla_megascale_target="\{([^}]*)\}')
     if kind is None:
         return None
-    return kind.lower().replace("_", "-"), instruction.results[0].bytes, _slices(group or "")
+    return kind.lower().replace("_", "-"), instruction.results[0].bytes, _count_slices(group or "")
 
 
-def _slices(text: str) -> int:
+def _count_slices(text: str) -> int:
     """How many slices ``1,2`` or ``1:4`` names; two where it says something else."""
     count = 0
     for part in text.split(","):

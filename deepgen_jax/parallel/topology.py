@@ -154,7 +154,7 @@ def prepare(topology: Topology) -> None:
     if importlib.util.find_spec(plugin) is None:
         raise DeepGenError(f"compiling for {topology.name} needs {plugin}; run pip install 'deepgen-jax[{extra}]'")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # What the compiler warns of is counted and told in the report.
+    # The compiler's warnings would stand between the lines of the report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not topology.gpu:
         # libtpu asks these of a TPU VM's metadata server when nobody tells it; any will do, none of it is compiled in.
