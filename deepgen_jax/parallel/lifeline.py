@@ -3,7 +3,8 @@
 A process that waits in a collective for one that is gone would wait for the runtime's own time-out, minutes later, and
 end without a reason. So every process holds a connection to process 0 that carries two words: "bye" of one that is
 done, and "ended" with the reason of one that is not. A connection that closes without a word was a process that was
-killed; keep-alive probes find a machine that is gone.
+killed; keep-alive probes find a machine that is gone. Where JAX aborts a process because process 0 is gone, a witness
+says why (`deepgen_jax.parallel.witness`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import os
 import secrets
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 
 import jax
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel import witness
 
 #: Exit status of a process whose peer was lost, as of all errors.
 STATUS = 2
@@ -44,10 +48,13 @@ class Lifeline:
         self._thread: threading.Thread | None = None
         self._done = threading.Event()
         self._explained = threading.Event()
+        self._witness: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Lifeline:
         if jax.process_count() > 1:
             self._meet()
+            if jax.process_index():
+                self._witness = _start_witness(self._connections[0])
             self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
             self._thread.start()
         return self
@@ -60,6 +67,7 @@ class Lifeline:
         if error is None:
             self._done.set()
             self._send("bye")
+            self._dismiss_witness()
             return
         if isinstance(error, Exception) and not isinstance(error, DeepGenError):
             # Does not return where a peer was lost: the other thread says so and ends the process.
@@ -67,6 +75,7 @@ class Lifeline:
         self._done.set()
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         self._send(f"ended process {jax.process_index()} ended: {reason}")
+        self._dismiss_witness()
         # JAX would wait for the others at exit. What is registered last comes first.
         atexit.register(_end)
 
@@ -130,9 +139,18 @@ class Lifeline:
         self._explained.set()
         self._send(f"ended {reason}")
         print(f"deepgen: error: {reason}; {_MEND}", file=sys.stderr, flush=True)
+        self._dismiss_witness()
         if jax.process_index() == 0:
             time.sleep(_GRACE)
         _end()
+
+    def _dismiss_witness(self) -> None:
+        """From here on this process has said itself why it ends."""
+        if self._witness is not None:
+            try:
+                self._witness.communicate(b".", timeout=1)
+            except (OSError, subprocess.TimeoutExpired):  # somebody stopped it
+                return
 
     def _send(self, word: str) -> None:
         for connection in self._connections.values():
@@ -140,6 +158,16 @@ class Lifeline:
                 connection.sendall(f"{word}\n".encode())
             except OSError:  # it is gone, too
                 continue
+
+
+def _start_witness(connection: socket.socket) -> subprocess.Popen[bytes]:
+    """A witness on a connection to process 0; it waits for a byte or the end of its input."""
+    # Isolated and without site packages: nothing to import, nothing to find in the way.
+    command = [sys.executable, "-I", "-S", str(Path(witness.__file__)), str(connection.fileno()), _MEND]
+    # A session of its own: a Ctrl-C in a terminal is not meant for it.
+    return subprocess.Popen(
+        command, pass_fds=[connection.fileno()], stdin=subprocess.PIPE, start_new_session=True
+    )
 
 
 def _receive(connection: socket.socket) -> str:
