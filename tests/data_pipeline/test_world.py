@@ -142,6 +142,13 @@ def test_the_loader_reads_the_world_and_goes_on(tmp_path: Path):
     np.testing.assert_array_equal(first[1]["target"][0], np.asarray(render(sample.scene, 64)))
 
 
+def test_skills_come_in_turn():
+    source = open_source(world(path="size=64,seed=3,skills=single+count"))
+    records = [source.read(row) for row in range(4)]
+    wanted = [make_sample("train", skill, seed=3, index=i) for i in range(2) for skill in ("single", "count")]
+    assert [record.text for record in records] == [sample.text for sample in wanted]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,6 +156,7 @@ def test_the_loader_reads_the_world_and_goes_on(tmp_path: Path):
         ({"path": "pixels=64"}, "'pixels=64'"),
         ({"path": "samples=0"}, "samples 0"),
         ({"split": "test"}, "'test'; use train or held_out"),
+        ({"path": "skills=single+recolour"}, "'recolour' is none of task t2i; use some of single, two"),
     ],
 )
 def test_bad_settings_are_told(change, message):

@@ -1,7 +1,8 @@
 """The procedural world as a data set: rows are numbers, pictures are drawn when they are read.
 
 The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
-pixels, samples of an epoch, and the seed; what is left out takes these values. ``split`` is "train" or "held_out".
+pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
+of those skills in turn, and none gives all of the task, mixed. ``split`` is "train" or "held_out".
 With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
 language model to learn to see.
 """
@@ -21,6 +22,7 @@ from deepgen_jax.data.sources.base import CachedImage, Record, Row, Source
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.data.world.questions import ask
 from deepgen_jax.data.world.scene import Scene
+from deepgen_jax.data.world.truth import EDIT_SKILLS, PICTURE_SKILLS
 from deepgen_jax.errors import DeepGenError
 
 _DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0, "questions": 0}
@@ -31,7 +33,7 @@ class Synthetic(Source):
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        values = _parse(config)
+        values, self._skills = _parse(config)
         self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
         self._asks = bool(questions)
         if self._asks and config.task != "edit":
@@ -58,20 +60,29 @@ class Synthetic(Source):
 
     def _sample(self, row: Row) -> tuple[str, tuple[Scene, ...]]:
         """Text, and scenes of the target and the references."""
-        kind = "t2i" if self._asks else self.config.task
-        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=int(row))
+        index, kind = int(row), "t2i" if self._asks else self.config.task
+        if self._skills:
+            index, place = divmod(index, len(self._skills))
+            kind = self._skills[place]
+        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=index)
         if self._asks:
             return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
         return sample.text, (sample.scene, *sample.references)
 
 
-def _parse(config: SourceConfig) -> dict[str, int]:
-    values = dict(_DEFAULTS)
+def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Numbers by name, and the skills, none where the path does not say."""
+    values: dict[str, int] = dict(_DEFAULTS)
+    skills: tuple[str, ...] = ()
     for part in config.path.split(","):
         name, equals, text = part.strip().partition("=")
+        if name == "skills":
+            skills = tuple(text.strip().split("+"))
+            continue
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
-                f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of it"
+                f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
+                "it, and skills=single+two for some skills alone"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -79,7 +90,13 @@ def _parse(config: SourceConfig) -> dict[str, int]:
             f"source {config.name}: size is {values['size']} and samples {values['samples']}; sizes are multiples of "
             f"{UNIT} from {2 * UNIT} on, and there must be samples"
         )
-    return values
+    # Questions are asked about pictures of all kinds.
+    known = EDIT_SKILLS if config.task == "edit" and not values["questions"] else PICTURE_SKILLS
+    if unknown := [skill for skill in skills if skill not in known]:
+        raise DeepGenError(
+            f"source {config.name}: skill {unknown[0]!r} is none of task {config.task}; use some of {', '.join(known)}"
+        )
+    return values, skills
 
 
 def _encoded(image: Image.Image) -> bytes:
