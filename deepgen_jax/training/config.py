@@ -167,17 +167,22 @@ class SupervisedConfig(RunConfig):
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
         products, with more memory for activations.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
+      noise_shift: of the noise levels, in place of the scheduler's: a larger one trains more on pictures that are all
+        but noise, where nothing but the text tells what is in them.
     """
 
     data: DataConfig
     accumulation: int = 3
     merge: int = 1
     weighting: Literal["auto", "none", "logit_normal"] = "auto"
+    noise_shift: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("accumulation", self.accumulation, 1)
         _at_least("merge", self.merge, 1)
+        if self.noise_shift is not None and self.noise_shift <= 0:
+            raise DeepGenError(f"noise_shift is {self.noise_shift}; it must be above 0, and 1 does not shift")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,13 +160,24 @@ def abstract_state(
     """
     shapes = jax.eval_shape(partial(init_state, optimizer, ema=ema), trainable["params"], trainable["lora"])
     layout, everywhere = shardings_of(trainable), replicated(mesh)
-    opt_state = optax.tree.map_params(
-        optimizer, lambda _, like: like, shapes.opt_state, layout, transform_non_params=lambda _: everywhere
+    of_parameter = {_names(path): where for path, where in jax.tree_util.tree_leaves_with_path(layout)}
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, _: of_parameter.get(_names(path), everywhere), shapes.opt_state
     )
     shardings: Any = shapes._replace(
         step=everywhere, trainable=layout, opt_state=opt_state, ema=layout if ema else None, skipped=everywhere
     )
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Keys at the end of a path: moments are in trees like that of the parameters, whatever holds these trees."""
+    names: list[str] = []
+    for entry in reversed(path):
+        if not isinstance(entry, jax.tree_util.DictKey):
+            break
+        names.insert(0, entry.key)
+    return tuple(names)
 
 
 def start_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,19 @@ def step_model(config: SupervisedConfig, model: DeepGenConfig, mesh: Mesh) -> De
     return DeepGen(model, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
 
 
+def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> SchedulerConfig:
+    """The schedule that noise levels are drawn from: the model's, with the shift of the configuration if it has one.
+
+    Raises:
+      DeepGenError: a shift is given, but the model's schedule shifts by image size.
+    """
+    if config.noise_shift is None:
+        return scheduler
+    if scheduler.use_dynamic_shifting:
+        raise DeepGenError("noise_shift does not go with a scheduler that shifts by image size; leave it out")
+    return dataclasses.replace(scheduler, shift=config.noise_shift)
+
+
 def make_step(
     config: SupervisedConfig,
     model: DeepGen,
@@ -44,7 +58,8 @@ def make_step(
     lora_scale: float,
 ) -> Step:
     """A step as the stage jits it: (state, frozen, micro-batches, keys) -> (state, metrics)."""
-    settings = StepSettings(scheduler, lora_scale, config.weighting, config.ema_decay, config.merge)
+    schedule = training_schedule(config, scheduler)
+    settings = StepSettings(schedule, lora_scale, config.weighting, config.ema_decay, config.merge)
     rate = learning_rate(config.optimizer, config.steps)
     trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 
