@@ -69,7 +69,7 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
     if not (PACKAGED / NANO).is_dir():
         asked = "no model is named" if model is None else "there is no folder nano"
         raise DeepGenError(
-            f"{asked}, and this version comes without trained weights of nano; name a MODEL folder, made by "
+            f"{asked}, and this package lacks its weights of nano; install it again, or name a MODEL folder, made by "
             "deepgen convert or trained as docs/nano.md tells"
         )
     return PACKAGED / NANO

@@ -1,4 +1,4 @@
-"""All stages of DeepGen-nano, in order: vae_small, vae, vae_long, language, pretrain, sft, grpo; see docs/nano.md."""
+"""All stages of DeepGen-nano; docs/nano.md has their order."""
 
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 
@@ -6,18 +6,19 @@ from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 MODEL = "out/nano/model"
 
 
-def world(size: int = 96) -> tuple[SourceConfig, SourceConfig]:
-    """200,000 pictures of a size and as many edits before the first comes again."""
+def world(size: int = 96, skills: str = "") -> tuple[SourceConfig, SourceConfig]:
+    """200,000 pictures of a size, of some skills alone or of all, and as many edits before the first comes again."""
     path = f"size={size},samples=200000,seed=0"
-    return SourceConfig("world", "synthetic", path), SourceConfig("edits", "synthetic", path, task="edit")
+    pictures = f"{path},skills={skills}" if skills else path
+    return SourceConfig("world", "synthetic", pictures), SourceConfig("edits", "synthetic", path, task="edit")
 
 
 def world_data(
-    micro_batch: int, cycle: tuple[str, ...] = ("t2i", "t2i", "edit"), size: int = 96
+    micro_batch: int, cycle: tuple[str, ...] = ("t2i", "t2i", "edit"), size: int = 96, skills: str = ""
 ) -> DataConfig:
     """Most prompts are of one length, so that few programs are compiled."""
     return DataConfig(
-        sources=tuple(source for source in world(size) if source.task in cycle),
+        sources=tuple(source for source in world(size, skills) if source.task in cycle),
         micro_batch=micro_batch,
         mixture=MixtureConfig(cycle=cycle),
         image_size=size,

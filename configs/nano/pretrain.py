@@ -1,5 +1,7 @@
 """Stage 1 of DeepGen-nano: with no DiT that was trained before, it learns together with the bridge."""
 
+from dataclasses import replace
+
 from deepgen_jax.configs.nano import MODEL, world_data
 from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
@@ -16,16 +18,17 @@ def get_config() -> SupervisedConfig:
     """Pictures from captions alone, 32 samples a step; edits come in stage 2."""
     return SupervisedConfig(
         model=MODEL,
-        start="out/nano/language",
+        start="out/nano/pretrain_noisy",
         out="out/nano/pretrain",
-        steps=1400,
+        steps=2400,
         trains=("bridge", "mmdit"),
         dtype="float32",
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup=0.02),
+        optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup=50, weight_decay=0.01),
         ema_decay=0.999,
-        data=world_data(32, ("t2i",)),
+        noise_shift=8.0,
+        data=replace(world_data(32, ("t2i",)), token_multiple=52),
         accumulation=1,
-        checkpoints=CheckpointConfig(every=250),
-        samples=SampleConfig(every=1000, prompts=PROMPTS, size=96, num_inference_steps=20),
+        checkpoints=CheckpointConfig(every=300),
+        samples=SampleConfig(every=1200, prompts=PROMPTS, size=96, num_inference_steps=20),
     )

@@ -1,22 +1,25 @@
-"""Stage 2 of DeepGen-nano: bridge, DiT and adapters on the VLM learn."""
+"""Stage 2 of DeepGen-nano: edits join; bridge, DiT and adapters on the VLM learn."""
 
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import pretrain, world_data
-from deepgen_jax.training.config import AdapterConfig, SupervisedConfig
+from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> SupervisedConfig:
-    """As stage 1, at a lower rate."""
+    """As many pictures as edits, 16 of each a step."""
     return replace(
         pretrain.get_config(),
-        start="out/nano/pretrain",
+        start="out/nano/pretrain_things",
         out="out/nano/sft",
-        steps=300,
+        steps=1200,
         trains=("bridge", "mmdit", "lora"),
         lora=AdapterConfig(rank=16, alpha=32, dropout=0.05),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=0.02),
-        data=world_data(16),
-        accumulation=3,
+        optimizer=OptimizerConfig(name="muon", learning_rate=2e-3, warmup=50, weight_decay=0.01),
+        noise_shift=6.0,
+        data=world_data(16, ("t2i", "edit")),
+        accumulation=2,
+        checkpoints=CheckpointConfig(every=200),
+        samples=SampleConfig(every=0),
     )

@@ -48,8 +48,7 @@ class PromptArguments:
     """The words after the command; a class of its own so that a command's first options can follow them in the help."""
 
     model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None
-    """Model folder, made by `deepgen convert`. Left out, or nano: the small model of the package, in versions that come
-    with its trained weights."""
+    """Model folder, made by `deepgen convert`. Left out, or nano: the small model of the package."""
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT", help_behavior_hint="")] = None
     """What to show, or how to change the image, in quotes. A word alone is the prompt, unless there is a folder of that
     name."""
