@@ -255,7 +255,8 @@ def _changes(config: RunConfig, run: Mapping[str, Any]) -> tuple[str, ...]:
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
     if path in _ASIDE:
         return
-    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+    # What a run has not recorded was no setting yet.
+    if isinstance(before, dict) and isinstance(now, dict) and now.keys() <= before.keys():
         for name in now:
             yield from _differences(before[name], now[name], f"{path}.{name}" if path else name)
     elif before != now:
