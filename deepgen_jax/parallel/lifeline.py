@@ -124,12 +124,11 @@ class Lifeline:
                 selector.register(connection, selectors.EVENT_READ, process)
             while selector.get_map():
                 for key, _ in selector.select():
-                    word = _receive(self._connections[key.data])
+                    word = witness.receive(self._connections[key.data])
                     if word == "bye":
                         selector.unregister(key.fileobj)
                         continue
-                    killed = f"process {key.data} was killed or its machine is gone"
-                    self._end(word.removeprefix("ended ") or killed)
+                    self._end(witness.reason(word, key.data))
                     return
 
     def _end(self, reason: str) -> None:
@@ -138,7 +137,7 @@ class Lifeline:
             return
         self._explained.set()
         self._send(f"ended {reason}")
-        print(f"deepgen: error: {reason}; {_MEND}", file=sys.stderr, flush=True)
+        print(witness.message(reason, _MEND), file=sys.stderr, flush=True)
         self._dismiss_witness()
         if jax.process_index() == 0:
             time.sleep(_GRACE)
@@ -168,19 +167,6 @@ def _start_witness(connection: socket.socket) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command, pass_fds=[connection.fileno()], stdin=subprocess.PIPE, start_new_session=True
     )
-
-
-def _receive(connection: socket.socket) -> str:
-    """One line; "" where the connection was closed."""
-    text = b""
-    try:
-        while not text.endswith(b"\n"):
-            if not (piece := connection.recv(4096)):
-                return ""
-            text += piece
-    except OSError:
-        return ""
-    return text.decode(errors="replace").strip()
 
 
 def _probe(connection: socket.socket) -> None:

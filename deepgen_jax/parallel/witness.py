@@ -17,26 +17,37 @@ import sys
 PATIENCE = 3.0
 
 
+def receive(connection: socket.socket) -> str:
+    """One line; "" where the connection was closed."""
+    text = b""
+    try:
+        while not text.endswith(b"\n"):
+            if not (piece := connection.recv(4096)):
+                return ""
+            text += piece
+    except OSError:
+        return ""
+    return text.decode(errors="replace").strip()
+
+
+def reason(word: str, process: int) -> str:
+    """Why everything ends after this word of a process, "" of one that said none."""
+    return word.removeprefix("ended ") or f"process {process} was killed or its machine is gone"
+
+
+def message(reason: str, mend: str) -> str:
+    """The line that tells it."""
+    return f"deepgen: error: {reason}; {mend}"
+
+
 def main(connection: socket.socket, mend: str) -> None:
     """Waits until the watched process ends; speaks only if it did so without a word and process 0 is gone or failed."""
     if sys.stdin.buffer.read(1):
         return
-    connection.setblocking(False)
-    text = b""
-    while select.select([connection], [], [], PATIENCE)[0]:
-        try:
-            piece = connection.recv(4096)
-        except OSError:
-            piece = b""
-        text += piece
-        if not piece or text.endswith(b"\n"):
-            break
-    else:
+    if not select.select([connection], [], [], PATIENCE)[0]:
         return  # process 0 is alive: the watched process alone was killed, and the lifeline of process 0 says so
-    word = text.decode(errors="replace").strip()
-    if word != "bye":
-        reason = word.removeprefix("ended ") or "process 0 was killed or its machine is gone"
-        print(f"deepgen: error: {reason}; {mend}", file=sys.stderr, flush=True)
+    if (word := receive(connection)) != "bye":
+        print(message(reason(word, 0), mend), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
