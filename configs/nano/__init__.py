@@ -1,5 +1,7 @@
 """All stages of DeepGen-nano; docs/nano.md has their order."""
 
+from dataclasses import replace
+
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 
 #: Model folder that `deepgen nano init` writes.
@@ -26,3 +28,8 @@ def world_data(
         token_multiple=68,
         threads=1,
     )
+
+
+def caption_data(micro_batch: int, skills: str = "") -> DataConfig:
+    """Pictures alone, whose captions are all shorter than the longest instruction."""
+    return replace(world_data(micro_batch, ("t2i",), skills=skills), token_multiple=52)

@@ -1,8 +1,6 @@
 """Stage 1 of DeepGen-nano: with no DiT that was trained before, it learns together with the bridge."""
 
-from dataclasses import replace
-
-from deepgen_jax.configs.nano import MODEL, world_data
+from deepgen_jax.configs.nano import MODEL, caption_data
 from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 
@@ -27,7 +25,7 @@ def get_config() -> SupervisedConfig:
         optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup=50, weight_decay=0.01),
         ema_decay=0.999,
         noise_shift=8.0,
-        data=replace(world_data(32, ("t2i",)), token_multiple=52),
+        data=caption_data(32),
         accumulation=1,
         checkpoints=CheckpointConfig(every=300),
         samples=SampleConfig(every=1200, prompts=PROMPTS, size=96, num_inference_steps=20),

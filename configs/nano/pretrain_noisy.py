@@ -6,27 +6,22 @@ At the noise levels of sampling the DiT learns to make pictures out of noise lon
 
 from dataclasses import replace
 
-from deepgen_jax.configs.nano import MODEL, world_data
+from deepgen_jax.configs.nano import caption_data, pretrain
 from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
-from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> SupervisedConfig:
-    """Pictures of single things, 16 samples a step."""
-    return SupervisedConfig(
-        model=MODEL,
+    """Pictures of single things, 16 samples a step, without moving average or falling rate: `pretrain` goes on."""
+    config = pretrain.get_config()
+    return replace(
+        config,
         start="out/nano/language",
         out="out/nano/pretrain_noisy",
         steps=400,
-        trains=("bridge", "mmdit"),
-        dtype="float32",
-        remat="none",
-        optimizer=OptimizerConfig(
-            name="muon", learning_rate=3e-3, schedule="constant", warmup=0.05, weight_decay=0.01
-        ),
+        optimizer=replace(config.optimizer, schedule="constant", warmup=0.05),
+        ema_decay=None,
         noise_shift=30.0,
-        data=replace(world_data(16, ("t2i",), skills="single"), token_multiple=52),
-        accumulation=1,
+        data=caption_data(16, "single"),
         checkpoints=CheckpointConfig(every=200),
         samples=SampleConfig(every=0),
     )
