@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -172,12 +173,8 @@ def abstract_state(
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Keys at the end of a path: moments are in trees like that of the parameters, whatever holds these trees."""
-    names: list[str] = []
-    for entry in reversed(path):
-        if not isinstance(entry, jax.tree_util.DictKey):
-            break
-        names.insert(0, entry.key)
-    return tuple(names)
+    keys = takewhile(lambda entry: isinstance(entry, jax.tree_util.DictKey), reversed(path))
+    return tuple(entry.key for entry in keys)[::-1]
 
 
 def start_state(
