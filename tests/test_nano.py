@@ -16,7 +16,7 @@ from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, PLACES
-from deepgen_jax.model_folder import NANO, PARTS, load_params, locate, read_manifest
+from deepgen_jax.model_folder import NANO, PACKAGED, PARTS, load_params, locate, read_manifest
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.qwen_text import selected_layers
@@ -146,6 +146,12 @@ def test_commands_and_runs_take_the_name(packaged: Path, capsys, monkeypatch: py
     assert "there is no folder nano, and this package lacks its weights" in capsys.readouterr().err
     assert main(["generate", "a red circle"]) == 2
     assert "no model is named, and this package lacks its weights" in capsys.readouterr().err
+
+
+def test_the_packages_model_is_of_the_promised_size():
+    folder = PACKAGED / NANO
+    assert read_manifest(folder).config == nano_config()
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25_000_000
 
 
 def test_the_packages_model_draws_colours_where_it_is_told_to():
