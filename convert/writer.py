@@ -106,3 +106,5 @@ def write_tree(folder: Path, leaves: Sequence[Leaf], progress: Callable[[int], N
             if handler.error is not None:
                 raise handler.error from None
             raise
+    # Orbax writes here where the folder was made, which is of no use once it is moved or shared.
+    (folder / "commit_success.txt").write_text("Checkpoint commit was successful\n")

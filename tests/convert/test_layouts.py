@@ -41,6 +41,14 @@ def test_layout_converts(layout: str, folders: Callable[[str], Path]) -> None:
         assert source.get("header_sha256") or "seed" in source
 
 
+def test_stored_arrays_do_not_tell_where_they_were_written(folders: Callable[[str], Path]) -> None:
+    folder = folders("sft")
+    files = [path for path in (folder / "params").rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        assert str(folder.parent).encode() not in path.read_bytes(), path
+
+
 def test_summaries_count_what_is_stored(folders: Callable[[str], Path], read_flat: Callable[..., Flat]) -> None:
     arrays, parameters = read_flat(folders("sft")), read_manifest(folders("sft")).parameters
     for part, summary in parameters.items():
