@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sized
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
 from tqdm import tqdm
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
@@ -100,6 +102,7 @@ class SamplingCommand(PromptArguments):
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     max_image_megapixels: float = 64.0
     """Larger image files are refused before they are decoded."""
+    processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 
     @property
     def folder(self) -> Path:
@@ -149,9 +152,16 @@ class SamplingCommand(PromptArguments):
         failures += more
         if self.prompts is None and failures:
             raise DeepGenError(failures[0].reason)
-        if _is_folder(self.out) or self.prompts is not None:
-            return self._fill_folder(requests, failures, settings)
-        return self._write_files(requests, settings)
+        into_folder = _is_folder(self.out) or self.prompts is not None
+        first = self.processes.join()
+        with self.processes.lifeline():
+            if not self.processes.same((requests, settings, self.batch_size, self.mesh, self.dtype)):
+                raise DeepGenError("processes were asked for different images; give all the same words and files")
+            if not first:
+                return self._follow(requests, settings, into_folder)
+            if into_folder:
+                return self._fill_folder(requests, failures, settings)
+            return self._write_files(requests, settings)
 
     def _records(self) -> tuple[list[Record], list[Failure]]:
         if self.prompts is None:
@@ -239,15 +249,18 @@ class SamplingCommand(PromptArguments):
         with OutputFolder(folder) as output, Stop(graceful=True) as stop:
             metadata = {request.file: describe(request, settings, model) for request in requests}
             missing = set(output.missing(metadata.values(), self.overwrite))
-            todo = [request for request in requests if request.file in missing]
+            todo = self._missing(requests, missing)
             made: list[str] = []
 
             def save(request: Request, image: Image.Image) -> None:
                 output.save(image, metadata[request.file])
                 made.append(request.file)
 
+            cut_short = False
             if todo:
-                failures += self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
+                failed = self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
+                failures += failed
+                cut_short = len(made) + len(failed) < len(todo)
             unfinished = missing.difference(made)
             finished = {file: told for file, told in metadata.items() if file not in unfinished}
             shown = write_grids(folder, grids, finished)
@@ -256,14 +269,28 @@ class SamplingCommand(PromptArguments):
         beside = f", and {_counted(shown, 'grid')}" if self.grid else ""
         print(f"{_counted(made, 'image')} written to {folder}{already}{beside}")
         if failures:
-            failed = list(dict.fromkeys(map(str, failures)))
-            text = "\n  ".join([f"deepgen: error: {_counted(failed, 'prompt')} gave no image:", *failed])
+            reasons = list(dict.fromkeys(map(str, failures)))
+            text = "\n  ".join([f"deepgen: error: {_counted(reasons, 'prompt')} gave no image:", *reasons])
             print(text, file=sys.stderr)
-        if stop.signum is not None and len(made) < len(todo):
+        if cut_short:
             text = f"{len(made) + ready} of {len(requests)} images are in {folder}; run the same command for the rest"
-            print(f"deepgen: stopped by {stop.name}: {text}", file=sys.stderr)
-            return 128 + stop.signum
+            print(f"deepgen: stopped by {stop.name or 'another process'}: {text}", file=sys.stderr)
+            return 128 + (stop.signum or signal.SIGTERM)
         return 1 if failures else 0
+
+    def _follow(self, requests: list[Request], settings: Settings, into_folder: bool) -> int:
+        """Computes with the first of several processes, which writes and speaks for all."""
+        todo = self._missing(requests, set()) if into_folder else requests
+        with Stop(graceful=into_folder) as stop:
+            if todo:
+                dtype = _resolved_dtype(self.dtype)
+                self._make(todo, requests, settings, dtype, lambda *_: None, lambda: stop.signum is not None)
+        return 0
+
+    def _missing(self, requests: list[Request], missing: Collection[str]) -> list[Request]:
+        """Those whose files the first process counts among ``missing``."""
+        chosen = self.processes.of_first([request.file in missing for request in requests])
+        return [request for request, wanted in zip(requests, chosen, strict=True) if wanted]
 
     def _make(
         self,
@@ -274,9 +301,9 @@ class SamplingCommand(PromptArguments):
         save: Callable[[Request, Image.Image], None],
         stopped: Callable[[], bool],
     ) -> list[Failure]:
-        """Loads the model and makes ``todo``, saving image by image, until done or ``stopped``."""
-        pipe = load_pipeline(self.folder, dtype, self.mesh, self.compilation_cache)
-        if stopped():
+        """Loads the model and makes ``todo``, saving image by image, until done or ``stopped`` (any process)."""
+        pipe = load_pipeline(self.folder, dtype, self._mesh, self.compilation_cache)
+        if self.processes.of_any(stopped()):
             return []
         sizes = batch_sizes(planned, self._batch_size())
         failures: list[Failure] = []
@@ -289,19 +316,23 @@ class SamplingCommand(PromptArguments):
                         save(request, result)
                 bar.set_description_str("", refresh=False)
                 bar.update(len(batch))
-                if stopped():
+                if self.processes.of_any(stopped()):
                     break
         return failures
 
     def _batch_size(self) -> int:
         """The batch size, rounded up to what the mesh splits evenly: the rows are computed in any case."""
-        if self.mesh is None:
+        if self._mesh is None:
             return self.batch_size
         from deepgen_jax.parallel.mesh import BATCH_AXES, parse_mesh
 
-        sizes = parse_mesh(self.mesh)
+        sizes = parse_mesh(self._mesh)
         unit = math.prod(sizes[axis] for axis in BATCH_AXES)
         return -(-self.batch_size // unit) * unit
+
+    @property
+    def _mesh(self) -> str | None:
+        return self.mesh or self.processes.mesh
 
 
 def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:

@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.errors import DeepGenError
 
 
@@ -26,14 +27,9 @@ class TrainCommand:
     """Changes to it, such as steps=1000 optimizer.learning_rate=2e-5 data.sources.pairs.path=/data/pairs.json."""
     show: bool = False
     """Print the whole configuration as JSON, and do nothing else."""
-    coordinator: str = ""
-    """Address:port of process 0 when several processes train together; "auto" asks SLURM, Kubernetes or the TPU VM."""
-    num_processes: int = 0
-    """How many processes, with an address."""
-    process_id: int = -1
-    """Which of them this is, with an address."""
     compilation_cache: str | None = None
     """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
+    processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 
     def run(self) -> int:
         """Trains; returns the exit status."""
@@ -51,27 +47,22 @@ class TrainCommand:
 
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
-        from deepgen_jax.parallel import hosts
-        from deepgen_jax.parallel.lifeline import Lifeline
         from deepgen_jax.parallel.mesh import make_mesh
         from deepgen_jax.training.loop import train
 
         # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
         # collective, would hold it until none can go on.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        hosts.join(self.coordinator, self.num_processes, self.process_id)
-        # A CPU program that is loaded, not compiled, no longer orders its collectives, and those of several processes
-        # then meet the wrong ones.
-        alone = jax.process_count() == 1 or jax.default_backend() != "cpu"
-        enable_compilation_cache(self.compilation_cache if alone else "off")
+        first = self.processes.join()
+        enable_compilation_cache(self.compilation_cache)
         mesh = make_mesh(config.mesh or f"fsdp={jax.device_count()}")
 
         def say(text: str) -> None:
-            if jax.process_index() == 0:
+            if first:
                 print(f"deepgen: {text}", file=sys.stderr, flush=True)
 
         say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
-        with Lifeline(), Stop(graceful=True, unit="step") as stop:
+        with self.processes.lifeline(), Stop(graceful=True, unit="step") as stop:
             outcome = train(config, mesh, stop, say)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")

@@ -22,14 +22,16 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
         (``$JAX_COMPILATION_CACHE_DIR``), then ``~/.cache/deepgen-jax/xla``.
 
     Returns:
-      the folder in use, or None.
+      the folder in use, or None (for several processes on CPUs, too).
     """
     import jax
 
     choice = os.fspath(folder) if folder is not None else os.environ.get(ENVIRONMENT)
     if not choice:
         choice = jax.config.values["jax_compilation_cache_dir"] or str(DEFAULT)
-    if choice == "off":
+    # A CPU program that is loaded, not compiled, no longer orders its collectives, and those of several processes then
+    # meet the wrong ones.
+    if choice == "off" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     path = Path(choice).expanduser()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,8 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
         if num_processes or process_id >= 0:
             raise DeepGenError("--num-processes and --process-id need --coordinator ADDRESS:PORT")
         return
+    # Programs in flight at once would meet each other's collectives.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if coordinator == "auto":
             jax.distributed.initialize()
@@ -42,6 +47,27 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DeepGenError(f"process {process_id} could not join {coordinator}: {reason}") from error
+
+
+def of_first(mine: Sequence[bool]) -> list[bool]:
+    """What process 0 passes, on all processes; every one passes as many."""
+    if jax.process_count() == 1:
+        return list(mine)
+    told = multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))
+    return [bool(value) for value in np.asarray(told)]
+
+
+def of_any(mine: bool) -> bool:
+    """Whether one of the processes passes True, on all of them; each waits for the others."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(mine, np.int32))))
+
+
+def same_on_all(value: object) -> bool:
+    """Whether all processes pass what has the same `repr`, on all of them."""
+    digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
+    return not of_any(bool(np.any(np.asarray(multihost_utils.broadcast_one_to_all(digest)) != digest)))
 
 
 class Agreement:
