@@ -12,12 +12,15 @@ from deepgen_jax.parallel.topology import parse_topology
 from deepgen_jax.parallel.tuned_jit import compiler_options, tuned_jit
 
 
-@pytest.mark.parametrize("kind", ["TPU v6 lite", "TPU v6e"])
-def test_a_run_compiles_with_what_was_estimated(kind):
-    assert compiler_options(kind) == parse_topology("v6e:8x8").options
+@pytest.mark.parametrize(
+    ("kind", "topology"),
+    [("TPU v6 lite", "v6e:8x8"), ("TPU v6e", "v6e:8x8"), ("TPU v5 lite", "v5e:4x4"), ("TPU v5e", "v5e:16x16")],
+)
+def test_a_run_compiles_with_what_was_estimated(kind, topology):
+    assert compiler_options(kind) == parse_topology(topology).options
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5p", "NVIDIA H100 80GB HBM3"])
 def test_other_devices_keep_the_defaults(kind):
     assert compiler_options(kind) is None
 
