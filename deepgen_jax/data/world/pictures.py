@@ -7,7 +7,17 @@ from dataclasses import dataclass
 
 from deepgen_jax.data.world import captions
 from deepgen_jax.data.world.render import FONTS
-from deepgen_jax.data.world.scene import Scene, Sign, Thing, different_looks, fits, near, relation_key, scattered
+from deepgen_jax.data.world.scene import (
+    Scene,
+    Sign,
+    Thing,
+    arranged,
+    different_looks,
+    fits,
+    near,
+    relation_key,
+    scattered,
+)
 from deepgen_jax.data.world.truth import Truth, Wanted
 from deepgen_jax.data.world.vocabulary import (
     BACKGROUNDS,
@@ -62,7 +72,7 @@ def single(rng: random.Random) -> Sample:
     """One thing: "a large red circle in the middle on a white background"."""
     (look,) = different_looks(rng, 1)
     size, scenery, place = some_size(rng), background(rng), rng.choice(("", "", *PLACES))
-    things = (Thing(*look, size, *near(rng, PLACES[place])),) if place else scattered(rng, [look], [size])
+    things = (Thing(*look, size, *near(rng, PLACES[place])),) if place else arranged(rng, [look], [size])
     said_size, said_scenery = rng.choice((size, None)), rng.choice((scenery, None))
     if _chinese(rng):
         text = captions.before_zh(captions.single_zh(look, said_size, place), said_scenery)
@@ -87,7 +97,7 @@ def two(rng: random.Random) -> Sample:
     wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
     truth = Truth("two", wanted, background=said_scenery)
     pair = (*sorted(looks)[0], "and", *sorted(looks)[1])
-    return Sample(text, Scene(scenery, scattered(rng, looks, sizes)), (), truth, (*looks, pair))
+    return Sample(text, Scene(scenery, arranged(rng, looks, sizes)), (), truth, (*looks, pair))
 
 
 def relation(rng: random.Random) -> Sample:
@@ -95,10 +105,10 @@ def relation(rng: random.Random) -> Sample:
     looks, said_relation, scenery = different_looks(rng, 2), rng.choice(list(RELATIONS)), background(rng)
     sizes = [some_size(rng), some_size(rng)]
     # Near one line, so that what is left is not also above.
-    far, cross = [rng.uniform(0.236, 0.25), rng.uniform(0.75, 0.764)], rng.uniform(0.3, 0.7)
+    far, cross = [rng.uniform(0.236, 0.25), rng.uniform(0.75, 0.764)], 0.5
     if said_relation in ("right", "below"):
         far.reverse()
-    middles = [(along, cross + rng.uniform(-0.05, 0.05)) for along in far]
+    middles = [(along, cross + rng.uniform(-0.015, 0.015)) for along in far]
     if said_relation in ("above", "below"):
         middles = [(y, x) for x, y in middles]
     things = tuple(
@@ -146,7 +156,7 @@ def reasoning(rng: random.Random) -> Sample:
         text = rng.choice((f"{shape}, in {colour}", f"{shape} with {colour}"))
     else:
         text = f"{captions.a(look[1])} in {colour}" if kind == "colour" else f"{shape}, {look[0]}"
-    things = scattered(rng, [look], [some_size(rng)])
+    things = arranged(rng, [look], [some_size(rng)])
     truth = Truth("reasoning", (Wanted(*look),))
     return Sample(text, Scene(scenery, things), (), truth, (look, ("riddle", kind, *look)))
 
@@ -193,7 +203,7 @@ def _several(
     combinations: tuple[tuple[object, ...], ...],
 ) -> Sample:
     size = some_size(rng) if number < 3 else "small"
-    things = scattered(rng, [look] * number, [size] * number)
+    things = arranged(rng, [look] * number, [size] * number)
     truth = Truth(skill, (Wanted(*look),) * number, background=said_scenery)
     return Sample(text, Scene(scenery, things), (), truth, combinations)
 

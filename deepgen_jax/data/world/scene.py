@@ -14,6 +14,8 @@ from deepgen_jax.data.world.vocabulary import COLOURS, REACH, RELATIONS, SHAPES,
 HELD_OUT_SHARE = 8
 #: Between outlines, as a share of the picture's side.
 _GAP = 0.04
+#: Where things stand whose place is left open, along either side.
+LATTICE = (0.25, 0.5, 0.75)
 #: Height of a sign's plate and the part of the side that it keeps free of shapes.
 SIGN_HEIGHT, SIGN_BAND = 0.26, 0.34
 
@@ -107,6 +109,25 @@ def scattered(
                 if fits(thing, things, sign):
                     things.append(thing)
                     break
+        if len(things) == len(looks):
+            return tuple(things)
+
+
+def arranged(rng: random.Random, looks: Sequence[tuple[str, str]], sizes: Sequence[str]) -> tuple[Thing, ...]:
+    """Things at points of a lattice, clear of each other: where a text leaves the place open, few places are taken.
+
+    A model that learns from nothing then has few pictures to tell apart, where of things anywhere it sees none twice.
+    """
+    points = [(x, y) for x in LATTICE for y in LATTICE]
+    while True:
+        things: list[Thing] = []
+        for (colour, shape), size in zip(looks, sizes, strict=True):
+            rng.shuffle(points)
+            found = (Thing(colour, shape, size, *near(rng, point)) for point in points)
+            thing = next((thing for thing in found if fits(thing, things)), None)
+            if thing is None:
+                break
+            things.append(thing)
         if len(things) == len(looks):
             return tuple(things)
 

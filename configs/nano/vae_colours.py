@@ -1,0 +1,19 @@
+"""The autoencoder of DeepGen-nano, last round: squared differences, which weigh a wrong colour more than an outline."""
+
+from dataclasses import replace
+
+from deepgen_jax.configs.nano import vae_small, world_data
+from deepgen_jax.training.config import AutoencoderConfig
+
+
+def get_config() -> AutoencoderConfig:
+    """On small pictures again; the DiT, trained in the latents so far, goes on in those of this one."""
+    return replace(
+        vae_small.get_config(),
+        start="out/nano/pretrain_things",
+        out="out/nano/vae_colours",
+        steps=2000,
+        loss="l2",
+        kl_weight=1e-5,
+        data=world_data(8, ("t2i",), size=64),
+    )
