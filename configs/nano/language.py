@@ -13,7 +13,7 @@ def get_config() -> LanguageConfig:
     questions = replace(edits, name="questions", path=f"{edits.path},questions=1")
     return LanguageConfig(
         model=MODEL,
-        start="out/nano/vae_long",
+        start="out/nano/vae_colours",
         out="out/nano/language",
         steps=200,
         dtype="float32",

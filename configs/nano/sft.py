@@ -11,7 +11,7 @@ def get_config() -> SupervisedConfig:
     """As many pictures as edits, 16 of each a step."""
     return replace(
         pretrain.get_config(),
-        start="out/nano/pretrain_places",
+        start="out/nano/pretrain_things",
         out="out/nano/sft",
         steps=1200,
         trains=("bridge", "mmdit", "lora"),

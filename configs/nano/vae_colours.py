@@ -1,4 +1,4 @@
-"""The autoencoder of DeepGen-nano, last round: squared differences, which weigh a wrong colour more than an outline."""
+"""The autoencoder of DeepGen-nano, third round: squared differences, as a wrong colour matters more than an outline."""
 
 from dataclasses import replace
 
@@ -7,10 +7,10 @@ from deepgen_jax.training.config import AutoencoderConfig
 
 
 def get_config() -> AutoencoderConfig:
-    """On small pictures again; the DiT, trained in the latents so far, goes on in those of this one."""
+    """On small pictures again."""
     return replace(
         vae_small.get_config(),
-        start="out/nano/pretrain_things",
+        start="out/nano/vae_long",
         out="out/nano/vae_colours",
         steps=2000,
         loss="l2",
