@@ -51,16 +51,12 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
 
 def of_first(mine: Sequence[bool]) -> list[bool]:
     """What process 0 passes, on all processes; every one passes as many."""
-    if jax.process_count() == 1:
-        return list(mine)
     told = multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))
     return [bool(value) for value in np.asarray(told)]
 
 
 def of_any(mine: bool) -> bool:
     """Whether one of the processes passes True, on all of them; each waits for the others."""
-    if jax.process_count() == 1:
-        return mine
     return bool(np.any(multihost_utils.process_allgather(np.asarray(mine, np.int32))))
 
 
