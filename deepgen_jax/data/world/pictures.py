@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from deepgen_jax.data.world import captions
 from deepgen_jax.data.world.render import FONTS
 from deepgen_jax.data.world.scene import (
+    ARRANGEMENTS,
     Scene,
     Sign,
     Thing,
@@ -16,7 +17,6 @@ from deepgen_jax.data.world.scene import (
     fits,
     near,
     relation_key,
-    scattered,
 )
 from deepgen_jax.data.world.truth import Truth, Wanted
 from deepgen_jax.data.world.vocabulary import (
@@ -37,6 +37,8 @@ Look = tuple[str, str]
 _CHINESE = 0.15
 #: Where a sign can be.
 SIGN_HEIGHTS = (0.2, 0.5, 0.8)
+# Where a thing is that a caption tells of after a sign.
+_BELOW_SIGN = (0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def single(rng: random.Random) -> Sample:
 
 
 def two(rng: random.Random) -> Sample:
-    """Two things anywhere: "a red circle and a small blue square"."""
+    """Two things: "a red circle and a small blue square"."""
     looks, scenery = different_looks(rng, 2), background(rng)
     sizes = [some_size(rng), some_size(rng)]
     said = [rng.choice((size, None)) for size in sizes]
@@ -104,16 +106,14 @@ def relation(rng: random.Random) -> Sample:
     """Two things and how they stand: "a large red circle to the left of a small blue square"."""
     looks, said_relation, scenery = different_looks(rng, 2), rng.choice(list(RELATIONS)), background(rng)
     sizes = [some_size(rng), some_size(rng)]
-    # Near one line, so that what is left is not also above.
-    far, cross = [rng.uniform(0.236, 0.25), rng.uniform(0.75, 0.764)], 0.5
+    # On one line, so that what is left is not also above.
+    points = ARRANGEMENTS[2]
     if said_relation in ("right", "below"):
-        far.reverse()
-    middles = [(along, cross + rng.uniform(-0.015, 0.015)) for along in far]
+        points = points[::-1]
     if said_relation in ("above", "below"):
-        middles = [(y, x) for x, y in middles]
+        points = tuple((y, x) for x, y in points)
     things = tuple(
-        Thing(*look, size, round(x, 3), round(y, 3))
-        for look, size, (x, y) in zip(looks, sizes, middles, strict=True)
+        Thing(*look, size, *near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
     )
     said = [rng.choice((size, None)) for size in sizes]
     said_scenery = rng.choice((scenery, None))
@@ -164,19 +164,21 @@ def reasoning(rng: random.Random) -> Sample:
 def text(rng: random.Random) -> Sample:
     """A word on a sign, perhaps with a thing: 'a sign that says "OPEN" and a red circle'."""
     word, scenery = rng.choice(WORDS), background(rng)
-    plate = any_sign(rng, word)
     said_scenery = rng.choice((scenery, None))
     phrase = captions.sign(rng, word)
     combinations: tuple[tuple[object, ...], ...] = (("word", word, scenery),)
     if rng.random() < 0.5:
         truth = Truth("text", (), background=said_scenery, word=word)
-        return Sample(captions.before(rng, phrase, said_scenery), Scene(scenery, (), plate), (), truth, combinations)
+        described = captions.before(rng, phrase, said_scenery)
+        return Sample(described, Scene(scenery, (), Sign(word, 0, 0.5)), (), truth, combinations)
     (look,) = different_looks(rng, 1)
-    things = scattered(rng, [look], ["small"], plate)
+    thing = Thing(*look, "small", *near(rng, _BELOW_SIGN))
     phrase = f"{phrase} and {captions.a(captions.thing(look))}"
     truth = Truth("text", (Wanted(*look),), background=said_scenery, word=word)
     described = captions.before(rng, phrase, said_scenery)
-    return Sample(described, Scene(scenery, things, plate), (), truth, (look, *combinations))
+    return Sample(
+        described, Scene(scenery, (thing,), Sign(word, 0, min(SIGN_HEIGHTS))), (), truth, (look, *combinations)
+    )
 
 
 def any_sign(rng: random.Random, word: str) -> Sign:

@@ -14,8 +14,14 @@ from deepgen_jax.data.world.vocabulary import COLOURS, REACH, RELATIONS, SHAPES,
 HELD_OUT_SHARE = 8
 #: Between outlines, as a share of the picture's side.
 _GAP = 0.04
-#: Where things stand whose place is left open, along either side.
-LATTICE = (0.25, 0.5, 0.75)
+#: Where things stand whose places a caption leaves open, by their number: in the middle, side by side, or as on a die.
+ARRANGEMENTS: dict[int, tuple[tuple[float, float], ...]] = {
+    1: ((0.5, 0.5),),
+    2: ((0.243, 0.5), (0.757, 0.5)),
+    3: ((0.25, 0.25), (0.5, 0.5), (0.75, 0.75)),
+    4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
+    5: ((0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)),
+}
 #: Height of a sign's plate and the part of the side that it keeps free of shapes.
 SIGN_HEIGHT, SIGN_BAND = 0.26, 0.34
 
@@ -114,24 +120,17 @@ def scattered(
 
 
 def arranged(rng: random.Random, looks: Sequence[tuple[str, str]], sizes: Sequence[str]) -> tuple[Thing, ...]:
-    """Things at points of a lattice, clear of each other: where a text leaves the place open, few places are taken.
+    """One to five things where `ARRANGEMENTS` puts them, in the order of their points.
 
-    A model that learns from nothing then has few pictures to tell apart, where of things anywhere it sees none twice.
+    Where a text leaves the place open, one place is taken, so that a model that learns from nothing has few pictures to
+    tell apart; of things anywhere it would see none twice.
     """
-    points = [(x, y) for x in LATTICE for y in LATTICE]
-    while True:
-        things: list[Thing] = []
-        for (colour, shape), size in zip(looks, sizes, strict=True):
-            rng.shuffle(points)
-            found = (Thing(colour, shape, size, *near(rng, point)) for point in points)
-            thing = next((thing for thing in found if fits(thing, things)), None)
-            if thing is None:
-                break
-            things.append(thing)
-        if len(things) == len(looks):
-            return tuple(things)
+    points = ARRANGEMENTS[len(looks)]
+    return tuple(
+        Thing(*look, size, *near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
+    )
 
 
-def near(rng: random.Random, place: tuple[float, float], spread: float = 0.015) -> tuple[float, float]:
+def near(rng: random.Random, place: tuple[float, float], spread: float = 0.006) -> tuple[float, float]:
     """A point about a place."""
     return round(place[0] + rng.uniform(-spread, spread), 3), round(place[1] + rng.uniform(-spread, spread), 3)
