@@ -16,6 +16,7 @@ from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.synthetic import TASK_SKILLS, make_sample
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, PLACES
+from deepgen_jax.evaluation.nano import evaluate, generated, held_out_samples
 from deepgen_jax.model_folder import NANO, PACKAGED, PARTS, load_params, locate, read_manifest
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.patches import sincos_table
@@ -172,3 +173,10 @@ def test_the_packages_model_draws_colours_where_it_is_told_to():
             found.append(names[int(np.argmin([math.dist(seen, one) for one in palette]))])
         right.append(found == [colour, ground])
     assert sum(right) >= 9, right
+
+
+def test_the_packages_model_removes_things():
+    pipe = DeepGenPipeline.from_pretrained("nano")
+    samples = held_out_samples(16, 1, ("remove",))
+    rows = evaluate(samples, generated(pipe, SIZE, steps=20, guidance=2.0, seed=0, batch_size=16), lambda image: "")
+    assert rows[0].right >= 12

@@ -8,19 +8,23 @@ from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 MODEL = "out/nano/model"
 
 
-def world(size: int = 96, skills: str = "") -> tuple[SourceConfig, SourceConfig]:
-    """200,000 pictures of a size, of some skills alone or of all, and as many edits before the first comes again."""
+def world(size: int = 96, skills: str = "", changes: str = "") -> tuple[SourceConfig, SourceConfig]:
+    """200,000 pictures of a size and as many edits before the first comes again, of some skills alone or of all."""
     path = f"size={size},samples=200000,seed=0"
-    pictures = f"{path},skills={skills}" if skills else path
-    return SourceConfig("world", "synthetic", pictures), SourceConfig("edits", "synthetic", path, task="edit")
+    pictures, edits = (f"{path},skills={some}" if some else path for some in (skills, changes))
+    return SourceConfig("world", "synthetic", pictures), SourceConfig("edits", "synthetic", edits, task="edit")
 
 
 def world_data(
-    micro_batch: int, cycle: tuple[str, ...] = ("t2i", "t2i", "edit"), size: int = 96, skills: str = ""
+    micro_batch: int,
+    cycle: tuple[str, ...] = ("t2i", "t2i", "edit"),
+    size: int = 96,
+    skills: str = "",
+    changes: str = "",
 ) -> DataConfig:
     """Most prompts are of one length, so that few programs are compiled."""
     return DataConfig(
-        sources=tuple(source for source in world(size, skills) if source.task in cycle),
+        sources=tuple(source for source in world(size, skills, changes) if source.task in cycle),
         micro_batch=micro_batch,
         mixture=MixtureConfig(cycle=cycle),
         image_size=size,

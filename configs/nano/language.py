@@ -8,19 +8,19 @@ from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> LanguageConfig:
-    """Three questions to one caption, 64 samples a step."""
+    """Three questions to one caption, 32 samples a step."""
     pictures, edits = world()
     questions = replace(edits, name="questions", path=f"{edits.path},questions=1")
     return LanguageConfig(
         model=MODEL,
         start="out/nano/vae_colours",
         out="out/nano/language",
-        steps=200,
+        steps=400,
         dtype="float32",
         remat="none",
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02),
+        optimizer=OptimizerConfig(name="muon", learning_rate=3e-3, warmup=20),
         data=replace(
-            world_data(16, ("edit", "edit", "edit", "t2i")), sources=(pictures, questions), text_drop=0.0
+            world_data(8, ("edit", "edit", "edit", "t2i")), sources=(pictures, questions), text_drop=0.0
         ),
         accumulation=4,
         checkpoints=CheckpointConfig(every=100),

@@ -1,4 +1,4 @@
-"""Stage 1 of DeepGen-nano, third round: one or two things with their places, where captions tell most."""
+"""Stage 1 of DeepGen-nano, second round: as the first, with smaller steps of less noise."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ from deepgen_jax.training.config import SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:
-    """As before, of two skills, and longer."""
+    """32 samples a step."""
     return replace(
         pretrain.get_config(),
-        start="out/nano/pretrain",
-        out="out/nano/pretrain_things",
-        steps=3900,
-        noise_shift=10.0,
+        start="out/nano/pretrain_relations",
+        out="out/nano/pretrain_relations_long",
+        steps=558,
+        noise_shift=5.0,
         data=caption_data(32, "single+relation"),
     )
