@@ -112,9 +112,7 @@ def relation(rng: random.Random) -> Sample:
         points = points[::-1]
     if said_relation in ("above", "below"):
         points = tuple((y, x) for x, y in points)
-    things = tuple(
-        Thing(*look, size, *near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
-    )
+    things = arranged(rng, looks, sizes, points)
     said = [rng.choice((size, None)) for size in sizes]
     said_scenery = rng.choice((scenery, None))
     if _chinese(rng):

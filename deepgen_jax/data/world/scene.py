@@ -119,13 +119,18 @@ def scattered(
             return tuple(things)
 
 
-def arranged(rng: random.Random, looks: Sequence[tuple[str, str]], sizes: Sequence[str]) -> tuple[Thing, ...]:
-    """One to five things where `ARRANGEMENTS` puts them, in the order of their points.
+def arranged(
+    rng: random.Random,
+    looks: Sequence[tuple[str, str]],
+    sizes: Sequence[str],
+    points: Sequence[tuple[float, float]] = (),
+) -> tuple[Thing, ...]:
+    """One to five things at points, in their order; at those of `ARRANGEMENTS` where none are given.
 
     Where a text leaves the place open, one place is taken, so that a model that learns from nothing has few pictures to
     tell apart; of things anywhere it would see none twice.
     """
-    points = ARRANGEMENTS[len(looks)]
+    points = points or ARRANGEMENTS[len(looks)]
     return tuple(
         Thing(*look, size, *near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
     )
