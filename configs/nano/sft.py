@@ -4,19 +4,19 @@ from dataclasses import replace
 
 from deepgen_jax.configs.nano import pretrain, world_data
 from deepgen_jax.training.config import AdapterConfig, SupervisedConfig
-from deepgen_jax.training.optimizer import OptimizerConfig
 
 
 def get_config() -> SupervisedConfig:
     """Two pictures to one edit, 48 samples a step; of the edits those that change one thing."""
+    config = pretrain.get_config()
     return replace(
-        pretrain.get_config(),
+        config,
         start="out/nano/pretrain",
         out="out/nano/sft",
         steps=3000,
         trains=("bridge", "mmdit", "lora"),
         lora=AdapterConfig(rank=16, alpha=32, dropout=0.05),
-        optimizer=OptimizerConfig(name="muon", learning_rate=2.5e-3, warmup=20, weight_decay=0.01),
+        optimizer=replace(config.optimizer, learning_rate=2.5e-3, schedule="cosine"),
         noise_shift=3.0,
         # Captions fit into three times 17 tokens, instructions with their pictures into four.
         data=replace(world_data(16, changes="recolour+move+remove+add"), token_multiple=17),

@@ -15,7 +15,6 @@ from deepgen_jax.data.world.scene import (
     arranged,
     different_looks,
     fits,
-    near,
     relation_key,
 )
 from deepgen_jax.data.world.truth import Truth, Wanted
@@ -37,8 +36,8 @@ Look = tuple[str, str]
 _CHINESE = 0.15
 #: Where a sign can be.
 SIGN_HEIGHTS = (0.2, 0.5, 0.8)
-# Where a thing is that a caption tells of after a sign.
-_BELOW_SIGN = (0.5, 0.7)
+# Heights of a sign that a caption tells of alone and with a thing, and where that thing is.
+_SIGN_ALONE, _SIGN_ABOVE, _BELOW_SIGN = 0.5, 0.2, (0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def single(rng: random.Random) -> Sample:
     """One thing: "a large red circle in the middle on a white background"."""
     (look,) = different_looks(rng, 1)
     size, scenery, place = some_size(rng), background(rng), rng.choice(("", "", *PLACES))
-    things = (Thing(*look, size, *near(rng, PLACES[place])),) if place else arranged(rng, [look], [size])
+    things = arranged(rng, [look], [size], [PLACES[place]] if place else ())
     said_size, said_scenery = rng.choice((size, None)), rng.choice((scenery, None))
     if _chinese(rng):
         text = captions.before_zh(captions.single_zh(look, said_size, place), said_scenery)
@@ -165,18 +164,17 @@ def text(rng: random.Random) -> Sample:
     said_scenery = rng.choice((scenery, None))
     phrase = captions.sign(rng, word)
     combinations: tuple[tuple[object, ...], ...] = (("word", word, scenery),)
-    if rng.random() < 0.5:
-        truth = Truth("text", (), background=said_scenery, word=word)
-        described = captions.before(rng, phrase, said_scenery)
-        return Sample(described, Scene(scenery, (), Sign(word, 0, 0.5)), (), truth, combinations)
-    (look,) = different_looks(rng, 1)
-    thing = Thing(*look, "small", *near(rng, _BELOW_SIGN))
-    phrase = f"{phrase} and {captions.a(captions.thing(look))}"
-    truth = Truth("text", (Wanted(*look),), background=said_scenery, word=word)
+    things: tuple[Thing, ...] = ()
+    wanted: tuple[Wanted, ...] = ()
+    height = _SIGN_ALONE
+    if rng.random() >= 0.5:
+        (look,) = different_looks(rng, 1)
+        things = arranged(rng, [look], ["small"], [_BELOW_SIGN])
+        phrase = f"{phrase} and {captions.a(captions.thing(look))}"
+        wanted, combinations, height = (Wanted(*look),), (look, *combinations), _SIGN_ABOVE
     described = captions.before(rng, phrase, said_scenery)
-    return Sample(
-        described, Scene(scenery, (thing,), Sign(word, 0, min(SIGN_HEIGHTS))), (), truth, (look, *combinations)
-    )
+    truth = Truth("text", wanted, background=said_scenery, word=word)
+    return Sample(described, Scene(scenery, things, Sign(word, 0, height)), (), truth, combinations)
 
 
 def any_sign(rng: random.Random, word: str) -> Sign:

@@ -22,6 +22,8 @@ ARRANGEMENTS: dict[int, tuple[tuple[float, float], ...]] = {
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
     5: ((0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)),
 }
+# How far from its point a thing may stand, along either side.
+_SPREAD = 0.006
 #: Height of a sign's plate and the part of the side that it keeps free of shapes.
 SIGN_HEIGHT, SIGN_BAND = 0.26, 0.34
 
@@ -125,17 +127,16 @@ def arranged(
     sizes: Sequence[str],
     points: Sequence[tuple[float, float]] = (),
 ) -> tuple[Thing, ...]:
-    """One to five things at points, in their order; at those of `ARRANGEMENTS` where none are given.
+    """One to five things about points, in their order; about those of `ARRANGEMENTS` where none are given.
 
     Where a text leaves the place open, one place is taken, so that a model that learns from nothing has few pictures to
     tell apart; of things anywhere it would see none twice.
     """
     points = points or ARRANGEMENTS[len(looks)]
     return tuple(
-        Thing(*look, size, *near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
+        Thing(*look, size, *_near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
     )
 
 
-def near(rng: random.Random, place: tuple[float, float], spread: float = 0.006) -> tuple[float, float]:
-    """A point about a place."""
-    return round(place[0] + rng.uniform(-spread, spread), 3), round(place[1] + rng.uniform(-spread, spread), 3)
+def _near(rng: random.Random, point: tuple[float, float]) -> tuple[float, float]:
+    return round(point[0] + rng.uniform(-_SPREAD, _SPREAD), 3), round(point[1] + rng.uniform(-_SPREAD, _SPREAD), 3)
