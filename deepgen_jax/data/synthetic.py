@@ -23,7 +23,7 @@ from deepgen_jax.errors import DeepGenError
 __all__ = ["SPLITS", "TASK_SKILLS", "VERSION", "Sample", "make_sample", "render"]
 
 #: Changes when samples do.
-VERSION = 3
+VERSION = 4
 #: What trains, and what tests.
 SPLITS = ("train", "held_out")
 #: Skills of a task; sample i is of the skill that its random stream draws, all alike.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deepgen_jax.data.world import captions
 from deepgen_jax.data.world.render import FONTS
 from deepgen_jax.data.world.scene import (
     ARRANGEMENTS,
+    USUAL_BACKGROUND,
     Scene,
     Sign,
     Thing,
@@ -69,26 +71,28 @@ def some_size(rng: random.Random) -> str:
     return rng.choice(list(SIZES))
 
 
+def _perhaps(rng: random.Random, make: Callable[[random.Random], str]) -> str | None:
+    """What a caption tells, or None where it leaves that open, in half of all cases."""
+    return rng.choice((make(rng), None))
+
+
 def single(rng: random.Random) -> Sample:
     """One thing: "a large red circle in the middle on a white background"."""
     (look,) = different_looks(rng, 1)
-    size, scenery, place = some_size(rng), background(rng), rng.choice(("", "", *PLACES))
-    things = arranged(rng, [look], [size], [PLACES[place]] if place else ())
-    said_size, said_scenery = rng.choice((size, None)), rng.choice((scenery, None))
+    said_size, said_scenery, place = _perhaps(rng, some_size), _perhaps(rng, background), rng.choice(("", "", *PLACES))
+    things = arranged(rng, [look], [said_size], [PLACES[place]] if place else ())
     if _chinese(rng):
         text = captions.before_zh(captions.single_zh(look, said_size, place), said_scenery)
     else:
         text = captions.before(rng, captions.single(look, said_size, place), said_scenery)
     truth = Truth("single", (Wanted(*look, said_size, place),), background=said_scenery)
-    return Sample(text, Scene(scenery, things), (), truth, (look,))
+    return Sample(text, _plain(said_scenery, things), (), truth, (look,))
 
 
 def two(rng: random.Random) -> Sample:
     """Two things: "a red circle and a small blue square"."""
-    looks, scenery = different_looks(rng, 2), background(rng)
-    sizes = [some_size(rng), some_size(rng)]
-    said = [rng.choice((size, None)) for size in sizes]
-    said_scenery = rng.choice((scenery, None))
+    looks, said_scenery = different_looks(rng, 2), _perhaps(rng, background)
+    said = [_perhaps(rng, some_size), _perhaps(rng, some_size)]
     if _chinese(rng):
         first, second = (f"一个{captions.thing_zh(look, size)}" for look, size in zip(looks, said, strict=True))
         text = captions.before_zh(f"{first}和{second}", said_scenery)
@@ -98,22 +102,20 @@ def two(rng: random.Random) -> Sample:
     wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
     truth = Truth("two", wanted, background=said_scenery)
     pair = (*sorted(looks)[0], "and", *sorted(looks)[1])
-    return Sample(text, Scene(scenery, arranged(rng, looks, sizes)), (), truth, (*looks, pair))
+    return Sample(text, _plain(said_scenery, arranged(rng, looks, said)), (), truth, (*looks, pair))
 
 
 def relation(rng: random.Random) -> Sample:
     """Two things and how they stand: "a large red circle to the left of a small blue square"."""
-    looks, said_relation, scenery = different_looks(rng, 2), rng.choice(list(RELATIONS)), background(rng)
-    sizes = [some_size(rng), some_size(rng)]
+    looks, said_relation = different_looks(rng, 2), rng.choice(list(RELATIONS))
+    said, said_scenery = [_perhaps(rng, some_size), _perhaps(rng, some_size)], _perhaps(rng, background)
     # On one line, so that what is left is not also above.
     points = ARRANGEMENTS[2]
     if said_relation in ("right", "below"):
         points = points[::-1]
     if said_relation in ("above", "below"):
         points = tuple((y, x) for x, y in points)
-    things = arranged(rng, looks, sizes, points)
-    said = [rng.choice((size, None)) for size in sizes]
-    said_scenery = rng.choice((scenery, None))
+    things = arranged(rng, looks, said, points)
     if _chinese(rng):
         first, second = (f"一个{captions.thing_zh(look, size)}" for look, size in zip(looks, said, strict=True))
         text = captions.before_zh(f"{first}在{second}的{ZH[said_relation]}", said_scenery)
@@ -122,48 +124,44 @@ def relation(rng: random.Random) -> Sample:
         text = captions.before(rng, captions.relation(rng, names[0], said_relation, names[1]), said_scenery)
     wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
     truth = Truth("relation", wanted, said_relation, said_scenery)
-    return Sample(text, Scene(scenery, things), (), truth, (*looks, relation_key(things[0], said_relation, things[1])))
+    key = relation_key(things[0], said_relation, things[1])
+    return Sample(text, _plain(said_scenery, things), (), truth, (*looks, key))
 
 
 def count(rng: random.Random) -> Sample:
     """Several equal things: "three red circles"."""
-    (look,), number, scenery = different_looks(rng, 1), rng.randint(1, 5), background(rng)
-    said_scenery = rng.choice((scenery, None))
+    (look,), number, said_scenery = different_looks(rng, 1), rng.randint(1, 5), _perhaps(rng, background)
     if _chinese(rng):
         text = captions.before_zh(f"{ZH[NUMBERS[number - 1]]}个{captions.thing_zh(look)}", said_scenery)
     else:
         name = " ".join(look) if number == 1 else captions.plural(look)
         digits = rng.choice((NUMBERS[number - 1], str(number)))
         text = captions.before(rng, f"{digits} {name}", said_scenery)
-    return _several("count", rng, text, look, number, scenery, said_scenery, (look, (number, *look)))
+    return _several("count", rng, text, look, number, said_scenery, (look, (number, *look)))
 
 
 def reasoning(rng: random.Random) -> Sample:
     """What is to be drawn has to be guessed: "the shape with three sides, in the colour of grass"."""
-    (look,), scenery = different_looks(rng, 1), background(rng)
+    (look,) = different_looks(rng, 1)
     kind = rng.choice(("both", "both", "colour", "shape", "number"))
     if kind == "number":
         number = rng.randint(1, 5)
         text = f"as many {captions.plural(look)} {rng.choice(NUMBER_RIDDLES[number])}"
-        return _several(
-            "reasoning", rng, text, look, number, scenery, None, (look, ("as many", number, *look))
-        )
+        return _several("reasoning", rng, text, look, number, None, (look, ("as many", number, *look)))
     colour, shape = rng.choice(COLOUR_RIDDLES[look[0]]), rng.choice(SHAPE_RIDDLES[look[1]])
     if kind == "both":
         text = rng.choice((f"{shape}, in {colour}", f"{shape} with {colour}"))
     else:
         text = f"{captions.a(look[1])} in {colour}" if kind == "colour" else f"{shape}, {look[0]}"
-    things = arranged(rng, [look], [some_size(rng)])
     truth = Truth("reasoning", (Wanted(*look),))
-    return Sample(text, Scene(scenery, things), (), truth, (look, ("riddle", kind, *look)))
+    return Sample(text, _plain(None, arranged(rng, [look], [None])), (), truth, (look, ("riddle", kind, *look)))
 
 
 def text(rng: random.Random) -> Sample:
     """A word on a sign, perhaps with a thing: 'a sign that says "OPEN" and a red circle'."""
-    word, scenery = rng.choice(WORDS), background(rng)
-    said_scenery = rng.choice((scenery, None))
+    word, said_scenery = rng.choice(WORDS), _perhaps(rng, background)
     phrase = captions.sign(rng, word)
-    combinations: tuple[tuple[object, ...], ...] = (("word", word, scenery),)
+    combinations: tuple[tuple[object, ...], ...] = (("word", word, said_scenery or USUAL_BACKGROUND),)
     things: tuple[Thing, ...] = ()
     wanted: tuple[Wanted, ...] = ()
     height = _SIGN_ALONE
@@ -174,7 +172,7 @@ def text(rng: random.Random) -> Sample:
         wanted, combinations, height = (Wanted(*look),), (look, *combinations), _SIGN_ABOVE
     described = captions.before(rng, phrase, said_scenery)
     truth = Truth("text", wanted, background=said_scenery, word=word)
-    return Sample(described, Scene(scenery, things, Sign(word, 0, height)), (), truth, combinations)
+    return Sample(described, _plain(said_scenery, things, Sign(word, 0, height)), (), truth, combinations)
 
 
 def any_sign(rng: random.Random, word: str) -> Sign:
@@ -196,14 +194,17 @@ def _several(
     text: str,
     look: Look,
     number: int,
-    scenery: str,
     said_scenery: str | None,
     combinations: tuple[tuple[object, ...], ...],
 ) -> Sample:
-    size = some_size(rng) if number < 3 else "small"
+    size = None if number < 3 else "small"
     things = arranged(rng, [look] * number, [size] * number)
     truth = Truth(skill, (Wanted(*look),) * number, background=said_scenery)
-    return Sample(text, Scene(scenery, things), (), truth, combinations)
+    return Sample(text, _plain(said_scenery, things), (), truth, combinations)
+
+
+def _plain(said_scenery: str | None, things: tuple[Thing, ...], sign: Sign | None = None) -> Scene:
+    return Scene(said_scenery or USUAL_BACKGROUND, things, sign)
 
 
 def _chinese(rng: random.Random) -> bool:

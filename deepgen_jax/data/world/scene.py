@@ -11,7 +11,7 @@ from typing import Any
 from deepgen_jax.data.world.vocabulary import COLOURS, REACH, RELATIONS, SHAPES, SIZES
 
 #: One in so many combinations is held out.
-HELD_OUT_SHARE = 8
+HELD_OUT_SHARE = 16
 #: Between outlines, as a share of the picture's side.
 _GAP = 0.04
 #: Where things stand whose places a caption leaves open, by their number: in the middle, side by side, or as on a die.
@@ -22,6 +22,8 @@ ARRANGEMENTS: dict[int, tuple[tuple[float, float], ...]] = {
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
     5: ((0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)),
 }
+#: Size and background where a caption leaves them open.
+USUAL_SIZE, USUAL_BACKGROUND = "large", "white"
 # How far from its point a thing may stand, along either side.
 _SPREAD = 0.006
 #: Height of a sign's plate and the part of the side that it keeps free of shapes.
@@ -124,17 +126,18 @@ def scattered(
 def arranged(
     rng: random.Random,
     looks: Sequence[tuple[str, str]],
-    sizes: Sequence[str],
+    sizes: Sequence[str | None],
     points: Sequence[tuple[float, float]] = (),
 ) -> tuple[Thing, ...]:
     """One to five things about points, in their order; about those of `ARRANGEMENTS` where none are given.
 
-    Where a text leaves the place open, one place is taken, so that a model that learns from nothing has few pictures to
-    tell apart; of things anywhere it would see none twice.
+    Where a text leaves the place or the size open, one is taken, so that a model that learns from nothing has few
+    pictures to tell apart; of things anywhere it would see none twice.
     """
     points = points or ARRANGEMENTS[len(looks)]
     return tuple(
-        Thing(*look, size, *_near(rng, point)) for look, size, point in zip(looks, sizes, points, strict=True)
+        Thing(*look, size or USUAL_SIZE, *_near(rng, point))
+        for look, size, point in zip(looks, sizes, points, strict=True)
     )
 
 
