@@ -21,8 +21,9 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm, layer_norm
+from deepgen_jax.models.layout import token_rows
 from deepgen_jax.models.patches import sincos_table
-from deepgen_jax.models.stack import Remat, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, kept, rematerialised, scanned
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
@@ -169,16 +170,22 @@ class MMDiTBlock(nn.Module):
         image, context = streams
         num_queries = self.num_targets if self.context_pre_only else image.shape[1]
 
+        def rows(x: jax.Array) -> jax.Array:
+            return token_rows(x, self.attention)
+
+        def norm(x: jax.Array) -> jax.Array:
+            return rows(layer_norm(rows(x), _EPS))
+
         def modulation(name: str, chunks: int) -> list[jax.Array]:
             x = Linear(chunks * conditioning.shape[-1], dtype=self.dtype, name=name)(conditioning)
             return jnp.split(x.astype(jnp.float32)[:, None], chunks, axis=-1)
 
         def feed_forward(name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
-            y = FeedForward(self.dtype, name=name)(modulate(layer_norm(x, _EPS), shift, scale))
-            return (x + gate * y).astype(self.dtype)
+            y = kept(FeedForward(self.dtype, name=name)(modulate(norm(x), shift, scale)))
+            return rows(x + gate * rows(y)).astype(self.dtype)
 
         shift, scale, gate, *mlp_modulation = modulation("norm1", 9 if self.dual else 6)
-        normed = layer_norm(image, _EPS)
+        normed = norm(image)
         if self.context_pre_only:
             context_scale, context_shift = modulation("norm1_context", 2)
         else:
@@ -188,20 +195,21 @@ class MMDiTBlock(nn.Module):
             self.config, self.context_pre_only, self.dtype, self.attention, name="attn"
         )(
             modulate(normed, shift, scale),
-            modulate(layer_norm(context, _EPS), context_shift, context_scale),
+            modulate(norm(context), context_shift, context_scale),
             visible,
             num_queries,
         )
-        updated = image[:, :num_queries] + gate * attended
+        updated = image[:, :num_queries] + gate * rows(attended)
         if self.dual:
             shift, scale, gate = mlp_modulation[3:]
             attention2 = ImageAttention(self.config, self.dtype, self.attention, name="attn2")
-            updated = updated + gate * attention2(modulate(normed, shift, scale), visible_patches, num_queries)
+            again = attention2(modulate(normed, shift, scale), visible_patches, num_queries)
+            updated = updated + gate * rows(again)
         updated = feed_forward("ff", updated.astype(self.dtype), *mlp_modulation[:3])
         image = jnp.concatenate([updated, image[:, num_queries:]], axis=1)
 
         if context_attended is not None:
-            context = (context + context_gate * context_attended).astype(self.dtype)
+            context = (context + context_gate * rows(context_attended)).astype(self.dtype)
             context = feed_forward("ff_context", context, *context_mlp_modulation)
         return (image, context), None
 

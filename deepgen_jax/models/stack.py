@@ -7,21 +7,30 @@ from typing import Any, Literal
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from deepgen_jax.models.layers import LORA
 
 Remat = Literal["none", "full", "dots"]
+# Name of what even "full" keeps.
+_KEPT = "kept"
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """``x``, which "full" rematerialisation keeps, too: to be used of what takes long to compute and is small."""
+    return checkpoint_name(x, _KEPT)
 
 
 def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
     """``layer`` with activations recomputed in the backward pass.
 
-    "none" keeps everything, "full" keeps only each layer's input, "dots" also keeps the results of products with
-    weights (no batch dimensions), which are the dearest to recompute.
+    "none" keeps everything, "full" keeps only each layer's input and what is :func:`kept`, "dots" also keeps the
+    results of products with weights (no batch dimensions), which are the dearest to recompute.
     """
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.save_only_these_names(_KEPT)
     return nn.remat(layer, prevent_cse=False, policy=policy)
 
 

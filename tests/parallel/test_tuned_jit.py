@@ -20,7 +20,14 @@ def test_a_run_compiles_with_what_was_estimated(kind, topology):
     assert compiler_options(kind) == parse_topology(topology).options
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v5p", "NVIDIA H100 80GB HBM3"])
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_gpus_get_what_does_not_stand_for_the_missing_device(kind):
+    options = compiler_options(kind)
+    assert options
+    assert options.items() < parse_topology("h100:8").options.items()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5p", "NVIDIA A100-SXM4-80GB"])
 def test_other_devices_keep_the_defaults(kind):
     assert compiler_options(kind) is None
 
