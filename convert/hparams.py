@@ -19,6 +19,7 @@ class HParams:
       connector: sizes of the connector and ``num_queries``.
       lora_rank, lora_alpha: of the adapters.
       max_prompt_tokens: longest prompt.
+      guidance_scale: of classifier-free guidance.
       where: name of the file for messages.
     """
 
@@ -26,6 +27,7 @@ class HParams:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     max_prompt_tokens: int = DeepGenConfig.max_prompt_tokens
+    guidance_scale: float = DeepGenConfig.guidance_scale
     where: str = "the defaults"
 
 
@@ -45,6 +47,7 @@ def parse_hparams(values: Mapping[str, Any], where: str) -> HParams:
         lora_rank=options.take("lora_rank", int, None),
         lora_alpha=options.take("lora_alpha", float, None),
         max_prompt_tokens=options.take("max_length", int, DeepGenConfig.max_prompt_tokens),
+        guidance_scale=options.take("guidance_scale", float, DeepGenConfig.guidance_scale),
         where=where,
     )
     # Settings of the training run.

@@ -209,6 +209,8 @@ def hparams_json(config: DeepGenConfig) -> dict[str, Any]:
     """What no checkpoint stores, as ``--hparams`` reads it."""
     connector = connector_json(config.bridge)
     values = {"num_queries": connector.pop("num_queries"), "max_length": config.max_prompt_tokens}
+    if config.guidance_scale != DeepGenConfig.guidance_scale:
+        values["guidance_scale"] = config.guidance_scale
     if config.lora is not None:
         values |= {"lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha}
     return {**values, "connector": connector}

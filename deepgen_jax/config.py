@@ -7,6 +7,7 @@ UniPic2-SD3.5M-Kontext-2B.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -165,6 +166,8 @@ class DeepGenConfig:
     lora: LoRAConfig | None = None
     #: Longest prompt in tokens, think tokens and image tokens not counted (training cuts from the left).
     max_prompt_tokens: int = 1024
+    #: Of classifier-free guidance, where a call does not say.
+    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         checks = [
@@ -178,6 +181,8 @@ class DeepGenConfig:
             ),
             ("mmdit.in_channels", self.mmdit.in_channels, "vae.latent_channels", self.vae.latent_channels),
         ]
+        if not 0 <= self.guidance_scale < math.inf:
+            raise DeepGenError(f"config: guidance_scale is {self.guidance_scale}; it must be 0 or more")
         for name, value, other, expected in checks:
             if value != expected:
                 raise DeepGenError(f"config: {name} is {value}, but {other} is {expected}; they must be equal")

@@ -39,8 +39,8 @@ class NanoCommand(NanoArguments):
     """Of prompts and noise."""
     steps: int = 20
     """Denoising steps."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale."""
+    guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
+    """Classifier-free guidance scale; by default the model's."""
     batch_size: int = 16
     """Pictures made at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -60,25 +60,26 @@ class NanoCommand(NanoArguments):
         if unknown := [name for name in skills if name not in SKILLS]:
             raise DeepGenError(f"--skills has {unknown[0]!r}; use {', '.join(SKILLS)}")
         for name, least in (("prompts", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("guidance", 0)):
-            if not getattr(self, name) >= least:
-                raise DeepGenError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use {least} or more")
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
         if (self.model is None) == (self.renders is None):
             raise DeepGenError("give either a MODEL or --renders")
         samples = nano.held_out_samples(self.prompts, self.seed, skills)
-        make, size = self._maker()
+        make, size, guidance = self._maker()
         rows = nano.evaluate(samples, make, WorldReward(workers=1).read)
         if self.json:
             settings = {
                 "model": str(self.model or f"{self.renders} renders"), "prompts": self.prompts, "seed": self.seed,
-                "size": size, "steps": self.steps, "guidance": self.guidance,
+                "size": size, "steps": self.steps, "guidance": guidance,
             }  # fmt: skip
             print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))
         else:
             print("\n".join(nano.lines(rows)))
         return 0
 
-    def _maker(self) -> tuple[Maker, int]:
-        """What makes the pictures, and their side."""
+    def _maker(self) -> tuple[Maker, int, float | None]:
+        """What makes the pictures, their side, and the guidance that a model makes them with."""
         from deepgen_jax.data.transforms import UNIT
         from deepgen_jax.evaluation import nano
 
@@ -86,7 +87,7 @@ class NanoCommand(NanoArguments):
             raise DeepGenError(f"--size is {self.size}; use a multiple of {UNIT}")
         if self.renders is not None:
             size = self.size or 96
-            return nano.renders(self.renders, size), size
+            return nano.renders(self.renders, size), size, None
         from deepgen_jax.cli.sampling import DEFAULT_SIDE, load_pipeline, open_model
         from deepgen_jax.model_folder import locate
 
@@ -94,8 +95,9 @@ class NanoCommand(NanoArguments):
         folder = locate(self.model)
         config, _ = open_model(folder)
         size = self.size or min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
+        guidance = config.guidance_scale if self.guidance is None else self.guidance
         pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
         make = nano.generated(
-            pipe, size, steps=self.steps, guidance=self.guidance, seed=self.seed, batch_size=self.batch_size
+            pipe, size, steps=self.steps, guidance=guidance, seed=self.seed, batch_size=self.batch_size
         )
-        return make, size
+        return make, size, guidance

@@ -87,8 +87,9 @@ class SamplingCommand(PromptArguments):
     """Refuse sizes that are not multiples of 32 instead of rounding them."""
     steps: int = 50
     """Denoising steps."""
-    guidance: float = 4.0
-    """Classifier-free guidance scale; 1 turns guidance off and takes half the time."""
+    guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
+    """Classifier-free guidance scale; 1 turns guidance off and takes half the time. By default the model's, 4 for
+    DeepGen and 1 for nano."""
     negative_prompt: str = ""
     """What to keep away from."""
     padding: Padding = "reference"
@@ -132,7 +133,7 @@ class SamplingCommand(PromptArguments):
             width=width,
             height=height,
             steps=self.steps,
-            guidance=self.guidance,
+            guidance=config.guidance_scale if self.guidance is None else self.guidance,
             num_images=self.num_images,
             padding=self.padding,
             side=side,
@@ -202,7 +203,7 @@ class SamplingCommand(PromptArguments):
                 raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
         if self.seed > MAX_SEED:
             raise DeepGenError(f"--seed is {self.seed}; use 0 to {MAX_SEED}")
-        if not math.isfinite(self.guidance) or self.guidance < 0:
+        if self.guidance is not None and not 0 <= self.guidance < math.inf:
             raise DeepGenError(f"--guidance is {self.guidance}; use 0 or more")
         if not self.max_image_megapixels > 0 or math.isinf(self.max_image_megapixels):
             raise DeepGenError(f"--max-image-megapixels is {self.max_image_megapixels}; use a number above 0")

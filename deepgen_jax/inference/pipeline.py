@@ -97,7 +97,7 @@ class DeepGenPipeline:
         height: int = 512,
         width: int = 512,
         num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | jax.Array | None = None,
         padding: Padding = "reference",
@@ -117,7 +117,7 @@ class DeepGenPipeline:
           negative_prompt: one for all, or one each. In editing it is seen with the same references.
           height, width: of the result in pixels, multiples of 32.
           num_inference_steps: Euler steps.
-          guidance_scale: g in ``v_neg + g (v - v_neg)``; 1 runs without the negative prompt.
+          guidance_scale: g in ``v_neg + g (v - v_neg)``; 1 runs without the negative prompt; None takes the model's.
           seed: image i draws its noise from (seed, i); or a list, image i draws from (seed[i], 0).
           latents: initial noise [B, C, H/8, W/8] in place of the seed's.
           padding: "reference" gives the released system's result for each prompt run alone, "batch" its result for
@@ -140,6 +140,7 @@ class DeepGenPipeline:
             *(side // self.config.vae.downscale for side in (height, width)),
         )
         noise = self._initial_noise(requests, latent_shape, latents)
+        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         guidance = None if guidance_scale == 1.0 else jnp.float32(guidance_scale)
         condition = self._condition(requests, padding, guided=guidance is not None)
         references = self._references(requests, reference_posterior, reference_noise)

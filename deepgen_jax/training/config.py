@@ -94,7 +94,7 @@ class SampleConfig:
     images: tuple[str, ...] = ()
     size: int = 512
     num_inference_steps: int = 50
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
