@@ -158,6 +158,8 @@ def read_scores(label: str, path: Path) -> Scores:
         for row in rows.values():
             float(row["share"]), float(row["low"]), float(row["high"]), int(row["count"])
         settings = {name: values[name] for name in ("prompts", "seed", "size", "steps", "guidance")}
+        # Renders, which no model made, have none.
+        float(settings["guidance"])
     except OSError as error:
         raise DeepGenError(f"scores {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:

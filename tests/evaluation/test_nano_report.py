@@ -99,6 +99,7 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
         (["--scores", "x=a.json", "--scores", "x=b.json"], "--scores has 'x' twice"),
         (["--scores", "x=none.json"], "scores none.json cannot be read"),
         (["--scores", "x=list.json"], "list.json is not what `deepgen eval nano MODEL --json` prints"),
+        (["--scores", "x=renders.json"], "renders.json is not what `deepgen eval nano MODEL --json` prints"),
         (["--runs", "nowhere"], "nowhere has no run of nano's configurations"),
         (["--runs", "other"], "other/vae is no training run"),
         (["--out", "bare.md"], "bare.md has no place for the report"),
@@ -109,6 +110,8 @@ def test_what_cannot_be_used_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
 ):
     Path("list.json").write_text("[]")
+    renders = json.loads(Path(scores(Path("renders.json"), 1.0)).read_text())
+    Path("renders.json").write_text(json.dumps({**renders, "guidance": None}))
     Path("bare.md").write_text("# Nano\n")
     Path("other/vae").mkdir(parents=True)
     before = sorted(path for path in Path().rglob("*"))
