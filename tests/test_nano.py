@@ -156,7 +156,7 @@ def test_the_packages_model_is_of_the_promised_size():
 
 
 def test_the_packages_model_draws_colours_where_it_is_told_to():
-    """Not shapes, which it is weak at: the colour at the place that is named, and the background far from it."""
+    """The colour at the place that is named, and the background far from it."""
     rng = random.Random(0)
     wanted = [(rng.choice(list(COLOURS)), rng.choice(list(PLACES)), rng.choice(list(BACKGROUNDS))) for _ in range(16)]
     prompts = [f"a large {colour} square in the {place} on a {ground} background" for colour, place, ground in wanted]

@@ -63,7 +63,7 @@ _WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),
 
 # Of layers in a loop: the gradients of one are reduced over "data" beside the backward pass of the next. And no
 # products merged that would need their weights joined in memory first, as those of adapters with the weights' own.
-_BESIDE_THE_NEXT_LAYER = (("xla_gpu_enable_pipelined_all_reduce", True), ("xla_gpu_dot_merger_threshold_mb", 0))
+_GPU_LOOPS = (("xla_gpu_enable_pipelined_all_reduce", True), ("xla_gpu_dot_merger_threshold_mb", 0))
 
 # TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e} (peak arithmetic, HBM, the interconnect's total per chip: 400, 1200 and
 # 800 GB/s both ways over 4, 6 and 4 links; data-centre network per chip: 25, 50 and 100 Gbit/s). HBM is what libtpu
@@ -75,7 +75,7 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24)),
     "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _ON_SPARSE_CORES),
     "h100": Chip(
-        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_BESIDE_THE_NEXT_LAYER,
+        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
         deviceless=(("xla_gpu_enable_triton_gemm", False),),
     ),
 }  # fmt: skip
