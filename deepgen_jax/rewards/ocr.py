@@ -27,17 +27,21 @@ class OCRReward(LocalReward):
       workers: images read at once, each by a recogniser and on a core of its own; 0 for as many as there are cores, at
         most 8.
       min_confidence: lines recognised with less are ignored.
+      detection_side: images whose shorter side has fewer pixels are enlarged to it before lines are looked for; the
+        time that takes grows with its square.
 
     Raises:
       DeepGenError: rapidocr, onnxruntime or rapidfuzz is not installed.
     """
 
-    def __init__(self, workers: int = 0, min_confidence: float = 0.5) -> None:
+    def __init__(self, workers: int = 0, min_confidence: float = 0.5, detection_side: int = 736) -> None:
         if workers < 0:
             raise DeepGenError(f"workers is {workers}; it must be at least 0")
+        if detection_side < 32:
+            raise DeepGenError(f"detection_side is {detection_side}; it must be at least 32 pixels")
         workers = workers or min(os.cpu_count() or 1, 8)
         self.executor = self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
-        self.min_confidence = min_confidence
+        self.min_confidence, self.detection_side = min_confidence, detection_side
         self._local = threading.local()
         self._told = threading.Lock()
         _require_packages()
@@ -56,7 +60,7 @@ class OCRReward(LocalReward):
         ``upright`` text is not tried upside down, as which short words can be read, too.
         """
         if not hasattr(self._local, "engine"):
-            self._local.engine = _engine(self.min_confidence)
+            self._local.engine = _engine(self.min_confidence, self.detection_side)
         # An array is taken as blue, green, red.
         found = self._local.engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=not upright)
         return list(zip(found.txts or (), map(float, found.scores or ()), strict=True))
@@ -117,7 +121,7 @@ def _require_packages() -> None:
             raise DeepGenError(f"the OCR reward needs {package}; run pip install 'deepgen-jax[rewards]'")
 
 
-def _engine(min_confidence: float) -> Any:
+def _engine(min_confidence: float, detection_side: int) -> Any:
     from rapidocr import RapidOCR
 
     # One thread an engine: several images are read at once, and the loop that generates them needs cores, too.
@@ -127,5 +131,6 @@ def _engine(min_confidence: float) -> Any:
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             "Global.log_level": "error",
             "Global.text_score": min_confidence,
+            "Det.limit_side_len": detection_side,
         }
     )

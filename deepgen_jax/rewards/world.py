@@ -11,6 +11,8 @@ from deepgen_jax.rewards.ocr import OCRReward
 
 #: The field of a prompt's record that says what is asked, see `deepgen_jax.data.world.truth.Truth`.
 TRUTH = "truth"
+# Signs come enlarged (`deepgen_jax.data.world.find.sign_of`); more finds no more.
+_SIGN_SIDE = 192
 _NO_TRUTH = Missing(f"the prompt's record has no {TRUTH}", permanent=True)
 
 
@@ -26,7 +28,7 @@ class WorldReward(LocalReward):
 
     def __init__(self, exact: bool = False, workers: int = 0, min_confidence: float = 0.5) -> None:
         self._exact = exact
-        self._words = OCRReward(workers, min_confidence)
+        self._words = OCRReward(workers, min_confidence, _SIGN_SIDE)
         self.executor = self._words.executor
 
     def score_one(self, sample: RewardSample) -> float | Missing:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards import RewardConfig, RewardSample, make
 
@@ -45,3 +46,10 @@ def test_recognised_text_is_compared_with_the_quoted_one():
     np.testing.assert_allclose(scores.values, [1, 7 / 8, 0, np.nan, np.nan, 0], atol=1e-6)
     assert scores.failures == {"the prompt quotes no text": 2}
     assert all(entry.permanent for entry in scores.missing.values())
+
+
+def test_large_text_is_found_without_enlarging_the_image():
+    reward = make(RewardConfig("ocr", options={"workers": 1, "detection_side": 192}))
+    assert [text for text, _ in reward.recognise(picture("Open Late"))] == ["Open Late"]
+    with pytest.raises(DeepGenError, match="detection_side is 8; it must be at least 32 pixels"):
+        make(RewardConfig("ocr", options={"detection_side": 8}))
