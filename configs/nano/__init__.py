@@ -8,11 +8,15 @@ from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 MODEL = "out/nano/model"
 
 
-def world(size: int = 96, skills: str = "", changes: str = "") -> tuple[SourceConfig, SourceConfig]:
-    """200,000 pictures of a size and as many edits before the first comes again, of some skills alone or of all."""
+def world_source(name: str, task: str, size: int = 96, skills: str = "") -> SourceConfig:
+    """200,000 samples of a size before the first comes again, of some skills of the task alone or of all."""
     path = f"size={size},samples=200000,seed=0"
-    pictures, edits = (f"{path},skills={some}" if some else path for some in (skills, changes))
-    return SourceConfig("world", "synthetic", pictures), SourceConfig("edits", "synthetic", edits, task="edit")
+    return SourceConfig(name, "synthetic", f"{path},skills={skills}" if skills else path, task=task)
+
+
+def world(size: int = 96, skills: str = "", changes: str = "") -> tuple[SourceConfig, SourceConfig]:
+    """Pictures and as many edits, each of some skills alone or of all."""
+    return world_source("world", "t2i", size, skills), world_source("edits", "edit", size, changes)
 
 
 def world_data(
