@@ -23,6 +23,7 @@ from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.qwen_text import selected_layers
 from deepgen_jax.nano import SIZE, learn_merges, nano_config
 from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.rewards.world import WorldReward
 from deepgen_jax.training.origin import origin_of
 from deepgen_jax.training.overrides import apply, load_config, packaged_configs
 from deepgen_jax.training.weights import load_start
@@ -172,16 +173,19 @@ def test_the_packages_model_draws_colours_where_it_is_told_to():
             seen = np.median(np.asarray(picture)[row - 4 : row + 4, column - 4 : column + 4], axis=(0, 1))
             found.append(names[int(np.argmin([math.dist(seen, one) for one in palette]))])
         right.append(found == [colour, ground])
-    assert sum(right) >= 9, right
+    assert sum(right) >= 14, right
 
 
 def test_the_packages_model_draws_and_edits_what_it_never_saw():
     pipe = DeepGenPipeline.from_pretrained("nano")
-    least = {"single": 13, "two": 12, "relation": 10, "count": 13, "reasoning": 13, "remove": 12, "add": 12}
+    least = {
+        "single": 13, "two": 13, "relation": 13, "count": 13, "reasoning": 14, "text": 4,
+        "recolour": 7, "move": 5, "remove": 12, "add": 13,
+    }  # fmt: skip
     samples = held_out_samples(16, 1, tuple(least))
     guidance = pipe.config.guidance_scale
     make = generated(pipe, SIZE, steps=20, guidance=guidance, seed=0, batch_size=16)
-    rows = {row.skill: row.right for row in evaluate(samples, make, lambda image: "")}
+    rows = {row.skill: row.right for row in evaluate(samples, make, WorldReward(workers=1).read)}
     assert all(rows[skill] >= right for skill, right in least.items()), rows
 
 
