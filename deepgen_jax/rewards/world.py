@@ -11,7 +11,7 @@ from deepgen_jax.rewards.ocr import OCRReward
 
 #: The field of a prompt's record that says what is asked, see `deepgen_jax.data.world.truth.Truth`.
 TRUTH = "truth"
-# Signs come enlarged (`deepgen_jax.data.world.find.sign_of`); more finds no more.
+# Signs come enlarged (`deepgen_jax.data.world.find.sign_of`); enlarged further, blurred letters are no longer read.
 _SIGN_SIDE = 192
 _NO_TRUTH = Missing(f"the prompt's record has no {TRUTH}", permanent=True)
 
