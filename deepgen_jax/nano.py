@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -19,9 +20,12 @@ from deepgen_jax.config import (
     VisionConfig,
 )
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.model_folder import locate, read_manifest
 
 #: Parts of the bridge that a model can be made without, to see what they are worth.
 Ablation = Literal["think_tokens", "stacked_channels"]
+#: Folders of a release that do not depend on bridge and DiT.
+_ENCODERS = ("vlm", "vae", "tokenizer")
 #: Side of its pictures in pixels.
 SIZE = 96
 #: Tokens: bytes, merges and 7 special ones.
@@ -70,7 +74,12 @@ def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
 
 
 def write_untrained(
-    out: Path, *, seed: int = 0, without: Collection[Ablation] = (), overwrite: bool = False
+    out: Path,
+    *,
+    seed: int = 0,
+    without: Collection[Ablation] = (),
+    encoders: str | Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes the model folder of DeepGen-nano with random weights and its tokenizer, to start training from.
 
@@ -78,23 +87,40 @@ def write_untrained(
       out: the folder to write; it appears when everything is written, or not at all.
       seed: of the weights.
       without: as of :func:`nano_config`.
+      encoders: a trained nano, whose VLM, autoencoder and tokenizer are taken: bridge and DiT alone are random.
       overwrite: replace ``out``.
 
     Raises:
-      DeepGenError: ``out`` exists or cannot be written.
+      DeepGenError: ``out`` exists or cannot be written, or ``encoders`` is no nano.
     """
     from deepgen_jax.convert import convert
+    from deepgen_jax.convert.exporting import export
     from deepgen_jax.convert.synthetic import write_release
 
     if out.exists() and not overwrite:
         raise DeepGenError(f"{out} exists; choose another --out or pass --overwrite")
+    config = nano_config(without)
+    if encoders is not None:
+        _check_encoders(encoders, config)
     with tempfile.TemporaryDirectory() as folder:
         release = Path(folder) / "release"
         write_release(
-            release, nano_config(without), seed=seed, dtype="float32", merges=learn_merges(),
+            release, config, seed=seed, dtype="float32", merges=learn_merges() if encoders is None else (),
             for_training=True,
         )  # fmt: skip
+        if encoders is not None:
+            trained = export(encoders, "diffusers", Path(folder) / "trained", dtype="float32")
+            for part in _ENCODERS:
+                shutil.rmtree(release / part)
+                shutil.move(trained / part, release / part)
         convert(diffusers=release, out=out, overwrite=overwrite)
+
+
+def _check_encoders(model: str | Path, config: DeepGenConfig) -> None:
+    """Raises DeepGenError if the model's VLM or autoencoder is not of the sizes of ``config``."""
+    found = read_manifest(locate(model)).config
+    if (found.text, found.vision, found.vae) != (config.text, config.vision, config.vae):
+        raise DeepGenError(f"{model} is not of nano's sizes; name a nano, or leave --encoders out")
 
 
 def learn_merges() -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -79,6 +80,9 @@ def test_prompts_fit_and_signs_are_spelled(model: Path):
 
 def test_stages_follow_each_other():
     stages = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
+    trial = stages.pop("nano/bridge_trial")
+    assert trial.start is None
+    assert trial.model not in {config.model for config in stages.values()}
     assert {"nano/vae_small", "nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)
     assert len({config.model for config in stages.values()}) == 1
     outs = {config.out for config in stages.values()}
@@ -91,6 +95,28 @@ def test_bad_options_are_told(model: Path, capsys):
     assert "exists" in capsys.readouterr().err
     assert main(["nano", "init", "--seed", "-1"]) == 2
     assert "--seed is -1" in capsys.readouterr().err
+
+
+def test_encoders_are_those_of_a_trained_nano_and_the_rest_is_random(tmp_path: Path, capsys):
+    folder, trained = tmp_path / "model", PACKAGED / NANO
+    words = ["nano", "init", "--encoders", "nano", "--seed", "1", "--without", "think_tokens", "--out", str(folder)]
+    assert main(words) == 0
+    assert "bridge and DiT are random" in capsys.readouterr().out
+    wanted, found = load_params(trained, PARTS), load_params(folder, PARTS)
+    for part in ("text", "vision", "vae"):
+        for expected, leaf in zip(jax.tree.leaves(wanted[part]), jax.tree.leaves(found[part]), strict=True):
+            np.testing.assert_array_equal(leaf, expected.astype(leaf.dtype))
+    merges = [path / "tokenizer" / "merges.txt" for path in (folder, trained)]
+    assert merges[0].read_text(encoding="utf-8") == merges[1].read_text(encoding="utf-8")
+    block = [params["mmdit"]["proj_out"]["kernel"] for params in (found, wanted)]
+    assert not np.array_equal(block[0], block[1])
+    assert "meta_queries" not in found["bridge"]
+
+
+def test_encoders_of_other_sizes_are_refused(folders, tmp_path: Path, capsys):
+    assert main(["nano", "init", "--encoders", str(folders("sft")), "--out", str(tmp_path / "model")]) == 2
+    assert "is not of nano's sizes" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 def test_ablations_lack_what_they_are_without(tmp_path: Path):

@@ -23,6 +23,9 @@ class InitCommand:
     """Of the weights."""
     without: Annotated[UseAppendAction[tuple[Ablation, ...]], arg(help_behavior_hint="(repeatable)")] = ()
     """For ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
+    encoders: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
+    """A trained nano, "nano" for the package's, whose VLM, autoencoder and tokenizer to take; bridge and DiT alone are
+    random."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 
@@ -32,8 +35,13 @@ class InitCommand:
             raise DeepGenError(f"--seed is {self.seed}; use 0 or more")
         # Nothing here computes on an accelerator, so none is taken.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        write_untrained(self.out, seed=self.seed, without=self.without, overwrite=self.overwrite)
-        print(f"wrote {self.out}; its weights are random, train it with deepgen train nano/vae")
+        write_untrained(
+            self.out, seed=self.seed, without=self.without, encoders=self.encoders, overwrite=self.overwrite
+        )
+        if self.encoders is None:
+            print(f"wrote {self.out}; its weights are random, train it with deepgen train nano/vae_small")
+        else:
+            print(f"wrote {self.out}; its bridge and DiT are random, train them with deepgen train nano/bridge_trial")
         return 0
 
 
