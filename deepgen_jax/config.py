@@ -192,6 +192,10 @@ class DeepGenConfig:
         """Image sides in pixels are multiples of this (latent patches and 28/32 VLM patches both come out whole)."""
         return 2 * self.vae.downscale * self.mmdit.patch_size
 
+    def guidance(self, asked: float | None) -> float:
+        """Scale of classifier-free guidance: what was asked for, or the model's own."""
+        return self.guidance_scale if asked is None else asked
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A JSON-ready dict of a config dataclass."""

@@ -95,7 +95,7 @@ class NanoCommand(NanoArguments):
         folder = locate(self.model)
         config, _ = open_model(folder)
         size = self.size or min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
-        guidance = config.guidance_scale if self.guidance is None else self.guidance
+        guidance = config.guidance(self.guidance)
         pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
         make = nano.generated(
             pipe, size, steps=self.steps, guidance=guidance, seed=self.seed, batch_size=self.batch_size

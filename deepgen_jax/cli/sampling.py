@@ -133,7 +133,7 @@ class SamplingCommand(PromptArguments):
             width=width,
             height=height,
             steps=self.steps,
-            guidance=config.guidance_scale if self.guidance is None else self.guidance,
+            guidance=config.guidance(self.guidance),
             num_images=self.num_images,
             padding=self.padding,
             side=side,

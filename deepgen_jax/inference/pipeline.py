@@ -140,7 +140,7 @@ class DeepGenPipeline:
             *(side // self.config.vae.downscale for side in (height, width)),
         )
         noise = self._initial_noise(requests, latent_shape, latents)
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.config.guidance(guidance_scale)
         guidance = None if guidance_scale == 1.0 else jnp.float32(guidance_scale)
         condition = self._condition(requests, padding, guided=guidance is not None)
         references = self._references(requests, reference_posterior, reference_noise)
