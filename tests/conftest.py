@@ -22,6 +22,8 @@ os.environ.setdefault("DEEPGEN_CACHE_DIR", _PROGRAMS)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _PROGRAMS)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Programs this small take far longer to compile than to run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 #: Stage checkpoints under ``tests/data`` by the name that ``goldens_checkpoints.npz`` gives them, with convert options.
 LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {
