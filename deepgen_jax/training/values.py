@@ -91,7 +91,7 @@ def item_hint(hint: Any, index: int) -> Any:
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip().startswith("{"):
         value = _from_json(value, where)
     if not isinstance(value, dict):
         raise DeepGenError(f'{where}: not a JSON object; write it as {{"name": value}}')
