@@ -120,6 +120,7 @@ def test_values_by_type(word: str, name: str, want: object):
         (["words=[a]"], "words=[a]: not JSON (Expecting value)"),
         (["weights=t2i,2"], "weights=t2i,2: not a JSON list"),
         (["inner=3"], "inner=3: not a JSON object"),
+        (['inners=["one"]'], 'not a JSON object; write it as {"name": value}'),
         (['inner={"hgh": 3}'], "Inner has no field 'hgh'; did you mean high? known: low, high"),
         (["cuont=3"], "cuont=3: Values has no field 'cuont'; did you mean count? known: count, share"),
         (["inner.hgh=3"], "inner.hgh=3: inner has no field 'hgh'; did you mean high?"),
