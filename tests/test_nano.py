@@ -81,7 +81,7 @@ def test_prompts_fit_and_signs_are_spelled(model: Path):
 def test_stages_follow_each_other():
     stages = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
     trial = stages.pop("nano/bridge_trial")
-    assert trial.start is None
+    assert not trial.start
     assert trial.model not in {config.model for config in stages.values()}
     assert {"nano/vae_small", "nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)
     assert len({config.model for config in stages.values()}) == 1

@@ -15,7 +15,7 @@ def get_config() -> SupervisedConfig:
     return replace(
         config,
         model="out/nano/bridge_trial/model",
-        start=None,
+        start="",
         out="out/nano/bridge_trial/run",
         steps=300,
         optimizer=replace(config.optimizer, schedule="cosine"),

@@ -29,7 +29,7 @@ def get_config() -> GRPOConfig:
         policy=PolicyConfig(micro_batch=64, timestep_fraction=0.35, beta=0.002, sft_weight=0.002),
         prompts=PromptsConfig(path="out/nano/prompts.jsonl", rewards={"world": 0.5, "ocr": 0.5}),
         prompts_per_step=8,
-        rewards=(RewardConfig("world"), RewardConfig("ocr", options={"detection_side": 320})),
+        rewards=(RewardConfig("world"), RewardConfig("ocr", options={"detection_side": 192})),
         data=world_data(32, ("t2i",)),
         checkpoints=CheckpointConfig(every=25),
         pictures_every=25,
