@@ -82,7 +82,7 @@ np.savez(work + "/" + mesh + ".npz", **made)
 """
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1]), MESHES[-1]])
 def test_any_mesh_of_eight_devices(mesh, folders, pipelines, pictures, noise, tmp_path):
     picture = pictures["s"]
     np.savez(tmp_path / "inputs.npz", noise=noise, picture=np.asarray(picture))

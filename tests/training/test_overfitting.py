@@ -10,8 +10,7 @@ import pytest
 from deepgen_jax import DeepGenPipeline
 from deepgen_jax.convert import export
 
-# On its own, and so begun early: it takes longer than any other.
-pytestmark = pytest.mark.xdist_group("overfitting")
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
