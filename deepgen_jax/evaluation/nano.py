@@ -13,7 +13,7 @@ from PIL import Image
 from deepgen_jax.data.synthetic import Sample, make_sample, render
 from deepgen_jax.data.world import wrong
 from deepgen_jax.data.world.score import Reader, score
-from deepgen_jax.data.world.truth import EDIT_SKILLS, SKILLS
+from deepgen_jax.data.world.truth import SKILLS
 from deepgen_jax.evaluation.intervals import wilson
 
 #: What is shown instead of a model's pictures, to see whether the scorers are right.
@@ -40,17 +40,21 @@ class Row:
     Attributes:
       skill: one of `SKILLS`, or `PRESERVATION` or `WHOLE`.
       right, count: pictures that were right, of so many.
+      kept: of one kind of edit, pictures that left everything else alone; None in other rows.
     """
 
     skill: str
     right: int
     count: int
+    kept: int | None = None
 
     def facts(self) -> dict[str, Any]:
-        """With the share and its 95% interval, JSON."""
-        low, high = wilson(self.right, self.count)
-        share = self.right / self.count
-        return {**vars(self), "share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
+        """With the shares and their 95% intervals, JSON; without ``kept`` where there is none."""
+        facts: dict[str, Any] = {"skill": self.skill, "right": self.right, "count": self.count}
+        facts |= _interval("", self.right, self.count)
+        if self.kept is not None:
+            facts |= {"kept": self.kept, **_interval("kept_", self.kept, self.count)}
+        return facts
 
 
 def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) -> list[Sample]:
@@ -59,7 +63,7 @@ def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) ->
 
 
 def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
-    """The table: a row for each skill, and two for what edits left alone.
+    """The table: a row for each skill, and two over edits of all kinds.
 
     Args:
       samples: of any skills.
@@ -67,18 +71,22 @@ def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
       read: reads words on signs.
     """
     done: dict[str, list[bool]] = {}
-    kept: list[bool] = []
+    kept: dict[str, list[bool]] = {}
     whole: list[bool] = []
     for sample, shown in zip(samples, make(samples), strict=True):
+        skill = sample.truth.skill
         result = score(shown.done, sample.truth, read)
-        done.setdefault(sample.truth.skill, []).append(result.done)
+        done.setdefault(skill, []).append(result.done)
         if sample.truth.is_edit:
             whole.append(result.done and result.kept)
             same = shown.kept is shown.done
-            kept.append((result if same else score(shown.kept, sample.truth, read)).kept)
-    rows = [Row(skill, sum(results), len(results)) for skill, results in done.items()]
-    if kept:
-        rows += [Row(PRESERVATION, sum(kept), len(kept)), Row(WHOLE, sum(whole), len(whole))]
+            kept.setdefault(skill, []).append((result if same else score(shown.kept, sample.truth, read)).kept)
+    rows = [
+        Row(skill, sum(results), len(results), sum(kept[skill]) if skill in kept else None)
+        for skill, results in done.items()
+    ]
+    if whole:
+        rows += [Row(PRESERVATION, sum(map(sum, kept.values())), len(whole)), Row(WHOLE, sum(whole), len(whole))]
     return rows
 
 
@@ -144,10 +152,25 @@ def _references(sample: Sample, size: int) -> list[Image.Image]:
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
     """The table for people."""
-    yield f"{'skill':<14} {'right':>7}   95% interval     of"
+    first_edit = next((row for row in rows if row.kept is not None), None)
+    header = f"{'skill':<14} {'right':>7}   {'95% interval':<16} {'of':<6}"
+    yield f"{header} {'rest kept':>9}   95% interval" if first_edit else header.rstrip()
     for row in rows:
-        if row.skill in (EDIT_SKILLS[0], PRESERVATION):
+        if row is first_edit or row.skill == PRESERVATION:
             yield ""
         facts = row.facts()
-        interval = f"{facts['low']:.1%} to {facts['high']:.1%}"
-        yield f"{row.skill:<14} {facts['share']:>7.1%}   {interval:<16} {row.count}"
+        line = f"{row.skill:<14} {facts['share']:>7.1%}   {_between(facts, ''):<16} {row.count:<6}"
+        if row.kept is not None:
+            line += f" {facts['kept_share']:>9.1%}   {_between(facts, 'kept_')}"
+        yield line.rstrip()
+
+
+def _between(facts: dict[str, Any], prefix: str) -> str:
+    return f"{facts[prefix + 'low']:.1%} to {facts[prefix + 'high']:.1%}"
+
+
+def _interval(prefix: str, right: int, count: int) -> dict[str, float]:
+    """Share and 95% interval under names that begin with ``prefix``."""
+    low, high = wilson(right, count)
+    values = {"share": right / count, "low": low, "high": high}
+    return {prefix + name: round(value, 4) for name, value in values.items()}

@@ -157,6 +157,8 @@ def read_scores(label: str, path: Path) -> Scores:
         rows = {row["skill"]: row for row in values["rows"]}
         for row in rows.values():
             float(row["share"]), float(row["low"]), float(row["high"]), int(row["count"])
+            # Of edits, and not in scores saved by earlier versions.
+            float(row.get("kept_share", 0))
         settings = {name: values[name] for name in ("prompts", "seed", "size", "steps", "guidance")}
         # Renders, which no model made, have none.
         float(settings["guidance"])
@@ -207,7 +209,10 @@ def _table(scores: Sequence[Scores]) -> Iterator[str]:
 
 
 def _score(row: Mapping[str, Any] | None) -> str:
-    return "" if row is None else f"{row['share']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+    if row is None:
+        return ""
+    right = f"{row['share']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+    return f"{right}; rest kept {row['kept_share']:.1%}" if "kept_share" in row else right
 
 
 def _row(cells: Sequence[object]) -> str:

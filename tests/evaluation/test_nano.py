@@ -55,6 +55,10 @@ def test_a_model_that_does_what_is_asked_and_one_that_leaves_pictures_alone():
     assert all(shares[skill] == 0 for skill in EDIT_SKILLS if skill in QUICK)
     assert shares[PRESERVATION] == shares["single"] == 1
     assert shares[WHOLE] == 0
+    # What was left alone is told of each kind of edit, and of edits only.
+    assert {row.skill: row.kept for row in idle if row.kept is not None} == {
+        skill: 3 for skill in EDIT_SKILLS if skill in QUICK
+    }
 
 
 def test_right_and_wrong_renders():
@@ -77,11 +81,16 @@ def test_the_command_prints_a_table_or_json(capsys):
     words = ["eval", "nano", "--renders", "right", "--prompts", "2", "--skills", "single,remove"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[1].split() == ["single", "100.0%", "34.2%", "to", "100.0%", "2"]
+    all_of_two = ["100.0%", "34.2%", "to", "100.0%"]
+    assert out.splitlines()[1].split() == ["single", *all_of_two, "2"]
+    assert out.splitlines()[3].split() == ["remove", *all_of_two, "2", *all_of_two]
     assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [row["skill"] for row in facts["rows"]] == ["single", "remove", "preservation", "done_and_kept"]
-    assert facts["rows"][0] == {"skill": "single", "right": 2, "count": 2, "share": 1.0, "low": 0.3424, "high": 1.0}
+    whole = {"right": 2, "count": 2, "share": 1.0, "low": 0.3424, "high": 1.0}
+    assert facts["rows"][0] == {"skill": "single", **whole}
+    kept = {"kept": 2, "kept_share": 1.0, "kept_low": 0.3424, "kept_high": 1.0}
+    assert facts["rows"][1] == {"skill": "remove", **whole, **kept}
 
 
 def test_the_table_names_every_row():

@@ -31,7 +31,7 @@ def write_run(folder: Path, name: str, words: list[str], entry, *, devices: list
 def scores(path: Path, share: float) -> str:
     row = {"skill": "single", "right": 0, "count": 200, "share": share, "low": share - 0.1, "high": share + 0.1}
     settings = {"model": "m", "prompts": 200, "seed": 3, "size": 96, "steps": 20, "guidance": 4.0}
-    path.write_text(json.dumps({**settings, "rows": [row, {**row, "skill": f"only_{path.stem}"}]}))
+    path.write_text(json.dumps({**settings, "rows": [row, {**row, "skill": f"only_{path.stem}", "kept_share": share}]}))
     return str(path)
 
 
@@ -83,7 +83,7 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
     assert "`nano/vae` ran with" not in text
     assert "| skill | after SFT | after RL |" in text
     assert "| `single` | 50.0% (40.0% to 60.0%) | 75.0% (65.0% to 85.0%) |" in text
-    assert "| `only_b` |  | 75.0% (65.0% to 85.0%) |" in text
+    assert "| `only_b` |  | 75.0% (65.0% to 85.0%); rest kept 75.0% |" in text
     assert "- after RL: 200 samples a skill, 20 steps of denoising, guidance 4, 96 pixels a side, seed 3" in text
     with Image.open("docs/images/nano_curves.png") as picture:
         assert min(picture.size) > 300
