@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +22,20 @@ from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.training import overrides
 from deepgen_jax.training.checkpoint import Checkpoints
 from deepgen_jax.training.config import RunConfig
-from deepgen_jax.training.origin import origin_of
+from deepgen_jax.training.origin import newest_origin, origin_of
 from deepgen_jax.training.progress import Progress
-from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run
+from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run, saved_steps
 from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
 
-# What a run cannot change half-way, because its checkpoints would not be those of one run.
-_FIXED = ("model", "start", "trains", "seed", "lora")
+# What a run cannot change once it has a checkpoint, and what of it matters: checkpoints would not be those of one run,
+# or hold other arrays (there is a moving average or not, and so on).
+_FIXED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("model", "start", "trains", "seed", "lora", "optimizer.name"), lambda value: value),
+    "ema_decay": lambda value: value is not None,
+    "policy.algorithm": lambda value: value == "nft",
+}
 
 
 class StopSignal(Protocol):
@@ -94,6 +99,8 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
 def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     """Writes the run's description, unless the folder holds another run. It pins what the run starts from.
 
+    Where no checkpoint was saved yet, nothing was trained: the settings may be others, and are pinned anew.
+
     Args:
       run: its folder.
       config: of the run.
@@ -111,14 +118,17 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
         used = earlier.get("devices", [])
         if earlier["kind"] != values["kind"]:
             raise DeepGenError(f"{run} holds a run of kind {earlier['kind']}, not {values['kind']}; give another out")
-        for name in _FIXED:
-            before, now = earlier["config"].get(name), values["config"][name]
-            if before != now:
+        for name, of in _FIXED.items() if saved_steps(run) else ():
+            before, now = _setting(earlier["config"], name), _setting(values["config"], name)
+            if of(before) != of(now):
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
     elif run.is_dir() and any(run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
-    values["origin"] = origin_of(config).to_json()
+    origin = origin_of(config) if saved_steps(run) else newest_origin(config)
+    values["origin"] = origin.to_json()
     values["devices"] = list(dict.fromkeys([*used, *([devices] if devices else [])]))
+    if jax.process_count() > 1:  # nobody takes for another run what the first is about to write
+        multihost_utils.sync_global_devices("run looked at")
     if jax.process_index() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -129,6 +139,14 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
             raise DeepGenError(f"{run} cannot be written ({error.strerror}); give another out") from None
     if jax.process_count() > 1:  # all go by what the first has pinned
         multihost_utils.sync_global_devices("run described")
+
+
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    """A setting by its dotted name; None where a configuration has none."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 class _Loop:

@@ -89,9 +89,18 @@ def origin_of(config: RunConfig) -> Origin:
     Raises:
       DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model, or the folder is damaged.
     """
-    model, start = config.model_folder, Path(config.start) if config.start else None
     if (Path(config.out) / RUN_FILE).is_file():
-        return read_origin(Path(config.out)).moved(model, start)
+        return read_origin(Path(config.out)).moved(config.model_folder, Path(config.start) if config.start else None)
+    return newest_origin(config)
+
+
+def newest_origin(config: RunConfig) -> Origin:
+    """What a run would start from now.
+
+    Raises:
+      DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model.
+    """
+    model, start = config.model_folder, Path(config.start) if config.start else None
     if start is None:
         return Origin(model.absolute(), None, {})
     base = read_origin(start).model

@@ -16,6 +16,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training import loop
 from deepgen_jax.training.config import CheckpointConfig, LogConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_folder import read_run
 from deepgen_jax.training.stage import StepReport
 from deepgen_jax.training.supervised import TrainState
@@ -137,12 +138,24 @@ def test_too_many_of_them_in_a_row_end_the_run(config, run):
     [
         ({"seed": 1}, "was begun with seed=0, not 1"),
         ({"trains": ("bridge", "mmdit")}, r"was begun with trains=\['bridge'\]"),
+        # These decide which arrays a checkpoint holds.
+        ({"ema_decay": 0.9}, r"was begun with ema_decay=None, not 0\.9"),
+        ({"optimizer": OptimizerConfig(name="muon")}, r"was begun with optimizer\.name=adamw, not muon"),
     ],
 )
 def test_a_run_stays_what_it_was(config, run, changes, message):
     run(config, stop=1)
     with pytest.raises(DeepGenError, match=message):
         loop.describe(Path(config.out), replace(config, **changes))
+
+
+def test_a_run_that_has_saved_nothing_takes_other_settings(config):
+    folder = Path(config.out)
+    loop.describe(folder, replace(config, model="deepgen-bse"))
+    loop.describe(folder, replace(config, seed=1, ema_decay=0.9))
+    description = read_run(folder)
+    assert (description["config"]["model"], description["config"]["seed"]) == (config.model, 1)
+    assert description["origin"]["model"] == str(Path(config.model).absolute())
 
 
 def test_all_devices_that_a_run_has_seen_are_told(config, run):
