@@ -34,7 +34,7 @@ class CompileCommand:
     slices: int = 1
     """TPU slices, joined by the data-centre network."""
     mesh: str = ""
-    """Sizes of the axes, such as data=8,fsdp=8; by default fsdp is 16 chips, or the GPUs of a host."""
+    """Sizes of the axes, such as data=8,fsdp=8; by default, as in training, fsdp is 16 chips, or the GPUs of a host."""
     program: str = ""
     """step, encoders (stages 1 and 2), update, rollout (stage 3) or inference; by default the first of its stage."""
     batch: int | None = None

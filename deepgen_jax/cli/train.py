@@ -47,7 +47,7 @@ class TrainCommand:
 
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
-        from deepgen_jax.parallel.mesh import make_mesh
+        from deepgen_jax.parallel.mesh import make_mesh, slices_of, usual_mesh
         from deepgen_jax.training.loop import train
 
         # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
@@ -55,7 +55,9 @@ class TrainCommand:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         first = self.processes.join()
         enable_compilation_cache(self.compilation_cache)
-        mesh = make_mesh(config.mesh or f"fsdp={jax.device_count()}")
+        devices = jax.devices()
+        usual = usual_mesh(len(devices), slices_of(devices), gpu=devices[0].platform == "gpu")
+        mesh = make_mesh(config.mesh or usual)
 
         def say(text: str) -> None:
             if first:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel import abstract, hlo, programs, roofline
-from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, make_mesh
+from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, usual_mesh
 from deepgen_jax.parallel.report import Report, account, shard_bytes
-from deepgen_jax.parallel.topology import GPUS_A_HOST, Topology
+from deepgen_jax.parallel.topology import Topology
 from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.training.config import RunConfig, SupervisedConfig
 
@@ -33,7 +33,7 @@ class Request:
     Attributes:
       config: of the run.
       topology: for which devices.
-      mesh: sizes of the axes as text; "" for :func:`default_mesh`.
+      mesh: sizes of the axes as text; "" for :func:`usual_mesh`.
       program: name; "" for the configuration's first.
       batch: see ``programs.make_program``.
       prompt_tokens: length of prompts.
@@ -50,17 +50,11 @@ class Request:
 
     @property
     def mesh_text(self) -> str:
-        return self.mesh or default_mesh(self.topology)
+        return self.mesh or usual_mesh(self.topology.size, self.topology.slices, gpu=self.topology.gpu)
 
     @property
     def program_name(self) -> str:
         return self.program or programs.names_of(self.config)[0]
-
-
-def default_mesh(topology: Topology) -> str:
-    """Weights split over the GPUs of a host, or 16 chips (two dimensions of a slice, or a ring); batches over all."""
-    fsdp = math.gcd(topology.size // topology.slices, GPUS_A_HOST if topology.gpu else 16)
-    return f"data={topology.size // fsdp},fsdp={fsdp}"
 
 
 class Job:
@@ -78,6 +72,7 @@ class Job:
         """
         self._request, self._start = request, time.monotonic()
         self._mesh: Mesh = make_mesh(request.mesh_text, devices)
+        host_share(self._mesh)  # training refuses a mesh whose batches hosts cannot share
         sizes, whose = abstract.model_sizes(request.config)
         subject = abstract.Subject(request.config, sizes, self._mesh, request.prompt_tokens)
         program = programs.make_program(subject, request.program_name, request.batch)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.topology import GPUS_A_HOST
 
 AXES = ("data", "fsdp", "tensor")
 #: Axes over which a batch is split.
@@ -33,6 +33,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
+def usual_mesh(count: int, slices: int = 1, *, gpu: bool) -> str:
+    """What a mesh is where none is asked for: batches over all devices, weights over those that are well connected,
+    which are the GPUs of a host or 16 chips (two dimensions of a slice, or a ring).
+
+    Args:
+      count: devices.
+      slices: that they are in, as TPUs are.
+      gpu: whether they are GPUs.
+    """
+    fsdp = math.gcd(count // slices, GPUS_A_HOST if gpu else 16)
+    return f"data={count // fsdp},fsdp={fsdp}"
+
+
 def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (all devices by default); None is a single device.
 
@@ -50,7 +63,7 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
         raise DeepGenError(f"mesh {spec!r} needs {needed} devices, but there are {len(devices)}; change its sizes")
     shape = tuple(sizes[axis] for axis in AXES)
     tpu = devices[0].platform == "tpu"
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    slices = slices_of(devices)
     if slices > 1:
         if sizes["data"] % slices:
             raise DeepGenError(
@@ -65,6 +78,12 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
     else:
         array = np.asarray(devices).reshape(shape)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices that the devices are in; 1 of other devices."""
+    tpu = devices[0].platform == "tpu"
+    return len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
 
 
 def batch_size_multiple(mesh: Mesh) -> int:
@@ -87,26 +106,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def host_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch this host's devices hold: (index, number of parts).
 
-    Hosts that a tensor axis joins hold the same part.
+    Its rows need not be consecutive: the devices of a TPU host are a block of the slice, while the axes of the mesh run
+    along its dimensions. Hosts that a tensor axis joins hold the same part.
 
     Raises:
-      DeepGenError: the mesh spreads a host's devices so that its part of a batch is not one piece.
+      DeepGenError: the parts of two hosts overlap, or are not of one size.
     """
-    rows = batch_size_multiple(mesh)
-    sharding = batch_sharding(mesh, 1)
-    parts: dict[int, set[int]] = {}
-    pieces: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
-    for device, (piece,) in pieces.items():
-        start, stop, _ = piece.indices(rows)
-        parts.setdefault(device.process_index, set()).update(range(start, stop))
-    mine = sorted(parts[jax.process_index()])
-    if len({len(part) for part in parts.values()}) > 1 or mine != list(range(mine[0], mine[-1] + 1)):
-        raise DeepGenError(f"mesh {dict(mesh.shape)} splits batches unevenly over hosts; make tensor smaller")
-    return mine[0] // len(mine), rows // len(mine)
+    return _share(np.vectorize(lambda device: device.process_index)(mesh.devices), jax.process_index(), mesh.shape)
+
+
+def _share(hosts: np.ndarray, own: int, shape: Mapping[str, int]) -> tuple[int, int]:
+    """`host_share` from the host of each device, int [data, fsdp, tensor]."""
+    by_row = hosts.reshape(-1, hosts.shape[-1])
+    rows = {int(host): frozenset(np.flatnonzero((by_row == host).any(axis=1)).tolist()) for host in np.unique(hosts)}
+    parts = sorted(set(rows.values()), key=min)
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(by_row):
+        raise DeepGenError(f"mesh {dict(shape)} splits batches unevenly over hosts; make tensor smaller")
+    return parts.index(rows[own]), len(parts)
 
 
 def to_global(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
-    """A batch over all hosts from this host's part of it, split along dimension ``axis``."""
+    """A batch over all hosts from this host's part of it (see :func:`host_share`), split along dimension ``axis``.
+
+    Its rows go to this host's devices in the order of the mesh.
+    """
     array = jax.make_array_from_process_local_data(batch_sharding(mesh, local.ndim, axis), local)
     # A process of one CPU device starts a program once its inputs are copied, not in the order of the calls: those of
     # several processes would then meet in different collectives.
@@ -120,9 +143,3 @@ def to_host(array: jax.Array) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def to_local(array: jax.Array) -> np.ndarray:
-    """This host's part of a batch that is split along its first dimension; the inverse of :func:`to_global`."""
-    pieces = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-    return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])

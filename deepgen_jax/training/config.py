@@ -116,7 +116,8 @@ class RunConfig:
       steps: optimiser steps.
       trains: names of the parts that train.
       seed: of noise, noise levels, dropout and fresh adapters.
-      mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" puts all devices on fsdp.
+      mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" for `usual_mesh`, weights split over
+        the GPUs of a host or 16 chips, batches over all.
       dtype: of the computation; trained parameters are float32 masters all the same.
       remat: what the backward pass computes again: "none", "dots" (all but products of matrices) or "full".
       ema_decay: of a moving average of the trained parameters; None for none.

@@ -19,8 +19,10 @@ from deepgen_jax.data.config import DataConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import round_up
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.hosts import same_on_all
 from deepgen_jax.parallel.mesh import batch_sharding, host_share, to_global
 from deepgen_jax.training.encoders import digest_for
 from deepgen_jax.training.inputs import (
@@ -208,10 +210,11 @@ def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: Path) -> 
       model: model folder of the run; cached features must be of its encoders.
 
     Raises:
-      DeepGenError: the data cannot be used, or the mesh splits batches unevenly over hosts.
+      DeepGenError: the data cannot be used or are not the same on all hosts, or the mesh splits batches unevenly over
+        hosts.
     """
     share, shares = host_share(mesh)
-    return Loader(
+    loader = Loader(
         data,
         weights.config,
         weights.tokenizer,
@@ -219,6 +222,11 @@ def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: Path) -> 
         process_count=shares,
         weights=digest_for(data, model),
     )
+    # Each host would else draw its part of other batches.
+    if jax.process_count() > 1 and not same_on_all(loader.plan.settings):
+        loader.close()
+        raise DeepGenError("hosts have read different data; give all the same files and the same settings")
+    return loader
 
 
 def index_words(batch: Batch) -> np.ndarray:
