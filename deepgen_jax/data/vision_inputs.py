@@ -30,9 +30,9 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"), np.float32) / 255 * 2 - 1
 
 
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
+def to_uint8(pixels: ArrayT) -> ArrayT:
     """Pixels in [-1, 1] -> uint8 by truncation, as the released system does: clip(127.5 x + 128, 0, 255)."""
-    return np.clip(127.5 * pixels + 128.0, 0, 255).astype(np.uint8)
+    return (127.5 * pixels + 128.0).clip(0, 255).astype(np.uint8)
 
 
 def _bilinear_matrix(length: int, size: int) -> np.ndarray:

@@ -60,6 +60,12 @@ class RewardResult:
         )
 
 
+def nothing(names: tuple[str, ...]) -> RewardResult:
+    """The result of a host that had no images to score."""
+    none = np.zeros((0, len(names)), np.float32)
+    return RewardResult(names, (), none, none, {}, Counter(), dict.fromkeys(names, 0.0))
+
+
 def concatenate(results: Sequence[RewardResult]) -> RewardResult:
     """The results of several micro-batches as one, in their order.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
 
 from deepgen_jax.data.tokens import PromptTokenizer
@@ -22,11 +23,11 @@ from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, host_share, replicated, to_local
+from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
 from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
-from deepgen_jax.rewards.result import RewardResult
+from deepgen_jax.rewards.result import RewardResult, nothing
 from deepgen_jax.rl import advantages as advantage
 from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
@@ -60,13 +61,13 @@ class Rolled(NamedTuple):
     Attributes:
       latents: clean, in micro-batches [m, C, h, w].
       trajectories: of the micro-batches; empty where the algorithm needs none.
-      pixels: of this host, uint8 [n, H, W, 3].
-      rewards: of this host's images.
+      pixels: the groups that this host has scored, uint8 [group, H, W, 3] each.
+      rewards: of their images.
     """
 
     latents: list[jax.Array]
     trajectories: list[Trajectory]
-    pixels: np.ndarray
+    pixels: list[np.ndarray]
     rewards: RewardResult
 
 
@@ -81,15 +82,8 @@ class GRPOStage:
         Raises:
           DeepGenError: weights, prompts, rewards or data cannot be used, or micro-batches do not fit the mesh.
         """
-        group = config.rollout.group_size
         check_micro_batch("policy.micro_batch", config.policy.micro_batch, mesh)
-        self._share, shares = host_share(mesh)
         check_micro_batch("rollout.micro_batch", config.rollout.micro_batch, mesh)
-        if config.rollout.micro_batch // shares % group:
-            raise DeepGenError(
-                f"rollout.micro_batch={config.rollout.micro_batch} splits groups of {group} over {shares} hosts; "
-                f"make it a multiple of {group * shares}"
-            )
         self._config, self._mesh = config, mesh
         self._prompts = load_prompts(
             config.prompts.path,
@@ -100,7 +94,7 @@ class GRPOStage:
             absent=config.prompts.absent,
         )
         self._rewards = RewardMixture(
-            config.rewards, group_size=group, required_share=config.required_reward_share
+            config.rewards, group_size=config.rollout.group_size, required_share=config.required_reward_share
         )
         self._rewards.check(self._prompts.rewards)
         self._load(config, mesh)
@@ -164,6 +158,7 @@ class GRPOStage:
         self._update_key = jax.jit(update_key, out_shardings=everywhere)
         self._everywhere = jax.jit(lambda tree: tree, out_shardings=everywhere)
         self._split = jax.jit(lambda images: images, out_shardings=batch_sharding(mesh, 4))
+        self._pixels = jax.jit(to_uint8, out_shardings=everywhere)
 
     def step(self) -> StepReport:
         """One rollout and the optimiser updates that learn from it."""
@@ -172,7 +167,7 @@ class GRPOStage:
         start = time.perf_counter()
         condition = self._condition(prompts)
         rolled, waited = self._roll_out(prompts, condition)
-        rewards, weights = report.over_hosts(rolled.rewards, len(self._chunks(prompts)), self._mesh)
+        rewards, weights = report.over_hosts(rolled.rewards, len(prompts), config.rollout.group_size)
         rolled_at = time.perf_counter()
         scores = np.asarray(
             advantage.compute(config.policy.advantage, rewards, weights, config.rollout.group_size)
@@ -190,8 +185,8 @@ class GRPOStage:
         metrics |= report.failure_metrics(rolled.rewards)
         metrics |= {f"reward_client/{name}": float(count) for name, count in self._rewards.counts().items()}
         pictures = {}
-        if config.pictures_every and (step + 1) % config.pictures_every == 0:
-            pictures["rollout"] = report.picture(rolled.pixels, rolled.rewards, group)
+        if config.pictures_every and (step + 1) % config.pictures_every == 0 and rolled.pixels:
+            pictures["rollout"] = report.picture(np.concatenate(rolled.pixels), rolled.rewards, group)
         images = len(prompts) * group
         ids = [f"{prompt.dataset}/{prompt.index}" for prompt in prompts]
         ids += [name for batch in batches for name in batch.sample_ids]
@@ -240,41 +235,43 @@ class GRPOStage:
             final, trajectory = rollout(
                 self._model, settings, variables, noise, own, self._sigmas, config.eta, keys, self._guidance
             )
-            # Split over hosts for certain: each has its own part scored.
             final = self._split(final)
-            decoded = self._split(programs.vae_decode(self._encoders, vae, final, one_by_one=self._mesh.size == 1))
+            decoded = programs.vae_decode(self._encoders, vae, final, one_by_one=self._mesh.size == 1)
             latents.append(final)
             if trajectory is not None and self._algorithm.trajectory:
                 trajectories.append(trajectory)
             if waiting is not None:
                 self._submit(prompts, *waiting, pixels, futures)
-            waiting = chunk, decoded
+            # On every device, because a group that one host scores may have been sampled by several.
+            waiting = chunk, self._pixels(decoded)
         if waiting is not None:
             self._submit(prompts, *waiting, pixels, futures)
         start = time.perf_counter()
         with report.failing_together():
-            result = self._rewards.collect(futures)
-        return Rolled(latents, trajectories, np.concatenate(pixels), result), time.perf_counter() - start
+            result = self._rewards.collect(futures) if futures else nothing(self._rewards.names)
+        return Rolled(latents, trajectories, pixels, result), time.perf_counter() - start
 
     def _submit(
         self,
         prompts: Sequence[PromptSample],
         chunk: range,
-        decoded: jax.Array,
+        sampled: jax.Array,
         pixels: list[np.ndarray],
         futures: list[Future[RewardResult]],
     ) -> None:
-        """Has this host's images of a micro-batch scored."""
-        group = self._config.rollout.group_size
-        local = to_uint8(to_local(decoded))
-        first = chunk.start + self._share * len(local) // group
-        own = [prompts[first + i // group] for i in range(len(local))]
+        """Has this host's groups of a micro-batch scored; ``sampled`` are the images of all, uint8 [m, H, W, 3]."""
+        own = report.own_groups(chunk)
+        images = rearrange(np.asarray(sampled.addressable_data(0)), "(p g) h w c -> p g h w c", p=len(chunk))
+        for place in own:
+            pixels.append(images[place - chunk.start])
         samples = [
-            RewardSample(image, prompt.text, prompt.index, prompt.metadata)
-            for image, prompt in zip(local, own, strict=True)
+            RewardSample(image, prompts[place].text, prompts[place].index, prompts[place].metadata)
+            for place in own
+            for image in images[place - chunk.start]
         ]
-        futures.append(self._rewards.submit(samples, [prompt.rewards for prompt in own]))
-        pixels.append(local)
+        if samples:
+            weights = [prompts[place].rewards for place in own for _ in range(images.shape[1])]
+            futures.append(self._rewards.submit(samples, weights))
 
     def _learn(
         self, step: int, rolled: Rolled, condition: programs.Condition, scores: np.ndarray
@@ -284,6 +281,7 @@ class GRPOStage:
         key = self._update_key(np.uint32(config.seed), np.uint32(step))
         if self._algorithm.trajectory:
             learned: tuple[Any, ...] = (concatenated(rolled.trajectories), condition, scores)
+            rolled.trajectories.clear()  # not held twice while the policy learns
         else:
             patches = [grids.patchify(x, self._weights.config.mmdit.patch_size) for x in rolled.latents]
             numbers = np.array([prompt.index for prompt in self._prompts[step]], np.uint32)

@@ -8,11 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.mesh import host_share
 from deepgen_jax.rewards.result import RewardResult
 from deepgen_jax.rl.advantages import CLIP
 from deepgen_jax.rl.prompts import PromptSample
@@ -62,20 +60,29 @@ def failing_together() -> Iterator[None]:
         raise DeepGenError(f"the rewards of process {failed[0]} failed; its message says why")
 
 
-def over_hosts(result: RewardResult, micro_batches: int, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and weights of all hosts' images in the order of the global batch: two float32 [N, K]."""
-    local = np.stack([result.rewards, result.weights])
+def own_groups(groups: range) -> list[int]:
+    """The groups that this host has scored: hosts take turns, so that every group is whole on exactly one of them."""
+    return [group for group in groups if group % jax.process_count() == jax.process_index()]
+
+
+def over_hosts(result: RewardResult, prompts: int, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and weights of all hosts' images in the order of the global batch: two float32 [N, K].
+
+    Args:
+      result: of this host's groups (see :func:`own_groups`), in their order.
+      prompts: of the step, over all hosts.
+      group_size: images of each.
+    """
     if jax.process_count() == 1:
-        return local[0], local[1]
+        return result.rewards, result.weights
     from jax.experimental import multihost_utils
 
-    share, shares = host_share(mesh)
-    # [2, micro-batch, image, K] of each host; hosts that hold the same images computed the same.
-    pieces = local.reshape(2, micro_batches, -1, local.shape[-1])
-    gathered = np.asarray(multihost_utils.process_allgather(pieces))
-    owners = np.asarray(multihost_utils.process_allgather(np.int32(share))).ravel().tolist()
-    ordered = np.stack([gathered[owners.index(place)] for place in range(shares)], axis=2)
-    rewards, weights = ordered.reshape(2, -1, local.shape[-1])
+    whole = np.zeros((2, prompts, group_size, len(result.names)), np.float32)
+    own = own_groups(range(prompts))
+    whole[:, own] = np.stack([result.rewards, result.weights]).reshape(2, len(own), group_size, -1)
+    # Of each group all hosts but one hold zeros; a reward that is missing stays NaN.
+    gathered = np.asarray(multihost_utils.process_allgather(whole)).sum(axis=0)
+    rewards, weights = gathered.reshape(2, prompts * group_size, -1)
     return rewards, weights
 
 
@@ -119,12 +126,12 @@ def reward_metrics(
 
 
 def failure_metrics(result: RewardResult) -> dict[str, float]:
-    """How many of this host's images lack a reward, by reward and reason."""
+    """How many of the images that this host scored lack a reward, by reward and reason."""
     return {f"reward_failures/{name}: {reason}": float(count) for (name, reason), count in result.failures.items()}
 
 
 def picture(pixels: np.ndarray, result: RewardResult, group_size: int) -> Image.Image:
-    """The first groups of a step, one a row, with their scores below each image.
+    """The first groups of a step that this host has scored, one a row, with their scores below each image.
 
     Args:
       pixels: uint8 [N, H, W, 3], whole groups.

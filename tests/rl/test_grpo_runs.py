@@ -177,8 +177,8 @@ def processes(folder, out, count=2, **options):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    # Groups of two stay on one host.
-    sizes = (f"mesh=data={count // 2},fsdp=2", f"rollout.micro_batch={2 * count}")
+    # With four processes each samples one image of a group of two.
+    sizes = (f"mesh=data={count // 2},fsdp=2", "rollout.micro_batch=4")
     words = (*sizes, f"out={out}", *SMOOTH, "--coordinator", address, "--num-processes", str(count))
     return [runs.start(folder, *words, "--process-id", str(i), **options) for i in range(count)]
 
