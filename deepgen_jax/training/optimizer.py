@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +39,16 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.05
+    #: The norm of the whole gradient is cut to this; 0 leaves it as it is.
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "warmup", "warmup_start", "eps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DeepGenError(f"optimizer.{name} is {getattr(self, name)}; it must be a number of at least 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DeepGenError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -86,7 +96,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         )
     else:
         raise DeepGenError(f"optimizer.name {config.name!r} is unknown; choose adamw or muon")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, update)
 
 
 def _matrices(params: Any) -> Any:

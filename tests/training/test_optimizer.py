@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,19 @@ def test_only_matrices_decay(name):
 def test_an_unknown_optimiser_is_refused():
     with pytest.raises(DeepGenError, match=r"optimizer.name 'sgd' is unknown; choose adamw or muon"):
         make_optimizer(OptimizerConfig(name="sgd"), 10)  # type: ignore[arg-type]
+
+
+def test_no_clipping_leaves_gradients_as_they_are():
+    params, gradients = {"a": {"bias": jnp.zeros(3)}}, {"a": {"bias": jnp.array([3.0, 4.0, 0.0])}}
+    free, wide = (
+        make_optimizer(OptimizerConfig(learning_rate=0.1, **CONSTANT | {"clip_norm": norm}), 10) for norm in (0, 1e9)
+    )
+    for (got, _), (expected, _) in [(x.update(gradients, x.init(params), params) for x in (free, wide))]:
+        np.testing.assert_array_equal(got["a"]["bias"], expected["a"]["bias"])
+        assert float(jnp.abs(got["a"]["bias"]).max()) > 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("clip_norm", -1.0), ("learning_rate", math.nan), ("beta2", 1.0)])
+def test_values_that_cannot_be_are_refused(name, value):
+    with pytest.raises(DeepGenError, match=f"optimizer.{name} is {value}"):
+        OptimizerConfig(**{name: value})
