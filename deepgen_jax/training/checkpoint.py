@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.config import CheckpointConfig
-from deepgen_jax.training.run_folder import CHECKPOINTS, checkpoint_folder
+from deepgen_jax.training.run_folder import CHECKPOINTS, checkpoint_folder, pinned_steps
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 
@@ -28,9 +30,11 @@ class Checkpoints:
     def __init__(self, run: Path, config: CheckpointConfig) -> None:
         """Opens or makes ``run/checkpoints`` and removes what a killed run left half written there."""
         self._folder = (run / CHECKPOINTS).absolute()
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last), _Pinned(run.absolute())]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last,
-            keep_period=config.keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -80,6 +84,19 @@ class Checkpoints:
         except Exception as error:  # Orbax wraps errors of reading in bare exceptions
             raise _unusable(self._folder / str(step), error) from error
         return TrainState(**restored["state"]), dict(restored["position"])
+
+
+class _Pinned(policies.PreservationPolicy):
+    """Keeps the checkpoints that other runs started from."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        pinned = pinned_steps(self._run)
+        return [checkpoint.step in pinned for checkpoint in checkpoints]
 
 
 def stored_weights(run: Path, step: int, tree: str = "trainable") -> Tree:

@@ -24,7 +24,7 @@ from deepgen_jax.training.checkpoint import Checkpoints
 from deepgen_jax.training.config import RunConfig
 from deepgen_jax.training.origin import newest_origin, origin_of
 from deepgen_jax.training.progress import Progress
-from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, read_run, saved_steps
+from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
 from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
@@ -137,6 +137,8 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
             temporary.replace(path)
         except OSError as error:
             raise DeepGenError(f"{run} cannot be written ({error.strerror}); give another out") from None
+        for at in set(origin.inherited.values()):
+            pin(at.run, at.step)
     if jax.process_count() > 1:  # all go by what the first has pinned
         multihost_utils.sync_global_devices("run described")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
 from deepgen_jax.training.jsonl import last_line
 
 #: The name of a run's description, in its folder.
@@ -19,6 +20,8 @@ RUN_FORMAT, RUN_VERSION = "deepgen-jax-run", 1
 #: Where a run's folder keeps its checkpoints.
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
+#: Where a run's folder lists, a file each, the steps of checkpoints that later runs started from.
+_PINNED = "pinned"
 
 
 def is_run(folder: Path) -> bool:
@@ -54,6 +57,27 @@ def saved_steps(run: Path) -> list[int]:
     """Steps of a run's complete checkpoints, in ascending order."""
     folder = run / CHECKPOINTS
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def pin(run: Path, step: int) -> None:
+    """Keeps the checkpoint of a step for good, however long the run goes on; says so where that cannot be written."""
+    marker = run / _PINNED / str(step)
+    if marker.exists():
+        return
+    try:
+        marker.parent.mkdir(exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        notify(
+            f"{marker} cannot be written ({error.strerror}); should {run} train on, keep its checkpoint of step "
+            f"{step}, from which this run starts each time that it goes on"
+        )
+
+
+def pinned_steps(run: Path) -> set[int]:
+    """Steps that :func:`pin` was called with."""
+    folder = run / _PINNED
+    return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} if folder.is_dir() else set()
 
 
 def newest_step(run: Path) -> int:

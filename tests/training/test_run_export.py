@@ -31,6 +31,7 @@ from deepgen_jax.training.checkpoint import Checkpoints
 from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SupervisedConfig
 from deepgen_jax.training.loop import describe
 from deepgen_jax.training.origin import Saved, origin_of, trained_until
+from deepgen_jax.training.run_folder import saved_steps
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights, current_params, load_start
@@ -223,6 +224,16 @@ def test_what_a_run_starts_from_is_pinned_and_may_move(
     export(tmp_path / "run", "pth", "by_run.pth", model="model", start="earlier")
     export("m", "pth", "by_folder.pth")
     assert Path("by_run.pth").read_bytes() == Path("by_folder.pth").read_bytes()
+
+
+def test_what_others_start_from_is_kept(model: Path, tmp_path: Path) -> None:
+    """However many checkpoints come after it; the rest go as the run's settings say."""
+    earlier = begin(tmp_path / "earlier", model, ("bridge",))
+    begin(tmp_path / "run", model, ("mmdit",), start=str(tmp_path / "earlier"))
+    settings = dataclasses.replace(earlier.config, checkpoints=CheckpointConfig(keep_last=2))
+    for step in (4, 5, 6):
+        dataclasses.replace(earlier, config=settings).train_on(step)
+    assert saved_steps(earlier.folder) == [3, 5, 6]
 
 
 def test_another_model_is_refused(first: Run, tmp_path: Path) -> None:
