@@ -14,6 +14,7 @@ from deepgen_jax.errors import DeepGenError
 
 if TYPE_CHECKING:
     from deepgen_jax.data.config import DataConfig
+    from deepgen_jax.training.config import RunConfig
     from deepgen_jax.training.features import CachedSource
 
 
@@ -26,8 +27,8 @@ class RunArguments:
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE", help_behavior_hint="")] = ()
     """Changes to it, as for `deepgen train`, such as model=deepgen data.sources.pairs.path=/data/pairs.json."""
 
-    def load(self) -> tuple[DataConfig, Path, str]:
-        """The data, the model folder and the dtype of the run."""
+    def load(self) -> tuple[RunConfig, DataConfig]:
+        """The run and its data."""
         from deepgen_jax.training import overrides
 
         config = overrides.apply(overrides.load_config(self.config), self.overrides)
@@ -36,7 +37,7 @@ class RunArguments:
             raise DeepGenError(f"{self.config} describes no training data; name a configuration of supervised training")
         if not config.model:
             raise DeepGenError("model is not set; give model=FOLDER")
-        return data, config.model_folder, config.dtype
+        return config, data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class InspectCommand(RunArguments):
             raise DeepGenError(f"--contact-sheet {sheet} must end with .png")
         # Nothing here computes on an accelerator, so none is taken.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        data, model, _ = self.load()
+        config, data = self.load()
+        model = config.model_folder
         from deepgen_jax.data.inspect import inspect
         from deepgen_jax.model_folder import read_manifest
         from deepgen_jax.training.encoders import digest_for
@@ -95,15 +97,22 @@ class CacheCommand(RunArguments):
 
     def run(self) -> int:
         """Caches; returns the exit status."""
-        data, model, dtype = self.load()
+        config, data = self.load()
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
+        from deepgen_jax.training.encoders import check_untrained
         from deepgen_jax.training.features import cache_features
 
+        check_untrained(config)
         enable_compilation_cache(self.compilation_cache)
         with Stop(graceful=False):
             cached = cache_features(
-                data, model, dtype, self.out, shard_size=self.shard_size, batch_size=self.batch_size
+                data,
+                config.model_folder,
+                config.dtype,
+                self.out,
+                shard_size=self.shard_size,
+                batch_size=self.batch_size,
             )
         print("\n".join(line for source in cached for line in _told(source)))
         print(f"wrote {self.out}; train from it with these sources in the configuration,\n")

@@ -49,7 +49,7 @@ class AutoencoderStage(LoaderStage):
         self.state = start_state(optimizer, self._weights, mesh, ema=config.ema_decay is not None)
         # The state takes the weights over: what it was made from is donated.
         self._weights = self._weights._replace(trainable={})
-        self._loader = open_loader(config.data, self._weights, mesh, config.model_folder)
+        self._loader = open_loader(config, config.data, self._weights, mesh)
         self._model = DeepGen(
             self._weights.config,
             dtype=jnp.dtype(config.dtype),

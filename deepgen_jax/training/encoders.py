@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 
 from deepgen_jax import model_folder
 from deepgen_jax.data.config import DataConfig
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import lora
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import leaves
+from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.origin import origin_of
 from deepgen_jax.training.trees import Tree
 
 _ENCODERS = ("vae", "vision")
@@ -44,7 +47,26 @@ def encoder_digest(folder: Path) -> str:
 
 def digest_for(data: DataConfig, folder: Path) -> str | None:
     """`encoder_digest`, for a loader of data that need it; None where no source is cached."""
-    return encoder_digest(folder) if any(source.kind == "features" for source in data.sources) else None
+    return encoder_digest(folder) if has_cached(data) else None
+
+
+def has_cached(data: DataConfig) -> bool:
+    """Whether features take the place of pictures in a source."""
+    return any(source.kind == "features" for source in data.sources)
+
+
+def check_untrained(run: RunConfig) -> None:
+    """Cached features are of the model folder's encoders, so the run must not start from others.
+
+    Raises:
+      DeepGenError: an earlier run has trained one.
+    """
+    inherited = origin_of(run).inherited
+    if trained := [part for part in _ENCODERS if part in inherited]:
+        raise DeepGenError(
+            f"{run.start} goes on from another {trained[0]} than that of {run.model_folder}, from which features are "
+            f"cached; run `deepgen export {run.start} --format model --out FOLDER`, and give model=FOLDER start="
+        )
 
 
 def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:

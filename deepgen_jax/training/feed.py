@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +23,8 @@ from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.hosts import same_on_all
 from deepgen_jax.parallel.mesh import batch_sharding, host_share, to_global
-from deepgen_jax.training.encoders import digest_for
+from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.encoders import check_untrained, digest_for, has_cached
 from deepgen_jax.training.inputs import (
     REFERENCE_POSTERIOR,
     TARGET_POSTERIOR,
@@ -200,19 +200,21 @@ def abstract_micro_batches(
     return micro, array(count, size, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
-def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: Path) -> Loader:
+def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) -> Loader:
     """A loader of this host's share of the batches.
 
     Args:
+      run: what the loader is for; cached features must be of its encoders.
       data: what is read.
       weights: of the run.
       mesh: batches are split over it.
-      model: model folder of the run; cached features must be of its encoders.
 
     Raises:
       DeepGenError: the data cannot be used or are not the same on all hosts, or the mesh splits batches unevenly over
         hosts.
     """
+    if has_cached(data):
+        check_untrained(run)
     share, shares = host_share(mesh)
     loader = Loader(
         data,
@@ -220,7 +222,7 @@ def open_loader(data: DataConfig, weights: Weights, mesh: Mesh, model: Path) -> 
         weights.tokenizer,
         process_index=share,
         process_count=shares,
-        weights=digest_for(data, model),
+        weights=digest_for(data, run.model_folder),
     )
     # Each host would else draw its part of other batches.
     if jax.process_count() > 1 and not same_on_all(loader.plan.settings):

@@ -28,9 +28,12 @@ from deepgen_jax.data.sources.base import CachedImage
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.cache import enable_compilation_cache
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.training.encoders import digest_for, encoder_digest
+from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.encoders import check_untrained, digest_for, encoder_digest
 from deepgen_jax.training.features import cache_features
+from deepgen_jax.training.feed import open_loader
 from deepgen_jax.training.inputs import Features, MicroBatch, Moments, Text, TokenBudget, assemble, encode
+from deepgen_jax.training.run_folder import RUN_FORMAT, RUN_VERSION
 from deepgen_jax.training.supervised import Draws, supervised_losses
 
 NUMBERS = ("input_ids", "position_ids", "real", "visible", "image_index", "weight")
@@ -338,3 +341,20 @@ def test_records(cache: Path):
     for data in (b"", b"\x01\x02", write_features("a", "b", "c", images)[:500]):
         with pytest.raises(ValueError):
             read_features(data)
+
+
+def test_features_of_encoders_that_an_earlier_run_has_trained_are_refused(
+    pictures: Path, folders, tmp_path: Path
+):
+    model, start = folders("none"), tmp_path / "vae"
+    (start / "checkpoints" / "5").mkdir(parents=True)
+    origin = {"model": str(model), "start": "", "inherited": {}}
+    description = {"format": RUN_FORMAT, "version": RUN_VERSION, "config": {"trains": ["vae"]}, "origin": origin}
+    (start / "config.json").write_text(json.dumps(description))
+    run = SupervisedConfig(
+        model=str(model), start=str(start), out=str(tmp_path / "run"), steps=1, trains=("bridge",),
+        data=config(pictures, pictures),
+    )  # fmt: skip
+    with pytest.raises(DeepGenError, match=r"goes on from another vae than that of .* run `deepgen export .*/vae"):
+        open_loader(run, run.data, None, None)  # type: ignore[arg-type]
+    check_untrained(replace(run, start=""))
