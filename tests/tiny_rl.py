@@ -79,7 +79,7 @@ class Case:
             self.trainable, self.reference = {"params": {}, "lora": adapters}, None
         else:
             weights, self.frozen = split(params, ("mmdit",))
-            self.trainable, self.reference = {"params": weights, "lora": {}}, weights
+            self.trainable = self.reference = {"params": weights, "lora": {}}
         self.lora_scale = 2.0 if lora else 0.0
         self.condition = condition(prompts)
         self.advantages = jnp.asarray(np.random.default_rng(2).standard_normal(self.images), jnp.float32)

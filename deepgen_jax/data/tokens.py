@@ -126,12 +126,17 @@ class PromptTokenizer:
           max_tokens: longest prompt accepted, image tokens not counted; None for no limit.
 
         Raises:
-          DeepGenError: the text holds a reserved token or is longer than ``max_tokens``.
+          DeepGenError: the text holds a reserved token or no valid Unicode, or is longer than ``max_tokens``.
         """
         config = self._config
         for token in _RESERVED:
             if token in text:
                 raise DeepGenError(f"the prompt holds the reserved token {token}; write it another way")
+        try:
+            # Half a surrogate pair, as JSON may hold, is no text to the tokenizer.
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DeepGenError(f"the prompt holds no valid Unicode ({error.reason}); take that out") from None
         grids = None if image_sizes is None else [self.image_grid(*size) for size in image_sizes]
         counts = None if grids is None else [rows * columns for rows, columns in grids]
         ids = np.asarray(self.encode(format_prompt(text, counts)), np.int32)

@@ -117,7 +117,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
     step = make_update(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, canvas)
     reference = None
     if config.policy.beta and trainable["params"]:
-        reference = placed(trainable["params"], mesh, jnp.dtype(config.dtype))
+        reference = {"params": placed(trainable["params"], mesh, jnp.dtype(config.dtype)), "lora": {}}
     latents = array(mesh, steps + 1, images, tokens, width, dtype=jnp.dtype(config.rollout.dtype), axis=1)
     trajectory = Trajectory(
         latents,

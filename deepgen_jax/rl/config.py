@@ -203,6 +203,9 @@ class GRPOConfig(RunConfig):
                 f"a step's {images} images do not divide into policy.updates_per_rollout={updates} parts"
                 f" of whole micro-batches of {self.policy.micro_batch}; change policy.micro_batch"
             )
+        if self.policy.algorithm == "guard" and self.rollout.dtype != "float32":
+            # Its ratio takes the noise out of the stored step again, and rounding with it.
+            raise DeepGenError(f"policy.algorithm=guard needs rollout.dtype=float32, not {self.rollout.dtype}")
         nft = self.policy.algorithm == "nft"
         if not nft and self.rollout.sampler == "ode":
             raise DeepGenError(f"policy.algorithm={self.policy.algorithm} needs a stochastic rollout.sampler, not ode")

@@ -33,7 +33,7 @@ from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.rl.policy import policy_variables
-from deepgen_jax.rl.prompts import PromptSample, load_prompts
+from deepgen_jax.rl.prompts import PromptSample, check_prompts, load_prompts
 from deepgen_jax.rl.rollout import UPDATE, Trajectory, concatenated, image_keys, initial_noise, rollout
 from deepgen_jax.rl.step import (
     canvas_of,
@@ -106,10 +106,12 @@ class GRPOStage:
         dtype, algorithm = jnp.dtype(config.dtype), ALGORITHMS[config.policy.algorithm]
         self._algorithm = algorithm
         self._reference: Params | None = None
-        if config.policy.beta and weights.trainable["params"]:
-            # The starting values, rounded as the computation rounds its weights anyway.
+        if config.policy.beta and (weights.trainable["params"] or weights.adapters_begun):
+            # The starting values, rounded as the computation rounds its weights anyway; adapters are added unrounded.
             rounded = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
-            self._reference = rounded(weights.trainable["params"])
+            copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+            start = weights.trainable
+            self._reference = {"params": rounded(start["params"]), "lora": copied(start["lora"])}
         optimizer = run_optimizer(config)
         average = config.ema_decay is not None or algorithm.old_policy
         self.state = start_state(optimizer, weights, mesh, ema=average)
@@ -120,11 +122,12 @@ class GRPOStage:
         conditioned = {part: weights.frozen[part] for part in ("text", "bridge", "vision")}
         tokenizer = PromptTokenizer(weights.tokenizer, weights.config)
         self._encoder = PromptEncoder(self._encoders, conditioned, tokenizer, mesh)
+        check_prompts(self._prompts.datasets, self._encoder.tokenize)
         self._feed: Feed | None = None
         self._loader = None
         if config.data is not None and config.policy.sft_weight:
             check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
-            self._loader = open_loader(config.data, weights, mesh, config.model_folder)
+            self._loader = open_loader(config, config.data, weights, mesh)
             self._feed = Feed(
                 self._loader,
                 self._encoders,
@@ -329,12 +332,26 @@ class GRPOStage:
         return float(images * one * (config.rollout.steps + learned * passes))
 
     def position(self) -> dict[str, Any]:
-        """The seed, the number of rollouts, and where the auxiliary data stand."""
+        """The seed, the number of rollouts, what their prompts depend on, and where the auxiliary data stand."""
         data = None if self._loader is None else self._loader.get_state()
-        return {"seed": self._config.seed, "rollouts": self._step_number, "data": data}
+        return {
+            "seed": self._config.seed,
+            "rollouts": self._step_number,
+            "prompts": self._prompts.order,
+            "data": data,
+        }
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Goes on from a checkpoint.
+
+        Raises:
+          DeepGenError: prompts or auxiliary data would come in another order than the run began with.
+        """
+        if position.get("prompts", self._prompts.order) != self._prompts.order:
+            raise DeepGenError(
+                "the run began with other prompts, or with another number of them a step; restore prompts and "
+                "prompts_per_step, or begin another run with start="
+            )
         if (position["data"] is None) != (self._loader is None):
             raise DeepGenError("the run began with other auxiliary data; restore data and policy.sft_weight")
         if self._loader is not None:

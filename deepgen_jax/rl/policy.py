@@ -49,8 +49,8 @@ def policy_variables(frozen: Tree, trained: Mapping[str, Any] | None, lora_scale
 
     Args:
       frozen: parameters that do not train, by part.
-      trained: {"params": ..., "lora": ...} as in ``TrainState.trainable``; None for ``frozen`` alone, which holds the
-        whole starting MMDiT where only adapters train.
+      trained: {"params": ..., "lora": ...} as in ``TrainState.trainable``, or their starting values for the reference
+        policy; None for ``frozen`` alone, which holds the whole starting MMDiT where only fresh adapters train.
       lora_scale: alpha / rank of the adapters.
     """
     trained = trained or {}
@@ -60,17 +60,6 @@ def policy_variables(frozen: Tree, trained: Mapping[str, Any] | None, lora_scale
     if adapters:
         variables["lora"] = {"mmdit": lora.scaled(adapters, lora_scale)}
     return variables
-
-
-def reference_variables(frozen: Tree, reference: Tree | None) -> Tree:
-    """Variables of the reference policy, the frozen start.
-
-    Args:
-      frozen: parameters that do not train.
-      reference: the starting values of the parameters that train, {"mmdit": ...}. None where only adapters train:
-        ``frozen`` without adapters is the start, and no second copy is held.
-    """
-    return policy_variables(frozen, None if reference is None else {"params": reference})
 
 
 def rows_of(condition: Condition, images: jax.Array, group_size: int, sides: int) -> Condition:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,12 @@ class PromptSampler:
         first = step * self.prompts_per_step
         return tuple(self.draw(index) for index in range(first, first + self.prompts_per_step))
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the draws depends on beside the seed, JSON."""
+        sizes = [[dataset.name, len(dataset.prompts)] for dataset in self.datasets]
+        return {"prompts_per_step": self.prompts_per_step, "datasets": sizes, "rates": [int(x) for x in self._rates]}
+
     def draw(self, index: int) -> PromptSample:
         """The prompt of one draw, counted from 0 over all steps."""
         counts, stream = interleave(self._rates, index)
@@ -96,6 +102,24 @@ class PromptSampler:
         row = permuted(np.array([place]), len(dataset.prompts), self._seed, f"prompts of {dataset.name}", epoch)[0]
         prompt = dataset.prompts[row]
         return PromptSample(prompt.text, dataset.name, dataset.rewards, prompt.metadata, index)
+
+
+def check_prompts(datasets: Sequence[PromptDataset], tokenize: Callable[[str], object]) -> None:
+    """Tries every prompt once, so that none ends a run at the step that draws it.
+
+    Args:
+      datasets: of prompts.
+      tokenize: raises a DeepGenError where a prompt cannot be used.
+
+    Raises:
+      DeepGenError: a prompt cannot be used; names its data set and place.
+    """
+    for dataset in datasets:
+        for place, prompt in enumerate(dataset.prompts, 1):
+            try:
+                tokenize(prompt.text)
+            except DeepGenError as error:
+                raise DeepGenError(f"prompt {place} of {dataset.name}, {prompt.text[:60]!r}: {error}") from error
 
 
 def load_prompts(

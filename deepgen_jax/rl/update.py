@@ -19,7 +19,7 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.config import PolicyConfig
 from deepgen_jax.rl.objective import RatioStatistics, penalty, step_of
-from deepgen_jax.rl.policy import Canvas, policy_variables, reference_variables, rows_of, velocity
+from deepgen_jax.rl.policy import Canvas, policy_variables, rows_of, velocity
 from deepgen_jax.rl.rollout import Trajectory
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.supervised import StepSettings, TrainState, apply_gradients, supervised_gradients
@@ -92,13 +92,13 @@ class Velocities:
         rows = rows_of(self._condition, images, canvas.group_size, 1 if scale is None else 2)
         return velocity(self._model, variables, canvas, canvas.split(latents), sigma, rows, scale)
 
-    def policy(self, trained: Mapping[str, Any], *where: jax.Array) -> jax.Array:
-        """Under trained parameters and adapters."""
+    def policy(self, trained: Mapping[str, Any] | None, *where: jax.Array) -> jax.Array:
+        """Under trained parameters and adapters; None for what does not train alone."""
         return self.at(policy_variables(self._frozen, trained, self._settings.supervised.lora_scale), *where)
 
     def reference(self, reference: Tree | None, *where: jax.Array) -> jax.Array:
         """Under the frozen start; no gradient."""
-        return jax.lax.stop_gradient(self.at(reference_variables(self._frozen, reference), *where))
+        return jax.lax.stop_gradient(self.policy(reference, *where))
 
 
 def accumulated_gradients(
@@ -168,7 +168,7 @@ def policy_gradients(
       model, settings: static.
       trainable: {"params": ..., "lora": ...} as in ``TrainState``.
       frozen: parameters that do not train.
-      reference: starting values of what trains, {"mmdit": ...}; None where only adapters train, or without a penalty.
+      reference: starting values of ``trainable``; None where that is fresh adapters alone, or without a penalty.
       trajectory: of B images.
       condition: of their prompts, or with guidance of pairs.
       advantages: float32 [B].

@@ -40,6 +40,7 @@ class Weights(NamedTuple):
       tokenizer: folder of the tokenizer.
       trainable: {"params": float32 tree, "lora": float32 tree or {}} on the mesh.
       frozen: the other parameters, in the dtype of the computation.
+      adapters_begun: adapters that train go on from an earlier run's, and so change what ``frozen`` computes.
     """
 
     config: DeepGenConfig
@@ -47,6 +48,7 @@ class Weights(NamedTuple):
     tokenizer: Path
     trainable: Tree
     frozen: Tree
+    adapters_begun: bool = False
 
     @property
     def lora_scale(self) -> float:
@@ -92,6 +94,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
         folder / "tokenizer",
         {"params": trainable, "lora": _placed(trained, mesh)},
         frozen,
+        bool(going_on),
     )
 
 

@@ -27,7 +27,7 @@ case = tiny.Case(prompts=4, mesh=mesh)
 if mesh:
     case.frozen = jax.device_put(case.frozen, shardings(case.frozen, mesh))
     case.trainable["params"] = jax.device_put(case.trainable["params"], shardings(case.trainable["params"], mesh))
-    case.reference = case.trainable["params"]
+    case.reference = case.trainable
     case.condition = jax.device_put(case.condition, replicated(mesh))
 images, trajectory = case.rollout()
 if mesh:

@@ -12,7 +12,7 @@ import pytest
 import tiny_rl as tiny
 
 from deepgen_jax.rl.objective import KL_KINDS, clipped_surrogate, penalty, step_of
-from deepgen_jax.rl.policy import policy_variables, reference_variables, rows_of, velocity
+from deepgen_jax.rl.policy import policy_variables, rows_of, velocity
 from deepgen_jax.rl.rollout import Trajectory
 from deepgen_jax.rl.update import UpdateKeys, draw_images, draw_timesteps, grpo_step, policy_gradients
 from deepgen_jax.training.supervised import init_state
@@ -80,7 +80,7 @@ def test_accumulated_gradient_is_that_of_the_whole_objective():
         def loss(i):
             taken = step_of(trajectory, i, jnp.arange(run.images), 1.0)
             v = predict(policy_variables(run.frozen, trainable), taken)
-            anchor = predict(reference_variables(run.frozen, run.reference), taken)
+            anchor = predict(policy_variables(run.frozen, run.reference), taken)
             policy = clipped_surrogate("cps", 1e-3, taken, v, run.advantages).loss
             return policy + 0.3 * penalty("velocity", "cps", taken, v, anchor)
 
@@ -163,6 +163,15 @@ def test_adapters_alone_need_no_second_copy():
     assert set(moved.gradients["grpo"]) == {"params", "lora"}
     assert moved.gradients["grpo"]["params"] == {}
     assert tiny.norm(moved.gradients["grpo"]["lora"]) > 0
+
+
+def test_adapters_that_go_on_are_the_reference_as_they_began():
+    run = tiny.Case(lora=True)
+    run.trainable = run.reference = run.moved()
+    settings = run.settings(beta=0.5, micro_batch=4)
+    trajectory = run.rollout()[1]
+    assert float(found(run, settings, trajectory).kl) < 1e-12
+    assert float(found(run, settings, trajectory, run.moved()).kl) > 0
 
 
 @pytest.mark.parametrize("kind", KL_KINDS)

@@ -14,7 +14,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards.ocr import target_text
 from deepgen_jax.rl.prompt_files import Prompt, PromptDataset, read_prompt_config, read_prompt_list
-from deepgen_jax.rl.prompts import PromptSampler, load_prompts
+from deepgen_jax.rl.prompts import PromptSampler, check_prompts, load_prompts
 
 
 def dataset(name, size, weight=1.0, rewards=None):
@@ -211,3 +211,22 @@ def test_steps_count_from_zero():
         PromptSampler([dataset("a", 1)], 1)[-1]
     with pytest.raises(DeepGenError, match="at least one"):
         PromptSampler([], 1)
+
+
+def test_a_prompt_that_cannot_be_used_is_named_before_it_is_drawn():
+    def tokenize(text):
+        if text == "b 1":
+            raise DeepGenError("too long")
+
+    check_prompts([dataset("a", 3)], tokenize)
+    with pytest.raises(DeepGenError, match=r"prompt 2 of b, 'b 1': too long"):
+        check_prompts([dataset("a", 3), dataset("b", 3)], tokenize)
+
+
+def test_what_the_order_of_draws_depends_on():
+    order = PromptSampler([dataset("a", 4), dataset("b", 6)], 2, seed=1).order
+    assert json.loads(json.dumps(order)) == order == PromptSampler([dataset("a", 4), dataset("b", 6)], 2).order
+    others = [([dataset("a", 4), dataset("b", 6)], 4), ([dataset("a", 5), dataset("b", 6)], 2), ([dataset("a", 4)], 2)]
+    assert all(PromptSampler(sets, per_step).order != order for sets, per_step in others)
+    weighted = [dataset("a", 4, 3.0), dataset("b", 6)]
+    assert PromptSampler(weighted, 2).order != order

@@ -49,6 +49,12 @@ def test_first_ratios_are_held_to_the_precision_of_the_computation():
         (lambda: replace(RUN, policy=PolicyConfig(updates_per_rollout=3)), "updates_per_rollout=3 parts"),
         (lambda: replace(RUN, rollout=RolloutConfig(sampler="ode", share_noise=False)), "needs a stochastic"),
         (lambda: replace(RUN, policy=PolicyConfig(algorithm="nft"), ema_decay=0.9), "leave ema_decay out"),
+        (
+            lambda: replace(
+                RUN, policy=PolicyConfig(algorithm="guard"), rollout=RolloutConfig(micro_batch=8, dtype="bfloat16")
+            ),
+            "guard needs rollout.dtype=float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):
