@@ -28,6 +28,7 @@ from deepgen_jax.data.index import VERSION, Index, IndexWriter
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.sources import BadSample, Source, open_source
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,6 +37,8 @@ R = TypeVar("R")
 _CHUNK = 256
 #: Files of a remote store that are read at a time by one task.
 _REMOTE_READS = 16
+#: Reasons for which a file of many samples is left out, or what of it comes after the damage.
+_DAMAGED = ("damaged tar", "damaged shard", "damaged parquet")
 #: Below these, starting processes takes longer than they save.
 _MANY_ROWS, _MANY_BYTES = 50_000, 2**30
 
@@ -52,6 +55,11 @@ def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> In
     if not (folder / "meta.json").is_file():
         _build(config, opened, prompts, files, folder)
     index = Index(folder)
+    for reason, count in index.meta["counts"].items():
+        if reason in _DAMAGED:
+            # Each counts as one bad sample, however many it holds.
+            example = index.meta["examples"][reason]
+            notify(f"source {source.name}: {count} {reason}, left out from there on; such as {example}")
     bad = sum(index.meta["counts"].values())
     if bad > config.max_bad_share * len(index):
         reasons = ", ".join(f"{count} {reason}" for reason, count in index.meta["counts"].items())
@@ -125,7 +133,7 @@ def _scan(source: Source, files: Sequence[FileInfo], writer: IndexWriter, pools:
         # In this process, row by row: one JSON file may hold millions.
         with _progress(f"{name}: files", len(files)) as advance:
             for file in files:
-                for rows in _chunks(map(_encoded, source.scan(file.path)), 10_000):
+                for rows in _chunks(map(_encoded, _rows(source, file.path)), 10_000):
                     writer.add_rows(rows)
                 advance(1)
         return
@@ -149,7 +157,17 @@ def _check(source: Source, prompts: Prompts, max_pixels: int, writer: IndexWrite
 
 
 def _scan_files(source: Source, files: Sequence[FileInfo]) -> list[bytes]:
-    return [_encoded(row) for file in files for row in source.scan(file.path)]
+    return [_encoded(row) for file in files for row in _rows(source, file.path)]
+
+
+def _rows(source: Source, path: str) -> Iterator[Any]:
+    """A file's rows. One that cannot be opened, or a store that fails half-way, leaves no index that lacks the rest."""
+    try:
+        yield from source.scan(path)
+    except OSError as error:
+        raise DeepGenError(
+            f"source {source.config.name}: {path} cannot be read ({error}); mend that, or take the file out"
+        ) from error
 
 
 def _check_rows(source: Source, prompts: Prompts, max_pixels: int, rows: Sequence[bytes]) -> list[Facts | BadSample]:

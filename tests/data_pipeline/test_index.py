@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
@@ -15,11 +16,14 @@ import pytest
 from make_data import TOKENIZER, edit_samples, encoded, model, t2i_samples, write_captions, write_json, write_tar
 from PIL import Image
 
-from deepgen_jax.data import indexing
+from deepgen_jax.data import files, indexing
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.indexing import open_index
 from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.sources import open_source
+from deepgen_jax.data.sources.base import BadSample, read_row
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import DeepGenNotice
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +143,40 @@ def test_processes_find_the_same(tmp_path: Path, prompts: Prompts, monkeypatch: 
         path.rename(tmp_path / f"x-{number}.tar")
     (tmp_path / "x-1.tar").write_bytes((tmp_path / "x-1.tar").read_bytes()[:200_000])
     source = SourceConfig("w", "webdataset", str(tmp_path))
-    alone = open_index(config(source, tmp_path), source, prompts)
+    with pytest.warns(DeepGenNotice, match=r"source w: 1 damaged tar, left out from there on; such as .*x-1\.tar"):
+        alone = open_index(config(source, tmp_path), source, prompts)
     monkeypatch.setattr(indexing, "_MANY_BYTES", 0)
     parallel = config(source, tmp_path, index_workers=2)
-    together = open_index(replace(parallel, cache_dir=str(tmp_path / "other")), source, prompts)
+    with pytest.warns(DeepGenNotice, match="1 damaged tar"):
+        together = open_index(replace(parallel, cache_dir=str(tmp_path / "other")), source, prompts)
     assert together.meta == alone.meta
     assert together.meta["counts"]["damaged tar"] == 1
     assert [together.row(i) for i in range(0, len(alone), 50)] == [alone.row(i) for i in range(0, len(alone), 50)]
+
+
+def test_a_file_that_cannot_be_read_leaves_no_index(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+):
+    """What a store says once in a while must not take half of the samples away for good."""
+    write_tar(tmp_path, t2i_samples(5))
+    source = SourceConfig("w", "webdataset", str(tmp_path))
+
+    class Failing(io.BytesIO):
+        def read(self, *size: int | None) -> bytes:
+            if self.tell() > 1000:
+                raise OSError("reset by peer")
+            return super().read(*size)
+
+    path = next(tmp_path.glob("*.tar"))
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open_file", lambda path: Failing(Path(path).read_bytes()))
+        with pytest.raises(DeepGenError, match=r"cannot be read \(reset by peer\)"):
+            open_index(config(source, tmp_path), source, prompts)
+    index = open_index(config(source, tmp_path), source, prompts)
+    assert (len(index), index.meta["counts"]) == (5, {})
+    path.unlink()
+    with pytest.raises(BadSample, match="missing file"):
+        read_row(open_source(source), index.row(0))
 
 
 def test_two_builders_at_a_time(tmp_path: Path, prompts: Prompts):

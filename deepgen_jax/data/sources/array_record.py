@@ -8,7 +8,7 @@ from typing import Any
 
 from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
-from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged
 from deepgen_jax.data.sources.columns import Columns, columns_of
 from deepgen_jax.data.sources.example import parse_example
 from deepgen_jax.errors import DeepGenError
@@ -34,7 +34,7 @@ class ArrayRecord(Source):
                 raise BadSample("damaged shard", f"{path} holds no record")
             example_columns(self.config, self._readers.read(path, 0))
         except BadSample as bad:
-            yield bad_row(bad.reason, bad.detail)
+            yield damaged(bad, path)
             return
         yield from ([path, record] for record in range(count))
 

@@ -133,15 +133,26 @@ def load_json(data: bytes, where: str) -> Any:
         raise BadSample("wrong JSON", f"{where}: {error}") from error
 
 
-def read_file(path: str) -> bytes:
-    """A whole file.
+def read_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """A file, or a part of it.
 
     Raises:
       BadSample: it cannot be read.
     """
     try:
-        return files.read(path)
+        return files.read(path, offset, size)
     except FileNotFoundError as error:
         raise BadSample("missing file", path) from error
     except OSError as error:
         raise BadSample("unreadable file", f"{path}: {error}") from error
+
+
+def damaged(bad: BadSample, path: str) -> Row:
+    """The row that stands for what cannot be read of a file of many samples.
+
+    Raises:
+      OSError: a store has not answered, which says nothing of the file.
+    """
+    if files.is_remote(path) and isinstance(bad.__cause__, OSError):
+        raise bad.__cause__
+    return bad_row(bad.reason, bad.detail)

@@ -41,7 +41,13 @@ class Parquet(Source):
         with files.open_file(path) as file:
             try:
                 table = _parquet_file(file)
-            except (pyarrow.ArrowException, OSError) as error:
+            except pyarrow.ArrowException as error:
+                yield bad_row("damaged parquet", f"{path}: {error}")
+                return
+            except OSError as error:
+                # What pyarrow raises of some damage, too; a store that has not answered says nothing of the file.
+                if files.is_remote(path):
+                    raise
                 yield bad_row("damaged parquet", f"{path}: {error}")
                 return
             columns = columns_of(self.config, table.schema_arrow.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import struct
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.files import FileInfo
 from deepgen_jax.data.sources.array_record import ShardReaders, example_columns, example_record
-from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged, read_file
 from deepgen_jax.errors import DeepGenError
 
 # A TFRecord: length (8 bytes), its checksum (4), the data, their checksum (4).
@@ -29,8 +30,8 @@ class TensorFlowDataset(Source):
         return TensorFlowDataset, (self.config,)
 
     def files(self) -> list[FileInfo]:
-        stats = [(path, os.stat(path)) for path in self._shards()]
-        return [FileInfo(path, stat.st_size, str(stat.st_mtime_ns)) for path, stat in stats]
+        where = f"source {self.config.name}"
+        return [info for path in self._shards() for info in files.list_files(glob.escape(path), ("",), where)]
 
     def scan(self, path: str) -> Iterator[Row]:
         first, last = self._shards()[path]
@@ -42,7 +43,7 @@ class TensorFlowDataset(Source):
                 if first <= number < last:
                     yield row
         except BadSample as bad:
-            yield bad_row(bad.reason, bad.detail)
+            yield damaged(bad, path)
 
     def read(self, row: Row) -> Record:
         return example_record(self.config, self._bytes(row), f"{row[0]}: record {row[1]}")
@@ -52,7 +53,7 @@ class TensorFlowDataset(Source):
 
     def _bytes(self, row: Row) -> bytes:
         path, *place = row
-        return self._readers.read(path, *place) if len(place) == 1 else files.read(path, *place)
+        return self._readers.read(path, *place) if len(place) == 1 else read_file(path, *place)
 
     def _shards(self) -> dict[str, tuple[int, int]]:
         """Path -> (first, last + 1) record that the split takes from it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from deepgen_jax.data import files
 from deepgen_jax.data.files import Blob
-from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row, load_json
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row, load_json, read_file
 from deepgen_jax.data.sources.columns import Columns, columns_of
 from deepgen_jax.errors import DeepGenError
 
@@ -41,12 +41,12 @@ class WebDataset(Source):
             try:
                 for key, members in _samples(file):
                     yield _row(path, key, members, columns)
-            except (tarfile.TarError, EOFError, OSError) as error:
+            except (tarfile.TarError, EOFError) as error:
                 yield bad_row("damaged tar", f"{path}: {error}")
 
     def read(self, row: Row) -> Record:
         path, name, text, *images = row
-        content: Any = files.read(path, *text)
+        content: Any = read_file(path, *text)
         values = load_json(content, path) if name == "json" else {name: content}
         if not isinstance(values, dict):
             raise BadSample("wrong JSON", f"{path}: a JSON member is no object")
