@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
 
 if TYPE_CHECKING:
     import jax
@@ -174,6 +174,11 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
             return checkpointer.restore((folder / name).absolute(), args=args)
     except Exception as error:  # Orbax wraps errors of reading in bare exceptions
+        if is_out_of_memory(error):
+            raise DeepGenError(
+                f"out of memory while loading {folder / name}; split the model over more devices with a mesh, or use "
+                "dtype bfloat16"
+            ) from error
         raise DeepGenError(f"{folder / name} is damaged ({_first_line(error)}); convert the model again") from error
 
 

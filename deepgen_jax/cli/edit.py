@@ -32,8 +32,8 @@ class ReferenceOptions(PromptArguments):
     """How references enter the model: the mean of their latent distribution, or a sample as in the released code."""
     negative_prompt_preset: Literal["none", "edit"] = "none"
     """edit: the long negative prompt of the published editing scores."""
-    max_reference_pixels: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="(default: 262144)")] = None
-    """Larger references are reduced to about this area, aspect kept."""
+    max_reference_pixels: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Larger references are reduced to about this area, aspect kept; by default that of the model's own size."""
 
 
 @dataclass

@@ -22,14 +22,13 @@ from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
 from deepgen_jax.inference.batch import (
     Failure,
     PromptCheck,
     Request,
     Settings,
     batch_sizes,
-    is_out_of_memory,
     plan,
     render,
 )
@@ -64,7 +63,7 @@ class SamplingCommand(PromptArguments):
     """Image file (.png, .jpg, .webp; several images get _0, _1, ... before the suffix), or a folder, which can be
     resumed and gets a metadata.jsonl."""
     overwrite: bool = False
-    """Replace files that exist."""
+    """Replace files that exist, finished ones too."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(with --out FOLDER)")] = None
     """Make many images: .txt (one prompt a line), .jsonl or .csv with the fields prompt, negative_prompt, image or
     images, seed, size (or width and height), id, num_images, steps, guidance."""
@@ -249,7 +248,8 @@ class SamplingCommand(PromptArguments):
             check_free(folder, grids)
         with OutputFolder(folder) as output, Stop(graceful=True) as stop:
             metadata = {request.file: describe(request, settings, model) for request in requests}
-            missing = set(output.missing(metadata.values(), self.overwrite))
+            alone = self.prompts is None
+            missing = set(output.missing(metadata.values(), self.overwrite, keep_others=alone))
             todo = self._missing(requests, missing)
             made: list[str] = []
 

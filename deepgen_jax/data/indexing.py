@@ -43,14 +43,25 @@ _DAMAGED = ("damaged tar", "damaged shard", "damaged parquet")
 _MANY_ROWS, _MANY_BYTES = 50_000, 2**30
 
 
-def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
-    """The index of a source, built if it is not there yet.
+def open_indices(config: DataConfig, prompts: Prompts) -> list[Index]:
+    """The index of every source, built if it is not there yet. What is missing is told before the first is built.
 
     Raises:
-      DeepGenError: the source is missing or empty, or more than ``max_bad_share`` of it is bad.
+      DeepGenError: a source is missing or empty, or more than ``max_bad_share`` of it is bad.
     """
+    opened = [open_source(source) for source in config.sources]
+    listed = [source.files() for source in opened]
+    return [_open(config, source, prompts, files) for source, files in zip(opened, listed, strict=True)]
+
+
+def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
+    """The index of one source; see :func:`open_indices`."""
     opened = open_source(source)
-    files = opened.files()
+    return _open(config, opened, prompts, opened.files())
+
+
+def _open(config: DataConfig, opened: Source, prompts: Prompts, files: Sequence[FileInfo]) -> Index:
+    source = opened.config
     folder = cache_folder(config.cache_dir) / "index" / f"{source.name}-{_fingerprint(config, source, prompts, files)}"
     if not (folder / "meta.json").is_file():
         _build(config, opened, prompts, files, folder)

@@ -17,7 +17,7 @@ from typing import Any
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.config import DataConfig
-from deepgen_jax.data.indexing import open_index
+from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
@@ -85,7 +85,7 @@ class Loader(Iterator[Batch]):
             )
         self._token_dtypes = _check_features(config, model, weights)
         self._prompts = Prompts(tokenizer, model)
-        indices = [open_index(config, source, self._prompts) for source in config.sources]
+        indices = open_indices(config, self._prompts)
         self.plan = Plan(config, indices, self._prompts, once=once)
         size = config.micro_batch // process_count
         self._share = slice(process_index * size, (process_index + 1) * size)

@@ -12,10 +12,11 @@ from PIL import Image
 
 from deepgen_jax.data.images import MAX_PIXELS, image_size, load_image
 from deepgen_jax.data.tokens import Padding
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
 from deepgen_jax.inference.images import fit_reference, reference_size, round_size
 from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.notices import notify
 
 #: (width, height, steps, guidance, size of each reference): requests that agree in it share one compiled program.
 Layout = tuple[int, int, int, float, tuple[tuple[int, int], ...]]
@@ -172,11 +173,6 @@ def render(
             yield _batch(pipe, ready, size, settings)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the host or a device had no room; XLA says it in a RuntimeError of its own."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
 def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, where: str) -> list[Request]:
     images = record.images or settings.images
     if settings.needs_image and not images:
@@ -189,7 +185,11 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
     if width is None or height is None:
         width, height = reference_sizes[0] if reference_sizes else (settings.side, settings.side)
     width, height = round_size(width, height, settings.multiple, settings.strict_size)
+    guidance = settings.guidance if record.guidance is None else record.guidance
     negative = settings.negative_prompt if record.negative_prompt is None else record.negative_prompt
+    if negative and guidance == 1:
+        notify("a negative prompt has no effect at guidance 1; give --guidance above 1")
+        negative = ""
     check_prompt(record.prompt, reference_sizes or None)
     try:
         check_prompt(negative, reference_sizes or None)
@@ -210,7 +210,7 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
             width=width,
             height=height,
             steps=record.steps or settings.steps,
-            guidance=settings.guidance if record.guidance is None else record.guidance,
+            guidance=guidance,
             images=tuple(images),
             reference_sizes=reference_sizes,
         )

@@ -28,6 +28,8 @@ METADATA_FILE = "metadata.jsonl"
 _TEMPORARY = ".deepgen-tmp-"
 _KEY = "deepgen"
 _EXIF_DESCRIPTION = 0x010E
+# Of the 64 KiB that EXIF may take.
+_MOST_EXIF = 65_000
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -83,12 +85,17 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
     return {
         "file": request.file,
         **what,
-        "images": [str(path.absolute()) for path in request.images],
-        "model": str(model.folder.absolute()),
+        "images": [_told(path) for path in request.images],
+        "model": _told(model.folder),
         "deepgen_jax": deepgen_jax.__version__,
         "jax": version("jax"),
         "fingerprint": digest,
     }
+
+
+def _told(path: Path) -> str:
+    """The whole path as text, also where its bytes are no UTF-8."""
+    return str(path.absolute()).encode("utf-8", "backslashreplace").decode()
 
 
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
@@ -107,8 +114,12 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
         info.add_itxt(_KEY, json.dumps(metadata, ensure_ascii=False))
         options = {"pnginfo": info}
     else:
+        text = json.dumps(metadata)
+        if len(text) > _MOST_EXIF:
+            notify(f"{path} has no room for all that is known of its images; use .png to keep it")
+            text = json.dumps({name: metadata[name] for name in ("file", "fingerprint") if name in metadata})
         exif = Image.Exif()
-        exif[_EXIF_DESCRIPTION] = json.dumps(metadata)
+        exif[_EXIF_DESCRIPTION] = text
         options["exif"] = exif
     with replacing(path) as temporary, open(temporary, "wb") as file:
         image.save(file, image_format, **options)
@@ -171,14 +182,21 @@ class OutputFolder:
             if handle is not None:
                 os.close(handle)
 
-    def missing(self, wanted: Iterable[dict[str, Any]], overwrite: bool = False) -> list[str]:
+    def missing(
+        self, wanted: Iterable[dict[str, Any]], overwrite: bool = False, *, keep_others: bool = False
+    ) -> list[str]:
         """Files among ``wanted`` (from `describe`) that are still to be made.
 
         A file is finished when it is a whole PNG made from the same request. One made from another request (a changed
         prompt file, another model) is to be made again, with a notice.
 
+        Args:
+          wanted: what is to be in the folder.
+          overwrite: make all of it, whatever is there.
+          keep_others: refuse to replace what was made from other requests.
+
         Raises:
-          DeepGenError: a file is in the way that no run has made, and ``overwrite`` is not set.
+          DeepGenError: a file is in the way that no run has made, or that is to be kept, and ``overwrite`` is not set.
         """
         missing: list[str] = []
         changed = 0
@@ -194,12 +212,15 @@ class OutputFolder:
             known = json.loads(line) if line is not None else read_metadata(path)
             if known is None and not overwrite:
                 raise in_the_way(path)
-            if known is not None and known.get("fingerprint") == metadata["fingerprint"] and _is_whole(path):
+            other = known is not None and known.get("fingerprint") != metadata["fingerprint"]
+            if keep_others and other and not overwrite:
+                raise DeepGenError(f"{path} was made from another request; choose another --out or use --overwrite")
+            if known is not None and not other and not overwrite and _is_whole(path):
                 self._lines.setdefault(file, _line(known))
             else:
                 self._lines.pop(file, None)
                 missing.append(file)
-                changed += known is not None and known.get("fingerprint") != metadata["fingerprint"]
+                changed += other
         if changed:
             notify(f"{changed} of the images in {self.path} are of other requests or another model; made again")
         self._rewrite()
@@ -274,6 +295,21 @@ def _is_whole(path: Path) -> bool:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - len(_PNG_END)))
         return file.read() == _PNG_END
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Keeps other processes from a folder within the block.
+
+    Raises:
+      DeepGenError: another process holds it.
+    """
+    handle = _lock(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:

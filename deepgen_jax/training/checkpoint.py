@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
 from deepgen_jax.training.config import CheckpointConfig
 from deepgen_jax.training.run_folder import CHECKPOINTS, checkpoint_folder, pinned_steps
 from deepgen_jax.training.supervised import TrainState
@@ -145,5 +145,7 @@ def load_weights(run: Path, step: int, wanted: Tree, tree: str = "trainable") ->
 
 
 def _unusable(folder: Path, error: Exception) -> DeepGenError:
+    if is_out_of_memory(error):
+        return DeepGenError(f"out of memory while loading {folder}, which is whole; use more devices or another mesh")
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     return DeepGenError(f"checkpoint {folder} cannot be used ({reason}); remove it to go on from an earlier one")

@@ -26,7 +26,7 @@ from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.config import DataConfig, SourceConfig
 from deepgen_jax.data.feature_shards import WRITING, ShardWriter, Tally, shard_path, tally, write_whole
 from deepgen_jax.data.features import DTYPES, MANIFEST, FeatureManifest, encoder_configs
-from deepgen_jax.data.indexing import open_index
+from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.payload import Pixels
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompts import Prompts
@@ -35,8 +35,8 @@ from deepgen_jax.data.sources import BadSample, open_source, read_row
 from deepgen_jax.data.sources.base import CachedImage
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.transforms import UNIT
-from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.batch import is_out_of_memory
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.inference.outputs import holding
 from deepgen_jax.parallel.mesh import batch_sharding, make_mesh
 from deepgen_jax.terminal import progress_bar
 from deepgen_jax.training.encoders import encoder_digest, load_encoders
@@ -105,37 +105,40 @@ def cache_features(
     folders = _folders(data, out)
     config = model_folder.read_manifest(model).config
     prompts = Prompts(model / "tokenizer", config)
-    plan = Plan(data, [open_index(data, source, prompts) for source in data.sources], prompts)
+    plan = Plan(data, open_indices(data, prompts), prompts)
     weights = encoder_digest(model)
     sources: list[_SourceCache] = []
-    for number, source in enumerate(data.sources):
-        rows = list(plan.rows_by_bucket(number))
-        manifest = FeatureManifest(
-            source=source.name,
-            task=source.task,
-            samples=sum(len(part) for _, part in rows),
-            shard_size=shard_size,
-            origin=_origin(plan, number),
-            weights=weights,
-            **encoder_configs(config),
-            image_size=data.image_size,
-            transform=data.transform,
-            dtype=dtype,
-        )
-        _prepare(folders[number], manifest)
-        sources.append(_SourceCache(plan, prompts, number, folders[number], manifest, rows))
-    done, total = (sum(getattr(source, name) for source in sources) for name in ("done", "total"))
-    if done < total:
-        devices = jax.local_devices()
-        encoders = _Encoders(model, dtype, round_up(batch_size, len(devices)), devices)
-        with progress_bar(total, done, "samples") as bar:
+    with _told(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with holding(out):
+        for number, source in enumerate(data.sources):
+            rows = list(plan.rows_by_bucket(number))
+            manifest = FeatureManifest(
+                source=source.name,
+                task=source.task,
+                samples=sum(len(part) for _, part in rows),
+                shard_size=shard_size,
+                origin=_origin(plan, number),
+                weights=weights,
+                **encoder_configs(config),
+                image_size=data.image_size,
+                transform=data.transform,
+                dtype=dtype,
+            )
+            _prepare(folders[number], manifest)
+            sources.append(_SourceCache(plan, prompts, number, folders[number], manifest, rows))
+        done, total = (sum(getattr(source, name) for source in sources) for name in ("done", "total"))
+        if done < total:
+            devices = jax.local_devices()
+            encoders = _Encoders(model, dtype, round_up(batch_size, len(devices)), devices)
+            with progress_bar(total, done, "samples") as bar:
 
-            def advance(count: int) -> None:
-                bar.set_description_str("", refresh=False)
-                bar.update(count)
+                def advance(count: int) -> None:
+                    bar.set_description_str("", refresh=False)
+                    bar.update(count)
 
-            for cache in sources:
-                cache.write(encoders, advance)
+                for cache in sources:
+                    cache.write(encoders, advance)
     return [cache.report() for cache in sources]
 
 

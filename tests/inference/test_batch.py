@@ -41,6 +41,9 @@ def test_plan_names_seeds_and_sizes():
     assert requests[4].layout == (32, 96, 9, 1.5, ())
     assert {r.negative_prompt for r in requests} == {"ugly"}
     assert plan([record(0, negative_prompt="")], SETTINGS, check_prompt)[0][0].negative_prompt == ""
+    with pytest.warns(DeepGenNotice, match="a negative prompt has no effect at guidance 1"):
+        (request,), _ = plan([record(0, guidance=1, negative_prompt="word " * 31)], SETTINGS, check_prompt)
+    assert request.negative_prompt == ""
 
 
 def test_plan_takes_the_size_from_the_first_reference(pictures: list[Path]):

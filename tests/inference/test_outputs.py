@@ -168,6 +168,34 @@ def test_changed_requests_are_made_again(tmp_path: Path, model: Model):
         assert output.missing(wanted) == ["00000.png"]
 
 
+def test_what_another_request_has_made_can_be_kept_and_all_be_made_again(tmp_path: Path, model: Model):
+    folder = tmp_path / "out"
+    cat, dog = (describe(dataclasses.replace(REQUEST, prompt=what), SETTINGS, model) for what in ("a cat", "a dog"))
+    with OutputFolder(folder) as output:
+        output.missing([cat])
+        output.save(IMAGE, cat)
+        assert output.missing([cat], keep_others=True) == []
+        with pytest.raises(DeepGenError, match=r"00000.png was made from another request; .* --overwrite"):
+            output.missing([dog], keep_others=True)
+        assert read_metadata(folder / "00000.png") == cat
+        assert output.missing([dog], overwrite=True, keep_others=True) == ["00000.png"]
+        assert output.missing([cat], overwrite=True) == ["00000.png"]
+
+
+def test_metadata_that_do_not_fit_and_names_that_are_no_text(tmp_path: Path, model: Model):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    IMAGE.save(folder / "ref.png")
+    metadata = describe(dataclasses.replace(REQUEST, images=(folder / "ref.png",)), SETTINGS, model)
+    save_image(IMAGE, tmp_path / "a.png", metadata)
+    assert read_metadata(tmp_path / "a.png") == metadata
+    grid = {"file": "grid.jpg", "images": [metadata] * 200, "fingerprint": "f"}
+    with notices() as said:
+        save_image(IMAGE, tmp_path / "grid.jpg", grid)
+    assert said == [f"{tmp_path / 'grid.jpg'} has no room for all that is known of its images; use .png to keep it"]
+    assert read_metadata(tmp_path / "grid.jpg") == {"file": "grid.jpg", "fingerprint": "f"}
+
+
 def test_other_peoples_files_are_safe(tmp_path: Path, model: Model):
     wanted = [describe(request, SETTINGS, model) for request in requests(2)]
     own = '{"file_name": "holiday.png", "text": "é"}\n'
