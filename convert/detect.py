@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
 
 from .sources import SafetensorsFile, Source, open_safetensors
 from .zipparts import PICKLE_MAGIC, ZIP_MAGIC, choose_member, find_parts, is_torch_file, open_archive, open_member
@@ -142,8 +142,10 @@ def _open_folder(path: Path, member: str | None) -> Source:
     # A DeepSpeed folder keeps the optimiser's state in further files, which hold no weights.
     opened: list[Source] = []
     for file in files:
-        with contextlib.suppress(DeepGenError):
+        try:
             opened.append(_open_file(file, member))
+        except DeepGenError as error:
+            notify(f"{file.name} is left out: {error}")
     if len(opened) == 1:
         return opened[0]
     for source in opened:

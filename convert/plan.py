@@ -17,6 +17,7 @@ import numpy as np
 
 from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.notices import notify
 
 from .keys import Role, parse_key, unused_reason
 from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
@@ -104,7 +105,20 @@ def take_inventory(sources: Iterable[tuple[Source, str]]) -> Inventory:
                 adapter = inventory.adapters.setdefault(key.name, Adapter())
                 adapter.names.add(key.adapter)
                 setattr(adapter, key.role.value, ref)
+        _tell_of_parts(source, {name for name, role in found if role is Role.WEIGHT}, inventory)
     return inventory
+
+
+def _tell_of_parts(source: Source, names: set[str], inventory: Inventory) -> None:
+    """Says where a source holds a part of the model, but not all that earlier ones hold of it."""
+    for part in sorted({name.partition(".")[0] for name in names}):
+        rest = [ref for name, ref in inventory.weights.items() if name.startswith(f"{part}.") and name not in names]
+        if rest:
+            count = sum(name.startswith(f"{part}.") for name in names)
+            notify(
+                f"{source.label} holds {count} of the tensors of {part} and lacks {len(rest)}, such as {rest[0].name}, "
+                f"which are taken from {rest[0].source.label}"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from deepgen_jax.convert import convert
 from deepgen_jax.convert.detect import open_checkpoint
 from deepgen_jax.convert.sources import WEIGHT_DTYPES
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.model_folder import read_manifest
+from deepgen_jax.notices import DeepGenNotice
 
 Stage = dict[str, torch.Tensor]
 
@@ -354,3 +356,22 @@ def test_a_full_disk_is_told_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
     assert "its disk has 0.0 GB free" in refuse(diffusers=release)
+
+
+def test_a_checkpoint_of_part_of_the_mmdit_is_told_of(
+    stage: Stage, bases: dict[str, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    """What is left is the base model's, which is hardly what a person wants of one shard of two."""
+    transformer = load_file(data_dir / "sd3_5_kontext" / "transformer" / "diffusion_pytorch_model.safetensors")
+    stage |= {f"transformer.{name}": transformer[name] for name in sorted(transformer)[:2]}
+    torch.save({"state_dict": stage}, tmp_path / "stage.pth")
+    lacks = rf"stage\.pth holds 2 of the tensors of transformer and lacks {len(transformer) - 2}, such as .* taken from"
+    with pytest.warns(DeepGenNotice, match=lacks):
+        convert(checkpoint=tmp_path / "stage.pth", out=tmp_path / "m", **bases)
+
+
+def test_a_damaged_checkpoint_beside_a_whole_one_is_told_of(data_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(data_dir / "deepgen_pretrain.pth", tmp_path / "iter_1.pth")
+    (tmp_path / "iter_2.pth").write_bytes((tmp_path / "iter_1.pth").read_bytes()[:-5000])
+    with pytest.warns(DeepGenNotice, match=r"iter_2\.pth is left out: "):
+        open_checkpoint(tmp_path).close()
