@@ -5,9 +5,10 @@ source "$(dirname "$0")/common.sh"
 usage="Usage: launch/gke.sh --cluster NAME --tpu-type v6e-256 --image IMAGE [--slices 1] [--name deepgen] [--zone ZONE]
        [--project PROJECT] [--restarts 10] [--dry-run] -- train CONFIG [KEY=VALUE ...]
 
-Creates an xpk workload. The image holds deepgen-jax with its tpu and data extras; models, data and out= are paths that
-the workload mounts, or gs:// where a format reads it. A slice that is lost restarts all, which go on from the newest
-checkpoint."
+Creates an xpk workload. The image holds deepgen-jax with its tpu, data and rewards extras; models, data and out= are
+paths that the workload mounts, or gs:// where a format reads it. A slice that is lost restarts all, which go on from the
+newest checkpoint; so does any error, --restarts times. A run that is asked to end, as when a node is drained, saves and is
+done: the same command goes on with it."
 options=([cluster]="" [tpu-type]="" [image]="" [slices]=1 [name]=deepgen [zone]="" [project]="" [restarts]=10)
 parse "$@"
 require cluster tpu-type image
@@ -18,6 +19,8 @@ command=(
   --cluster "${options[cluster]}" --workload "${options[name]}"
   --tpu-type "${options[tpu-type]}" --num-slices "${options[slices]}"
   --docker-image "${options[image]}" --max-restarts "${options[restarts]}"
+  # What processes end with whose peer is lost.
+  --restart-on-exit-codes 2
 )
 for name in zone project; do
   [[ -z ${options[$name]} ]] || command+=("--$name" "${options[$name]}")

@@ -31,7 +31,7 @@ set -uo pipefail
 source $(quoted "${options[venv]}/bin/activate")
 # The signal comes to this script alone: it passes it on, lets the run save, and queues the job again.
 again=false
-srun --kill-on-bad-exit=1 deepgen $(quoted "${words[@]}") --coordinator auto &
+srun --cpus-per-task=${options[cpus-per-gpu]} --kill-on-bad-exit=1 deepgen $(quoted "${words[@]}") --coordinator auto &
 trap 'again=true; scancel --signal=TERM \"\$SLURM_JOB_ID.0\"' TERM
 until wait -n; status=\$?; ((status < 128)); do :; done
 if \$again && ((status == 0)); then

@@ -15,7 +15,9 @@ on_all=(gcloud compute tpus tpu-vm ssh "${options[tpu]}" --zone "${options[zone]
 [[ -z ${options[project]} ]] || on_all+=(--project "${options[project]}")
 folder=$(quoted "${options[folder]}")
 if [[ -n ${options[setup]} ]]; then
-  install="python3 -m venv .venv && .venv/bin/pip install -q '.[tpu,data,log]'"
+  # The images of TPU VMs have an older Python than 3.11; uv brings one.
+  install="python3 -m pip install -q uv && python3 -m uv venv -q --python 3.11 .venv"
+  install+=" && python3 -m uv pip install -q --python .venv/bin/python '.[tpu,data,log,rewards]'"
   run "${on_all[@]}" --command "git clone $(quoted "${options[setup]}") $folder && cd $folder && $install"
 fi
 run "${on_all[@]}" --command "cd $folder && .venv/bin/deepgen $(quoted "${words[@]}") --coordinator auto"
