@@ -65,17 +65,20 @@ _WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),
 # products merged that would need their weights joined in memory first, as those of adapters with the weights' own.
 _GPU_LOOPS = (("xla_gpu_enable_pipelined_all_reduce", True), ("xla_gpu_dot_merger_threshold_mb", 0))
 
+#: What JAX takes of a GPU's memory when a command starts, in the place of its own three quarters.
+GPU_MEMORY_SHARE = 0.95
+
 # TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e} (peak arithmetic, HBM, the interconnect's total per chip: 400, 1200 and
 # 800 GB/s both ways over 4, 6 and 4 links; data-centre network per chip: 25, 50 and 100 Gbit/s). HBM is what libtpu
 # leaves to programs. A v5e or v6e dimension closes to a ring at 16 chips, a v5p one at 4 and above.
-# H100 SXM: NVIDIA's data sheet; NVLink 900 GB/s both ways; one 400 Gbit/s InfiniBand port a GPU. JAX preallocates 3/4
-# of a GPU's memory unless told otherwise; the limit here is the 79.1 GiB that the device description tells.
+# H100 SXM: NVIDIA's data sheet; NVLink 900 GB/s both ways; one 400 Gbit/s InfiniBand port a GPU. The device
+# description tells of 79.1 GiB, of which JAX gets what the command line has it take.
 CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 50e9, 3.125e9, (16,), _WHOLE_PRODUCTS),
     "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24)),
     "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _ON_SPARSE_CORES),
     "h100": Chip(
-        "H100 SXM", 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
+        "H100 SXM", GPU_MEMORY_SHARE * 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
         deviceless=(("xla_gpu_enable_triton_gemm", False),),
     ),
 }  # fmt: skip
