@@ -97,7 +97,7 @@ def supervised_loss(args: Any, run: Path) -> float:
     config = replace(loaded, model=str(args.model), start=str(run), out="", trains=("mmdit",), data=data)
     weights = load_start(config, mesh)
     model = DeepGen(weights.config, dtype=jnp.float32)
-    with open_loader(data, weights, mesh, config.model_folder) as loader:
+    with open_loader(config, data, weights, mesh) as loader:
         feed = Feed(loader, model, weights.frozen, mesh, accumulation=1, seed=0, trains=("mmdit",))
         (stacked,) = next(feed).micro_batches.values()
     micro = jax.tree.map(lambda x: x[0], stacked)

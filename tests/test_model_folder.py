@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from deepgen_jax.errors import DeepGenError
@@ -119,3 +120,15 @@ def test_missing_and_damaged_files(folder: Path) -> None:
     shutil.rmtree(folder / "params")
     with pytest.raises(DeepGenError, match="params is missing"):
         load_params(folder)
+
+
+def test_too_little_memory_is_no_damage(folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def restore(*_: object, **__: object) -> None:
+        try:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        except RuntimeError as error:
+            raise ValueError("while reading an array") from error
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", restore)
+    with pytest.raises(DeepGenError, match=r"out of memory while loading .*; split the model over more devices"):
+        load_params(folders("none"), ("vae",))

@@ -37,6 +37,7 @@ from deepgen_jax.rl.rollout import Trajectory, rollout
 from deepgen_jax.rl.step import (
     canvas_of,
     guidance_scale,
+    learning_passes,
     make_update,
     policy_model,
     rollout_settings,
@@ -132,7 +133,8 @@ def update_program(subject: Subject, batch: int | None) -> Program:
     if config.data is not None and config.policy.sft_weight:
         micro, keys, operations, facts = step_batch(subject, model, config.data, 1)
     learned = min(max(int(config.policy.timestep_fraction * steps), 1), steps - 1)
-    passes = learned * (3 + bool(config.policy.beta)) / config.policy.updates_per_rollout
+    each = learning_passes(config) + bool(config.policy.beta)
+    passes = learned * each / config.policy.updates_per_rollout
     operations += images * sides * passes * flops.mmdit(subject.model.mmdit, tokens, length)
     arguments = (
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,

@@ -38,6 +38,7 @@ from deepgen_jax.rl.rollout import UPDATE, Trajectory, concatenated, image_keys,
 from deepgen_jax.rl.step import (
     canvas_of,
     guidance_scale,
+    learning_passes,
     make_update,
     policy_model,
     rollout_settings,
@@ -325,9 +326,9 @@ class GRPOStage:
         images = config.prompts_per_step * config.rollout.group_size
         if self._algorithm.trajectory:
             learned = min(max(int(config.policy.timestep_fraction * config.rollout.steps), 1), config.rollout.steps - 1)
-            passes = 3
+            passes = learning_passes(config)
         else:
-            learned, passes = config.policy.nft.draws, 4
+            learned, passes = config.policy.nft.draws, learning_passes(config) + 1
         passes += 1 if config.policy.beta else 0
         return float(images * one * (config.rollout.steps + learned * passes))
 

@@ -55,6 +55,11 @@ def run_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, config.steps * config.policy.updates_per_rollout)
 
 
+def learning_passes(config: GRPOConfig) -> int:
+    """What learning from one step of an image costs, in forward passes of the MMDiT (see ``flops.training``)."""
+    return 3 if "mmdit" in config.trains else 2
+
+
 def make_update(
     config: GRPOConfig,
     model: DeepGen,
