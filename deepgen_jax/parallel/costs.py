@@ -25,6 +25,7 @@ _FREE = frozenset((
 # Which piece of a collective a fusion holds; -1 is told of the one that begins it.
 _PIECE = r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"'
 _ENDS = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
+_GPU_LIBRARY = r'custom_call_target="(__cublas|__cudnn)'
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -132,7 +133,7 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         return max(_hbm(instruction.results), sum(_hbm(arrays) for arrays in operands))
     if opcode in ("send", "recv"):
         return _hbm(instruction.results[:1])
-    written = _hbm(instruction.results)
+    written = _hbm(_without_scratch(instruction))
     if opcode in _SLICES:
         return 2 * written
     if opcode in ("dynamic-update-slice", "scatter"):
@@ -143,6 +144,14 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
             return _beside_a_piece(body, operands, instruction, piece[0])
         return sum(_fusion_reads(body, operands)) + _fusion_writes(body, instruction)
     return written + sum(_hbm(arrays) for arrays in operands)
+
+
+def _without_scratch(instruction: Instruction) -> tuple[Array, ...]:
+    """Results but the scratch memory that XLA hands to GPU libraries as their last one: set aside, hardly touched."""
+    results = instruction.results
+    if len(results) > 1 and instruction.attribute(_GPU_LIBRARY) and results[-1].dtype in ("s8", "u8"):
+        return results[:-1]
+    return results
 
 
 def _beside_a_piece(

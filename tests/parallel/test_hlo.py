@@ -157,6 +157,9 @@ operand_layout_constraints={bf16[2,8,4,16]{3,2,1,0}}, backend_config={"cudnn_fmh
     main = module.computations[module.entry]
     assert costs.operations(module, main, main.by_name["y"]) == (2 * 64 * 16 * 32, 0)
     assert costs.operations(module, main, main.by_name["a"]) == (4 * 2 * 4 * 8 * 8 * 16, 0)
+    # Their scratch memory is not traffic.
+    assert costs.memory_bytes(module, main, main.by_name["y"]) == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert costs.memory_bytes(module, main, main.by_name["a"]) == 2 * (3 * 64 * 32 + 2 * 4 * 8 * 16)
 
 
 def test_collectives_on_sparse_cores_begin_with_their_update():
