@@ -14,6 +14,13 @@ def world_source(name: str, task: str, size: int = 96, skills: str = "") -> Sour
     return SourceConfig(name, "synthetic", f"{path},skills={skills}" if skills else path, task=task)
 
 
+def world_sources(*shares: tuple[str, str, str, float]) -> tuple[SourceConfig, ...]:
+    """Sources from (name, task, skills, weight) of each; all skills where none is named."""
+    return tuple(
+        replace(world_source(name, task, skills=skills), weight=weight) for name, task, skills, weight in shares
+    )
+
+
 def world(size: int = 96, skills: str = "", changes: str = "") -> tuple[SourceConfig, SourceConfig]:
     """Pictures and as many edits, each of some skills alone or of all."""
     return world_source("world", "t2i", size, skills), world_source("edits", "edit", size, changes)

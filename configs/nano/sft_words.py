@@ -5,12 +5,11 @@ What comes out right less often than the rest comes more often: words, relations
 
 from dataclasses import replace
 
-from deepgen_jax.configs.nano import sft, world_source
+from deepgen_jax.configs.nano import sft, world_sources
 from deepgen_jax.data.config import MixtureConfig
 from deepgen_jax.training.config import SupervisedConfig
 
-#: (name, task, skills, weight) of each source; all skills where none is named.
-_SHARES = (
+_SOURCES = world_sources(
     ("words", "t2i", "text", 0.5),
     ("relations", "t2i", "relation", 0.15),
     ("world", "t2i", "", 0.35),
@@ -23,15 +22,12 @@ _SHARES = (
 def get_config() -> SupervisedConfig:
     """48 samples a step as before; the learning rate rises and falls once more."""
     config = sft.get_config()
-    sources = tuple(
-        replace(world_source(name, task, skills=skills), weight=weight) for name, task, skills, weight in _SHARES
-    )
     return replace(
         config,
         start="out/nano/sft_long",
         out="out/nano/sft_words",
         steps=1800,
         optimizer=replace(config.optimizer, learning_rate=2e-3),
-        data=replace(config.data, sources=sources, micro_batch=24, mixture=MixtureConfig(cycle=("t2i", "edit"))),
+        data=replace(config.data, sources=_SOURCES, micro_batch=24, mixture=MixtureConfig(cycle=("t2i", "edit"))),
         accumulation=2,
     )
