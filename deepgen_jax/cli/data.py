@@ -102,8 +102,10 @@ class CacheCommand(RunArguments):
         from deepgen_jax.inference.cache import enable_compilation_cache
         from deepgen_jax.training.encoders import check_untrained
         from deepgen_jax.training.features import cache_features
+        from deepgen_jax.training.run_folder import saved_steps
 
-        check_untrained(config)
+        if config.start and saved_steps(Path(config.start)):  # else training checks it, once the run has begun
+            check_untrained(config)
         enable_compilation_cache(self.compilation_cache)
         with Stop(graceful=False):
             cached = cache_features(

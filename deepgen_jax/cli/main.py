@@ -192,8 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       exit status: 0; 1 where some prompts of many failed; 2 for an error, told in one line on stderr; 130 and 143 after
       Ctrl-C and SIGTERM.
     """
-    # Before JAX starts: it leaves a quarter of a GPU unused otherwise.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+    # Before JAX starts: it leaves a quarter of a GPU unused otherwise. Both names at once it refuses.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

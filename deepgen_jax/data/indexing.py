@@ -54,12 +54,6 @@ def open_indices(config: DataConfig, prompts: Prompts) -> list[Index]:
     return [_open(config, source, prompts, files) for source, files in zip(opened, listed, strict=True)]
 
 
-def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
-    """The index of one source; see :func:`open_indices`."""
-    opened = open_source(source)
-    return _open(config, opened, prompts, opened.files())
-
-
 def _open(config: DataConfig, opened: Source, prompts: Prompts, files: Sequence[FileInfo]) -> Index:
     source = opened.config
     folder = cache_folder(config.cache_dir) / "index" / f"{source.name}-{_fingerprint(config, source, prompts, files)}"

@@ -79,10 +79,10 @@ def over_hosts(result: RewardResult, prompts: int, group_size: int) -> tuple[np.
 
     whole = np.zeros((2, prompts, group_size, len(result.names)), np.float32)
     own = own_groups(range(prompts))
-    whole[:, own] = np.stack([result.rewards, result.weights]).reshape(2, len(own), group_size, -1)
+    whole[:, own] = np.stack([result.rewards, result.weights]).reshape(2, len(own), group_size, len(result.names))
     # Of each group all hosts but one hold zeros; a reward that is missing stays NaN.
     gathered = np.asarray(multihost_utils.process_allgather(whole)).sum(axis=0)
-    rewards, weights = gathered.reshape(2, prompts * group_size, -1)
+    rewards, weights = gathered.reshape(2, prompts * group_size, len(result.names))
     return rewards, weights
 
 

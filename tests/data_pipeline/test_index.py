@@ -18,7 +18,8 @@ from PIL import Image
 
 from deepgen_jax.data import files, indexing
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
-from deepgen_jax.data.indexing import open_index
+from deepgen_jax.data.index import Index
+from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.prompts import Prompts
 from deepgen_jax.data.sources import open_source
 from deepgen_jax.data.sources.base import BadSample, read_row
@@ -29,6 +30,11 @@ from deepgen_jax.notices import DeepGenNotice
 @pytest.fixture(scope="module")
 def prompts() -> Prompts:
     return Prompts(TOKENIZER, model())
+
+
+def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
+    (index,) = open_indices(replace(config, sources=(source,)), prompts)
+    return index
 
 
 def config(source: SourceConfig, tmp_path: Path, **options) -> DataConfig:
