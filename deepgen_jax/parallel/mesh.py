@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -112,17 +112,12 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
       DeepGenError: the parts of two hosts overlap, or are not of one size.
     """
-    return _share(np.vectorize(lambda device: device.process_index)(mesh.devices), jax.process_index(), mesh.shape)
-
-
-def _share(hosts: np.ndarray, own: int, shape: Mapping[str, int]) -> tuple[int, int]:
-    """`host_share` from the host of each device, int [data, fsdp, tensor]."""
-    by_row = hosts.reshape(-1, hosts.shape[-1])
-    rows = {int(host): frozenset(np.flatnonzero((by_row == host).any(axis=1)).tolist()) for host in np.unique(hosts)}
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.devices.shape[-1])
+    rows = {int(host): frozenset(np.flatnonzero((hosts == host).any(axis=1)).tolist()) for host in np.unique(hosts)}
     parts = sorted(set(rows.values()), key=min)
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(by_row):
-        raise DeepGenError(f"mesh {dict(shape)} splits batches unevenly over hosts; make tensor smaller")
-    return parts.index(rows[own]), len(parts)
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(hosts):
+        raise DeepGenError(f"mesh {dict(mesh.shape)} splits batches unevenly over hosts; make tensor smaller")
+    return parts.index(rows[jax.process_index()]), len(parts)
 
 
 def to_global(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:

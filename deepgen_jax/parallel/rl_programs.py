@@ -43,7 +43,7 @@ from deepgen_jax.rl.step import (
     rollout_settings,
     run_optimizer,
 )
-from deepgen_jax.rl.update import UpdateKeys
+from deepgen_jax.rl.update import UpdateKeys, learned_steps
 from deepgen_jax.training.stage import abstract_state, check_micro_batch, shardings_of
 from deepgen_jax.training.trees import Tree
 
@@ -132,9 +132,8 @@ def update_program(subject: Subject, batch: int | None) -> Program:
     operations, facts = 0.0, tuple[str, ...]()
     if config.data is not None and config.policy.sft_weight:
         micro, keys, operations, facts = step_batch(subject, model, config.data, 1)
-    learned = min(max(int(config.policy.timestep_fraction * steps), 1), steps - 1)
-    each = learning_passes(config) + bool(config.policy.beta)
-    passes = learned * each / config.policy.updates_per_rollout
+    learned = learned_steps(steps, config.policy.timestep_fraction)
+    passes = learning_passes(config) / config.policy.updates_per_rollout
     operations += images * sides * passes * flops.mmdit(subject.model.mmdit, tokens, length)
     arguments = (
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,

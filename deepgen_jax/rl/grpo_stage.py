@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,10 +109,11 @@ class GRPOStage:
         self._reference: Params | None = None
         if config.policy.beta and (weights.trainable["params"] or weights.adapters_begun):
             # The starting values, rounded as the computation rounds its weights anyway; adapters are added unrounded.
-            rounded = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
-            copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-            start = weights.trainable
-            self._reference = {"params": rounded(start["params"]), "lora": copied(start["lora"])}
+            @jax.jit
+            def beginning(params: Params, lora: Params) -> Params:
+                return {"params": jax.tree.map(lambda x: x.astype(dtype), params), "lora": lora}
+
+            self._reference = beginning(weights.trainable["params"], weights.trainable["lora"])
         optimizer = run_optimizer(config)
         average = config.ema_decay is not None or algorithm.old_policy
         self.state = start_state(optimizer, weights, mesh, ema=average)
@@ -264,17 +265,15 @@ class GRPOStage:
         futures: list[Future[RewardResult]],
     ) -> None:
         """Has this host's groups of a micro-batch scored; ``sampled`` are the images of all, uint8 [m, H, W, 3]."""
-        own = report.own_groups(chunk)
-        images = rearrange(np.asarray(sampled.addressable_data(0)), "(p g) h w c -> p g h w c", p=len(chunk))
-        for place in own:
-            pixels.append(images[place - chunk.start])
-        samples = [
-            RewardSample(image, prompts[place].text, prompts[place].index, prompts[place].metadata)
-            for place in own
-            for image in images[place - chunk.start]
-        ]
+        groups = rearrange(np.asarray(sampled.addressable_data(0)), "(p g) h w c -> p g h w c", p=len(chunk))
+        samples: list[RewardSample] = []
+        weights: list[Mapping[str, float]] = []
+        for place in report.own_groups(chunk):
+            prompt, images = prompts[place], groups[place - chunk.start]
+            pixels.append(images)
+            samples += [RewardSample(image, prompt.text, prompt.index, prompt.metadata) for image in images]
+            weights += [prompt.rewards] * len(images)
         if samples:
-            weights = [prompts[place].rewards for place in own for _ in range(images.shape[1])]
             futures.append(self._rewards.submit(samples, weights))
 
     def _learn(
@@ -319,18 +318,12 @@ class GRPOStage:
             )
 
     def _flops(self, condition: programs.Condition) -> float:
-        """Rollout, reference and update; what the backward pass computes again is not counted."""
+        """Rollout, reference and updates."""
         config, model = self._config, self._weights.config
         sides = 1 if self._guidance is None else 2
         one = sides * flops.mmdit(model.mmdit, self._tokens, condition.sequence.shape[1])
         images = config.prompts_per_step * config.rollout.group_size
-        if self._algorithm.trajectory:
-            learned = min(max(int(config.policy.timestep_fraction * config.rollout.steps), 1), config.rollout.steps - 1)
-            passes = learning_passes(config)
-        else:
-            learned, passes = config.policy.nft.draws, learning_passes(config) + 1
-        passes += 1 if config.policy.beta else 0
-        return float(images * one * (config.rollout.steps + learned * passes))
+        return float(images * one * (config.rollout.steps + learning_passes(config)))
 
     def position(self) -> dict[str, Any]:
         """The seed, the number of rollouts, what their prompts depend on, and where the auxiliary data stand."""

@@ -19,7 +19,7 @@ from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.rl.nft import nft_step
 from deepgen_jax.rl.policy import Canvas
 from deepgen_jax.rl.rollout import RolloutSettings
-from deepgen_jax.rl.update import UpdateSettings, grpo_step
+from deepgen_jax.rl.update import UpdateSettings, grpo_step, learned_steps
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.supervised import StepSettings, TrainState
 
@@ -56,8 +56,14 @@ def run_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
 
 
 def learning_passes(config: GRPOConfig) -> int:
-    """What learning from one step of an image costs, in forward passes of the MMDiT (see ``flops.training``)."""
-    return 3 if "mmdit" in config.trains else 2
+    """What all updates of a rollout cost for each image, in forward passes of the MMDiT (see ``flops.training``).
+
+    What the backward pass computes again is not counted.
+    """
+    each = (3 if "mmdit" in config.trains else 2) + bool(config.policy.beta)
+    if ALGORITHMS[config.policy.algorithm].trajectory:
+        return learned_steps(config.rollout.steps, config.policy.timestep_fraction) * each
+    return config.policy.nft.draws * (each + 1)  # the old policy's velocity, too
 
 
 def make_update(

@@ -201,9 +201,13 @@ def policy_gradients(
 
 
 def draw_timesteps(key: jax.Array, steps: int, fraction: float) -> jax.Array:
-    """Steps to learn from: floor(fraction * steps) of them, without replacement, from all but the last; int32 [K]."""
-    count = min(max(int(fraction * steps), 1), steps - 1)
-    return jnp.sort(jax.random.permutation(key, steps - 1)[:count]).astype(jnp.int32)
+    """Steps to learn from, drawn without replacement from all but the last; int32 [K], see :func:`learned_steps`."""
+    return jnp.sort(jax.random.permutation(key, steps - 1)[: learned_steps(steps, fraction)]).astype(jnp.int32)
+
+
+def learned_steps(steps: int, fraction: float) -> int:
+    """How many of a rollout's steps an update learns from: floor(fraction * steps), one at least, never the last."""
+    return min(max(int(fraction * steps), 1), steps - 1)
 
 
 def draw_images(key: jax.Array, images: int, policy: PolicyConfig, part: jax.Array | int) -> jax.Array:

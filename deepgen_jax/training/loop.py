@@ -111,20 +111,20 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     """
     values: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
     values["config"] = overrides.to_json(config)
-    path = run / RUN_FILE
+    path, saved = run / RUN_FILE, saved_steps(run)
     used: list[str] = []
     if path.is_file():
         earlier = read_run(run)
         used = earlier.get("devices", [])
         if earlier["kind"] != values["kind"]:
             raise DeepGenError(f"{run} holds a run of kind {earlier['kind']}, not {values['kind']}; give another out")
-        for name, of in _FIXED.items() if saved_steps(run) else ():
+        for name, of in _FIXED.items() if saved else ():
             before, now = _setting(earlier["config"], name), _setting(values["config"], name)
             if of(before) != of(now):
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
     elif run.is_dir() and any(run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
-    origin = origin_of(config) if saved_steps(run) else newest_origin(config)
+    origin = origin_of(config) if saved else newest_origin(config)
     values["origin"] = origin.to_json()
     values["devices"] = list(dict.fromkeys([*used, *([devices] if devices else [])]))
     if jax.process_count() > 1:  # nobody takes for another run what the first is about to write

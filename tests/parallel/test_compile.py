@@ -178,6 +178,9 @@ def test_search_splits_weights_over_neighbours_and_hosts():
     ]  # fmt: skip
     assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=64,fsdp=8"
     assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
+    config = overrides.load_config("sft")
+    assert compiling.Request(config, parse_topology("v6e:16x16", 2)).mesh_text == "data=32,fsdp=16"
+    assert compiling.Request(config, parse_topology("h100:64")).mesh_text == "data=8,fsdp=8"
 
 
 def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):

@@ -34,7 +34,7 @@ class ArrayRecord(Source):
                 raise BadSample("damaged shard", f"{path} holds no record")
             example_columns(self.config, self._readers.read(path, 0))
         except BadSample as bad:
-            yield damaged(bad, path)
+            yield damaged(bad, path, bad.__cause__)
             return
         yield from ([path, record] for record in range(count))
 

@@ -147,12 +147,12 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
         raise BadSample("unreadable file", f"{path}: {error}") from error
 
 
-def damaged(bad: BadSample, path: str) -> Row:
+def damaged(bad: BadSample, path: str, cause: BaseException | None) -> Row:
     """The row that stands for what cannot be read of a file of many samples.
 
     Raises:
-      OSError: a store has not answered, which says nothing of the file.
+      OSError: the cause was a store that has not answered, which says nothing of the file.
     """
-    if files.is_remote(path) and isinstance(bad.__cause__, OSError):
-        raise bad.__cause__
+    if isinstance(cause, OSError) and files.is_remote(path):
+        raise cause
     return bad_row(bad.reason, bad.detail)

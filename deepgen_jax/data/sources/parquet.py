@@ -14,7 +14,7 @@ from typing import Any
 from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.files import Blob, join, parent
-from deepgen_jax.data.sources.base import BadSample, ImageData, Record, Row, Source, bad_row
+from deepgen_jax.data.sources.base import BadSample, ImageData, Record, Row, Source, bad_row, damaged
 from deepgen_jax.data.sources.columns import Columns, columns_of
 from deepgen_jax.errors import DeepGenError
 
@@ -41,14 +41,8 @@ class Parquet(Source):
         with files.open_file(path) as file:
             try:
                 table = _parquet_file(file)
-            except pyarrow.ArrowException as error:
-                yield bad_row("damaged parquet", f"{path}: {error}")
-                return
-            except OSError as error:
-                # What pyarrow raises of some damage, too; a store that has not answered says nothing of the file.
-                if files.is_remote(path):
-                    raise
-                yield bad_row("damaged parquet", f"{path}: {error}")
+            except (pyarrow.ArrowException, OSError) as error:
+                yield damaged(BadSample("damaged parquet", f"{path}: {error}"), path, error)
                 return
             columns = columns_of(self.config, table.schema_arrow.names)
             images = [table.schema_arrow.field(name).type for name in (*columns.image, *columns.references)]

@@ -43,7 +43,7 @@ class TensorFlowDataset(Source):
                 if first <= number < last:
                     yield row
         except BadSample as bad:
-            yield damaged(bad, path)
+            yield damaged(bad, path, bad.__cause__)
 
     def read(self, row: Row) -> Record:
         return example_record(self.config, self._bytes(row), f"{row[0]}: record {row[1]}")
