@@ -3,12 +3,16 @@
 DeepGen keeps the VAE of Stable Diffusion 3.5 frozen. A model of other sizes needs one of its own, and it has to come
 before everything else, as the MMDiT learns in its latents.
 
+A decoder may also train alone on an encoder that stays as it is: latents do not change, so that whatever has learned
+in them goes on as it was, and only looks better.
+
 Pictures of a step may differ in size, so a step is several calls of :func:`accumulate`, one for every batch of equal
 pictures, and one of :func:`update`. All are pure functions of global arrays.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +28,16 @@ from deepgen_jax.training.trees import Tree
 
 #: How pixels are compared: mean absolute or mean squared difference.
 Reconstruction = Literal["l1", "l2"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned; the settings of `AutoencoderConfig` of the same names."""
+
+    loss: Reconstruction
+    kl_weight: float
+    decoder_only: bool = False
+    latent_noise: float = 0.0
 
 
 class Sums(NamedTuple):
@@ -59,8 +73,7 @@ def start_sums(trainable: Tree) -> Sums:
 
 def accumulate(
     model: DeepGen,
-    loss: Reconstruction,
-    kl_weight: float,
+    objective: Objective,
     trainable: Tree,
     sums: Sums,
     pictures: jax.Array,
@@ -70,7 +83,7 @@ def accumulate(
     """Adds pictures of one size.
 
     Args:
-      model, loss, kl_weight: static.
+      model, objective: static.
       trainable: {"params": {"vae": ...}, ...}.
       sums: so far.
       pictures: uint8 [B, H, W, 3].
@@ -82,22 +95,40 @@ def accumulate(
         params = {"params": trainable["params"]}
         pixels = pictures.astype(jnp.float32) / 127.5 - 1
         moments = Moments(*model.apply(params, pixels, method="vae_encode"))
-        z = sample_posterior(moments.mean, moments.logvar, noise)
+        if objective.decoder_only:
+            moments = jax.lax.stop_gradient(moments)
+        z = sample_posterior(moments.mean, _widened(moments.logvar, objective.latent_noise, model.config.vae), noise)
         decoded: Any = model.apply(params, z, method="vae_decode")
         errors = decoded - pixels
         latents = normalise(z, model.config.vae)
         each = {
-            "loss/reconstruction": jnp.mean(jnp.abs(errors) if loss == "l1" else jnp.square(errors), axis=(1, 2, 3)),
+            "loss/reconstruction": jnp.mean(
+                jnp.abs(errors) if objective.loss == "l1" else jnp.square(errors), axis=(1, 2, 3)
+            ),
             "loss/kl": divergence(moments, model.config.vae),
             "latent_mean": jnp.mean(latents, axis=(1, 2, 3)),
             "latent_square": jnp.mean(jnp.square(latents), axis=(1, 2, 3)),
         }
-        each["loss"] = each["loss/reconstruction"] + kl_weight * each["loss/kl"]
+        each["loss"] = each["loss/reconstruction"] + objective.kl_weight * each["loss/kl"]
         totals = {name: jnp.sum(weight * values) for name, values in each.items()}
         return totals["loss"], totals
 
     (_, totals), gradients = jax.value_and_grad(total, has_aux=True)(trainable)
     return jax.tree.map(jnp.add, sums, Sums(gradients, totals, jnp.sum(weight)))
+
+
+def _widened(logvar: jax.Array, deviation: float, config: VAEConfig) -> jax.Array:
+    """Log variance with that of independent noise besides, whose ``deviation`` is of normalised latents."""
+    return jnp.log(jnp.exp(logvar) + (deviation / config.scaling_factor) ** 2) if deviation else logvar
+
+
+def decoder_alone(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser with no step of the encoder, not even weight decay, for ``TrainState.trainable`` of a VAE."""
+
+    def encoder(trainable: Tree) -> Tree:
+        return jax.tree.map_with_path(lambda path, _: jax.tree_util.DictKey("encoder") in path, trainable)
+
+    return optax.chain(optimizer, optax.masked(optax.set_to_zero(), encoder))
 
 
 def update(

@@ -18,7 +18,7 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import autoencoder
-from deepgen_jax.training.autoencoder import Sums
+from deepgen_jax.training.autoencoder import Objective, Sums
 from deepgen_jax.training.config import AutoencoderConfig
 from deepgen_jax.training.feed import index_words, open_loader
 from deepgen_jax.training.inputs import REFERENCE_POSTERIOR, TARGET_POSTERIOR, sample_keys
@@ -46,6 +46,8 @@ class AutoencoderStage(LoaderStage):
         self._config, self._mesh = config, mesh
         self._weights = load_start(config, mesh)
         optimizer = make_optimizer(config.optimizer, config.steps)
+        if config.decoder_only:
+            optimizer = autoencoder.decoder_alone(optimizer)
         self.state = start_state(optimizer, self._weights, mesh, ema=config.ema_decay is not None)
         # The state takes the weights over: what it was made from is donated.
         self._weights = self._weights._replace(trainable={})
@@ -55,6 +57,7 @@ class AutoencoderStage(LoaderStage):
             dtype=jnp.dtype(config.dtype),
             attention=choose_kernel(mesh, config.dtype, gradients=True),
         )
+        objective = Objective(config.loss, config.kl_weight, config.decoder_only, config.latent_noise)
         rate = learning_rate(config.optimizer, config.steps)
         everywhere = replicated(mesh)
         layout = shardings_of(self.state)
@@ -68,9 +71,7 @@ class AutoencoderStage(LoaderStage):
             size = (*(side // vae.downscale for side in pictures.shape[1:3]), vae.latent_channels)
             keys = sample_keys(config.seed, words)
             noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), size, jnp.float32))(keys)
-            return autoencoder.accumulate(
-                self._model, config.loss, config.kl_weight, trainable, sums, pictures, noise, weight
-            )
+            return autoencoder.accumulate(self._model, objective, trainable, sums, pictures, noise, weight)
 
         def update(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Any]]:
             new, metrics = autoencoder.update(optimizer, config.ema_decay, state, sums)
@@ -99,11 +100,13 @@ class AutoencoderStage(LoaderStage):
 
     def facts(self) -> list[str]:
         """What trains, and the shapes that batches have."""
-        count = sum(x.size for x in jax.tree.leaves(self.state.trainable))
+        vae = self.state.trainable["params"]["vae"]
+        name, trained = ("decoder of the vae", vae["decoder"]) if self._config.decoder_only else ("vae", vae)
+        count = sum(x.size for x in jax.tree.leaves(trained))
         samples = self._config.accumulation * self._config.data.micro_batch
         buckets = ", ".join(str(bucket) for bucket in self._loader.buckets)
         return [
-            f"trains vae {count:,} parameters; {samples} samples a step, targets and references",
+            f"trains {name} {count:,} parameters; {samples} samples a step, targets and references",
             f"{len(self._loader.buckets)} buckets: {buckets}",
         ]
 
@@ -114,8 +117,10 @@ class AutoencoderStage(LoaderStage):
         for target, references in (batch["bucket"] for batch in batches):
             for width, height in (target, *references):
                 tokens += width * height // (config.vae.downscale * config.mmdit.patch_size) ** 2
-                coders = flops.vae_encoder(config.vae, height, width) + flops.vae_decoder(config.vae, height, width)
-                operations += 3 * coders
+                encoding = flops.vae_encoder(config.vae, height, width)
+                decoding = flops.vae_decoder(config.vae, height, width)
+                # Forward alone, or forward and backward for data and weights.
+                operations += (1 if self._config.decoder_only else 3) * encoding + 3 * decoding
         samples = self._config.data.micro_batch
         return samples * tokens, samples * operations
 

@@ -188,7 +188,8 @@ class SupervisedConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig(RunConfig):
-    """Training of the autoencoder itself, for models that do not take the released one; before all other stages.
+    """Training of the autoencoder itself, for models that do not take the released one: before all other stages, but
+    for its decoder alone.
 
     Attributes:
       data: whose targets and references are reconstructed; its texts are not used.
@@ -196,6 +197,9 @@ class AutoencoderConfig(RunConfig):
       loss: "l1" (mean absolute) or "l2" (mean squared) difference of pixels in -1..1.
       kl_weight: of the divergence of latents from the mean and deviation that the model's VAE config tells, in nats a
         latent value. Larger makes latents more regular and pictures less exact.
+      decoder_only: the encoder stays as it is, so that the model's other parts may have been trained before.
+      latent_noise: standard deviation of noise on normalised latents, besides the posterior's own, before they are
+        decoded: makes the decoder forgive what an MMDiT does not denoise exactly.
     """
 
     data: DataConfig
@@ -203,11 +207,14 @@ class AutoencoderConfig(RunConfig):
     accumulation: int = 1
     loss: Literal["l1", "l2"] = "l1"
     kl_weight: float = 1e-4
+    decoder_only: bool = False
+    latent_noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("accumulation", self.accumulation, 1)
         _at_least("kl_weight", self.kl_weight, 0)
+        _at_least("latent_noise", self.latent_noise, 0)
         if self.trains != ("vae",):
             raise DeepGenError(f"trains is {self.trains}; this stage trains the vae alone")
 

@@ -34,6 +34,7 @@ from deepgen_jax.training.tracking import Tracker
 _FIXED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("model", "start", "trains", "seed", "lora", "optimizer.name"), lambda value: value),
     "ema_decay": lambda value: value is not None,
+    "decoder_only": bool,
     "policy.algorithm": lambda value: value == "nft",
 }
 

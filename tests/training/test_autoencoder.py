@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,15 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.convert.synthetic import tiny_config
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.models.vae import VAE
-from deepgen_jax.training.autoencoder import accumulate, divergence, start_sums, update
+from deepgen_jax.models.vae import VAE, normalise
+from deepgen_jax.training.autoencoder import (
+    Objective,
+    accumulate,
+    decoder_alone,
+    divergence,
+    start_sums,
+    update,
+)
 from deepgen_jax.training.config import AutoencoderConfig
 from deepgen_jax.training.inputs import Moments
 from deepgen_jax.training.supervised import init_state
@@ -43,13 +51,13 @@ def batch(config, count, seed=0):
 
 
 #: One program a number of pictures and loss.
-accumulated = jax.jit(accumulate, static_argnums=(0, 1, 2))
+accumulated = jax.jit(accumulate, static_argnums=(0, 1))
 
 
-def gather(config, trainable, *calls, loss="l1", kl_weight=0.01):
-    sums = start_sums(trainable)
+def gather(config, trainable, *calls, loss="l1", kl_weight=0.01, **others):
+    sums, objective = start_sums(trainable), Objective(loss, kl_weight, **others)
     for pictures, noise, weight in calls:
-        sums = accumulated(DeepGen(config), loss, kl_weight, trainable, sums, pictures, noise, np.float32(weight))
+        sums = accumulated(DeepGen(config), objective, trainable, sums, pictures, noise, np.float32(weight))
     return sums
 
 
@@ -124,6 +132,50 @@ def test_a_step_that_is_not_finite_changes_nothing(config, trainable):
     after, metrics = update(optimizer, None, state, sums)
     assert metrics["skipped"] == 1
     assert_close(after.trainable, state.trainable)
+
+
+def test_noise_on_latents_adds_to_the_posteriors_variance(config, trainable):
+    pictures, noise = batch(config, 2)
+    plain, noisy = (
+        gather(config, trainable, (pictures, noise, [1, 1]), latent_noise=deviation).totals for deviation in (0, 0.5)
+    )
+    # The divergence is the posterior's own, and what is decoded has the second moment of both.
+    assert noisy["loss/kl"] == plain["loss/kl"]
+    vae = VAE(config.vae)
+    mean, logvar = jax.jit(partial(vae.apply, method="encode"))(
+        {"params": trainable["params"]["vae"]}, pictures / np.float32(127.5) - 1
+    )
+    z = mean + np.sqrt(np.exp(logvar) + (0.5 / config.vae.scaling_factor) ** 2) * noise
+    square = np.sum(np.mean(np.square(normalise(z, config.vae)), axis=(1, 2, 3)))
+    np.testing.assert_allclose(noisy["latent_square"], square, rtol=1e-4)
+    assert abs(plain["latent_square"] - square) > 0.1
+
+
+def test_a_decoder_trains_alone(config, trainable):
+    pictures, noise = batch(config, 2)
+    both, alone = (
+        gather(config, trainable, (pictures, noise, [1, 1]), decoder_only=only).gradients["params"]["vae"]
+        for only in (False, True)
+    )
+    assert_close(alone["decoder"], both["decoder"])
+    assert optax.tree.norm(both["encoder"]) > 0
+    assert optax.tree.norm(alone["encoder"]) == 0
+
+    # Not even weight decay moves the encoder.
+    optimizer = decoder_alone(optax.adamw(1e-3, weight_decay=0.1))
+    state = init_state(optimizer, trainable["params"], None, ema=False)
+    sums = gather(config, trainable, (pictures, noise, [1, 1]), decoder_only=True)
+    after, metrics = jax.jit(lambda state: update(optimizer, None, state, sums))(state)
+    before, after = (tree["params"]["vae"] for tree in (state.trainable, after.trainable))
+    jax.tree.map(np.testing.assert_array_equal, after["encoder"], before["encoder"])
+    moved = jax.tree.map(lambda x, y: np.any(x != y), after["decoder"], before["decoder"])
+    assert all(jax.tree.leaves(moved))
+    assert metrics["update_norm/vae"] == metrics["update_norm"] > 0
+
+
+def test_noise_of_latents_is_no_less_than_none():
+    with pytest.raises(DeepGenError, match=r"latent_noise is -0\.1; it must be at least 0"):
+        AutoencoderConfig(model="m", out="o", steps=1, latent_noise=-0.1, data=None)
 
 
 def test_trains_the_vae_alone():

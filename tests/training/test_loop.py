@@ -15,7 +15,7 @@ from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training import loop
-from deepgen_jax.training.config import CheckpointConfig, LogConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig, LogConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_folder import read_run
 from deepgen_jax.training.stage import StepReport
@@ -147,6 +147,20 @@ def test_a_run_stays_what_it_was(config, run, changes, message):
     run(config, stop=1)
     with pytest.raises(DeepGenError, match=message):
         loop.describe(Path(config.out), replace(config, **changes))
+
+
+def test_an_autoencoder_goes_on_with_the_parts_it_began_with(config, run):
+    whole = AutoencoderConfig(
+        model=config.model,
+        out=config.out,
+        steps=10,
+        data=config.data,
+        checkpoints=config.checkpoints,
+        log=config.log,
+    )
+    run(whole, stop=1)
+    with pytest.raises(DeepGenError, match="was begun with decoder_only=False, not True"):
+        loop.describe(Path(config.out), replace(whole, decoder_only=True))
 
 
 def test_a_run_that_has_saved_nothing_takes_other_settings(config):
