@@ -43,12 +43,14 @@ class ProcessOptions:
 
     @property
     def mesh(self) -> str | None:
-        """Where nothing else is asked for, once joined: weights and batches split over all devices; None when alone."""
+        """Where nothing else is asked for, once joined: `parallel.mesh.usual_mesh` of all devices; None when alone."""
         if self._alone:
             return None
         import jax
 
-        return f"fsdp={jax.device_count()}"
+        from deepgen_jax.parallel.mesh import usual_mesh_of
+
+        return usual_mesh_of(jax.devices())
 
     def of_first(self, mine: Sequence[bool]) -> list[bool]:
         """What the process that writes passes, on all; all pass as many."""

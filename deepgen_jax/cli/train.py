@@ -29,6 +29,8 @@ class TrainCommand:
     """Print the whole configuration as JSON, and do nothing else."""
     compilation_cache: str | None = None
     """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
+    stopped_status: Annotated[int, arg(metavar="STATUS")] = 0
+    """What to end with after SIGTERM, 0 to 255: not 0 where a scheduler starts again only what failed."""
     processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 
     def run(self) -> int:
@@ -36,6 +38,8 @@ class TrainCommand:
         from deepgen_jax.training import overrides
 
         config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        if not 0 <= self.stopped_status <= 255:
+            raise DeepGenError(f"--stopped-status is {self.stopped_status}; give one from 0 to 255")
         if self.show:
             print(json.dumps(overrides.to_json(config), indent=2))
             return 0
@@ -47,7 +51,7 @@ class TrainCommand:
 
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
-        from deepgen_jax.parallel.mesh import make_mesh, slices_of, usual_mesh
+        from deepgen_jax.parallel.mesh import make_mesh, usual_mesh_of
         from deepgen_jax.training.loop import train
 
         # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
@@ -55,9 +59,7 @@ class TrainCommand:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         first = self.processes.join()
         enable_compilation_cache(self.compilation_cache)
-        devices = jax.devices()
-        usual = usual_mesh(len(devices), slices_of(devices), gpu=devices[0].platform == "gpu")
-        mesh = make_mesh(config.mesh or usual)
+        mesh = make_mesh(config.mesh or usual_mesh_of(jax.devices()))
 
         def say(text: str) -> None:
             if first:
@@ -70,6 +72,6 @@ class TrainCommand:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:
             say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command goes on from it")
-            return 0 if stop.signum == signal.SIGTERM else 128 + signal.SIGINT
+            return self.stopped_status if stop.signum == signal.SIGTERM else 128 + signal.SIGINT
         say(f"done: {outcome.step} steps in {config.out}")
         return 0

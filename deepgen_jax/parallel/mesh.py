@@ -46,6 +46,11 @@ def usual_mesh(count: int, slices: int = 1, *, gpu: bool) -> str:
     return f"data={count // fsdp},fsdp={fsdp}"
 
 
+def usual_mesh_of(devices: Sequence[jax.Device]) -> str:
+    """:func:`usual_mesh` over devices that are there."""
+    return usual_mesh(len(devices), slices_of(devices), gpu=devices[0].platform == "gpu")
+
+
 def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over ``devices`` (all devices by default); None is a single device.
 

@@ -31,6 +31,7 @@ def config(tmp_path, folders):
         (["mesh=data=3"], "needs 3 devices"),
         (["--process-id", "1"], "need --coordinator"),
         (["data.micro_batch=8", "data.sources.pictures.path=gone.json"], "gone.json"),
+        (["--stopped-status", "-1"], "--stopped-status is -1; give one from 0 to 255"),
         (["optimizer.warmup=9"], "lower optimizer.warmup"),
     ],
 )

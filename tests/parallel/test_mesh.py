@@ -12,7 +12,7 @@ import pytest
 from jax.experimental import mesh_utils
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.mesh import AXES, host_share, parse_mesh, usual_mesh
+from deepgen_jax.parallel.mesh import AXES, host_share, parse_mesh, usual_mesh, usual_mesh_of
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,5 @@ def test_weights_are_split_over_neighbours_unless_told_otherwise():
     assert usual_mesh(4, gpu=True) == "data=1,fsdp=4"
     assert usual_mesh(256, gpu=False) == "data=16,fsdp=16"
     assert usual_mesh(512, 2, gpu=False) == "data=32,fsdp=16"
+    chips = [SimpleNamespace(platform="tpu", slice_index=i // 24) for i in range(48)]
+    assert usual_mesh_of(chips) == "data=6,fsdp=8"
