@@ -178,6 +178,7 @@ def test_skills_come_in_turn():
         ({"path": "samples=0"}, "samples 0"),
         ({"split": "test"}, "'test'; use train or held_out"),
         ({"path": "skills=single+recolour"}, "'recolour' is none of task t2i; use some of single, two"),
+        ({"path": "skills=single+count+single"}, "names a skill twice; give it a source of its own"),
     ],
 )
 def test_bad_settings_are_told(change, message):

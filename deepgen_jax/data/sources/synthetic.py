@@ -96,6 +96,10 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...]]:
         raise DeepGenError(
             f"source {config.name}: skill {unknown[0]!r} is none of task {config.task}; use some of {', '.join(known)}"
         )
+    if len(set(skills)) < len(skills):
+        raise DeepGenError(
+            f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
+        )
     return values, skills
 
 
