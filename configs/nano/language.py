@@ -13,7 +13,7 @@ def get_config() -> LanguageConfig:
     questions = replace(edits, name="questions", path=f"{edits.path},questions=1")
     return LanguageConfig(
         model=MODEL,
-        start="out/nano/vae_colours",
+        start="out/nano/vae_signs",
         out="out/nano/language",
         steps=400,
         dtype="float32",
