@@ -8,19 +8,16 @@ from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 MODEL = "out/nano/model"
 
 
-def world_source(name: str, task: str, size: int = 96, skills: str = "", background: str = "") -> SourceConfig:
-    """200,000 samples of a size before the first comes again, of some skills or a background alone or of all."""
+def world_source(name: str, task: str, size: int = 96, skills: str = "") -> SourceConfig:
+    """200,000 samples of a size before the first comes again, of some skills of the task alone or of all."""
     path = f"size={size},samples=200000,seed=0"
-    for option, value in (("skills", skills), ("background", background)):
-        path += f",{option}={value}" if value else ""
-    return SourceConfig(name, "synthetic", path, task=task)
+    return SourceConfig(name, "synthetic", f"{path},skills={skills}" if skills else path, task=task)
 
 
-def world_sources(*shares: tuple[str, str, str, float], background: str = "") -> tuple[SourceConfig, ...]:
-    """Sources from (name, task, skills, weight) of each; all skills and backgrounds where none is named."""
+def world_sources(*shares: tuple[str, str, str, float]) -> tuple[SourceConfig, ...]:
+    """Sources from (name, task, skills, weight) of each; all skills where none is named."""
     return tuple(
-        replace(world_source(name, task, skills=skills, background=background), weight=weight)
-        for name, task, skills, weight in shares
+        replace(world_source(name, task, skills=skills), weight=weight) for name, task, skills, weight in shares
     )
 
 

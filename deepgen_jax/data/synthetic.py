@@ -18,7 +18,6 @@ from deepgen_jax.data.world.pictures import Sample
 from deepgen_jax.data.world.render import render
 from deepgen_jax.data.world.scene import held_out
 from deepgen_jax.data.world.truth import EDIT_SKILLS, PICTURE_SKILLS
-from deepgen_jax.data.world.vocabulary import BACKGROUNDS
 from deepgen_jax.errors import DeepGenError
 
 __all__ = ["SPLITS", "TASK_SKILLS", "VERSION", "Sample", "make_sample", "render"]
@@ -47,7 +46,7 @@ _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
 }
 
 
-def make_sample(split: str, kind: str, *, seed: int, index: int, background: str | None = None) -> Sample:
+def make_sample(split: str, kind: str, *, seed: int, index: int) -> Sample:
     """One sample of the world.
 
     Args:
@@ -55,23 +54,18 @@ def make_sample(split: str, kind: str, *, seed: int, index: int, background: str
       kind: a task, "t2i" or "edit", or a single skill.
       seed: of the world.
       index: which sample, from 0 on without end.
-      background: of its picture, one of `world.vocabulary.BACKGROUNDS`; None for any.
 
     Raises:
-      DeepGenError: split, kind or background is unknown.
+      DeepGenError: split or kind is unknown.
     """
     skills = TASK_SKILLS.get(kind, (kind,))
     if split not in SPLITS or skills[0] not in _MAKERS:
         known = (*TASK_SKILLS, *_MAKERS)
         raise DeepGenError(f"{kind!r} of split {split!r} is not known; use {' or '.join(SPLITS)}, {', '.join(known)}")
-    if background not in (None, *BACKGROUNDS):
-        raise DeepGenError(f"background {background!r} is not known; use {', '.join(BACKGROUNDS)}")
     # A text as seed gives the same stream in every version of Python.
     rng = random.Random(f"{VERSION}/{seed}/{split}/{kind}/{index}")
     make = _MAKERS[rng.choice(skills)]
     while True:
         sample = make(rng)
-        if background not in (None, sample.scene.background):
-            continue
         if any(held_out(*combination) for combination in sample.combinations) == (split == "held_out"):
             return sample

@@ -170,18 +170,6 @@ def test_skills_come_in_turn():
     assert [record.text for record in records] == [sample.text for sample in wanted]
 
 
-@pytest.mark.parametrize(("task", "skill"), [("edit", "recolour"), ("t2i", "single")])
-def test_one_background_alone(task, skill):
-    source = open_source(world(task, path=f"size=64,seed=3,skills={skill},background=grey"))
-    samples = [make_sample("train", skill, seed=3, index=i, background="grey") for i in range(40)]
-    assert {sample.scene.background for sample in samples} == {"grey"}
-    assert len({sample.text for sample in samples}) > 10
-    assert not any(held_out(*combination) for sample in samples for combination in sample.combinations)
-    assert [source.read(row).text for row in range(40)] == [sample.text for sample in samples]
-    with pytest.raises(DeepGenError, match="background 'pink' is not known"):
-        make_sample("train", skill, seed=3, index=0, background="pink")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,7 +177,6 @@ def test_one_background_alone(task, skill):
         ({"path": "pixels=64"}, "'pixels=64'"),
         ({"path": "samples=0"}, "samples 0"),
         ({"split": "test"}, "'test'; use train or held_out"),
-        ({"path": "background=pink"}, "background 'pink' is not known; use white, grey, black, navy"),
         ({"path": "skills=single+recolour"}, "'recolour' is none of task t2i; use some of single, two"),
         ({"path": "skills=single+count+single"}, "names a skill twice; give it a source of its own"),
     ],

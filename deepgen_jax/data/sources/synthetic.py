@@ -2,9 +2,9 @@
 
 The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
 pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
-of those skills in turn, and none gives all of the task, mixed; ``background=grey`` gives those on grey alone.
-``split`` is "train" or "held_out". With ``questions=1``, and task "edit", the text of a sample is a question about its
-reference and the answer, for the language model to learn to see.
+of those skills in turn, and none gives all of the task, mixed. ``split`` is "train" or "held_out".
+With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
+language model to learn to see.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.data.world.questions import ask
 from deepgen_jax.data.world.scene import Scene
 from deepgen_jax.data.world.truth import EDIT_SKILLS, PICTURE_SKILLS
-from deepgen_jax.data.world.vocabulary import BACKGROUNDS
 from deepgen_jax.errors import DeepGenError
 
 _DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0, "questions": 0}
@@ -34,7 +33,7 @@ class Synthetic(Source):
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        values, self._skills, self._background = _parse(config)
+        values, self._skills = _parse(config)
         self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
         self._asks = bool(questions)
         if self._asks and config.task != "edit":
@@ -65,31 +64,25 @@ class Synthetic(Source):
         if self._skills:
             index, place = divmod(index, len(self._skills))
             kind = self._skills[place]
-        sample = synthetic.make_sample(
-            self.config.split, kind, seed=self._seed, index=index, background=self._background
-        )
+        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=index)
         if self._asks:
             return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
         return sample.text, (sample.scene, *sample.references)
 
 
-def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], str | None]:
-    """Numbers by name, the skills, none where the path does not say, and the background, None for any."""
+def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Numbers by name, and the skills, none where the path does not say."""
     values: dict[str, int] = dict(_DEFAULTS)
     skills: tuple[str, ...] = ()
-    background: str | None = None
     for part in config.path.split(","):
         name, equals, text = part.strip().partition("=")
         if name == "skills":
             skills = tuple(text.strip().split("+"))
             continue
-        if name == "background":
-            background = text.strip()
-            continue
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
                 f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
-                "it, and skills=single+two or background=grey for these alone"
+                "it, and skills=single+two for some skills alone"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -107,11 +100,7 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], str |
         raise DeepGenError(
             f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
         )
-    if background not in (None, *BACKGROUNDS):
-        raise DeepGenError(
-            f"source {config.name}: background {background!r} is not known; use {', '.join(BACKGROUNDS)}"
-        )
-    return values, skills, background
+    return values, skills
 
 
 def _encoded(image: Image.Image) -> bytes:
