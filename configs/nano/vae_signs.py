@@ -19,7 +19,7 @@ _SOURCES = world_sources(
 
 
 def get_config() -> AutoencoderConfig:
-    """Absolute differences, as letters are edges; latents about as far off as those that the DiT makes."""
+    """Absolute differences, as letters are edges; latents a little off, as those that the DiT makes are."""
     config = vae.get_config()
     return replace(
         config,
