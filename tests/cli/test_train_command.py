@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import runs
 
 from deepgen_jax.cli.main import main
+from deepgen_jax.training import loop
 
 
 @pytest.fixture
@@ -41,6 +44,18 @@ def test_bad_input_is_one_line(words, message, config, capsys, tmp_path):
     assert len(error) == 1
     assert message in error[0]
     assert not (tmp_path / "run" / "checkpoints").is_dir() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--stopped-status", "7"), 7)])
+def test_status_after_sigterm(words, status, config, capsys, monkeypatch):
+    def train(config, mesh, stop, say):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM
+        return loop.Outcome(step=3, finished=False, skipped=0)
+
+    monkeypatch.setattr(loop, "train", train)
+    assert main(["train", config, *words]) == status
+    assert "stopped by SIGTERM after step 3, which is saved" in capsys.readouterr().err
 
 
 def test_no_such_configuration(capsys):

@@ -78,11 +78,11 @@ def test_local_waits_for_processes_that_save(programs):
     )
     environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "RECORD": str(programs)}
     process = subprocess.Popen([FOLDER / "local.sh", "--processes", "2", "--", *WORDS], env=environment)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 20
     while len(list(programs.glob("up.*"))) < 2 and time.monotonic() < limit:
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(20) == 0
     assert len(list(programs.glob("saved.*"))) == 2
 
 
@@ -111,11 +111,11 @@ def test_slurm_job_queues_itself_again_when_its_time_is_up(status, requeued, pro
         (programs / name).chmod(0o755)
     environment = {"PATH": f"{programs}:/usr/bin:/bin", "RECORD": str(programs), "SLURM_JOB_ID": "7"}
     process = subprocess.Popen(["bash", "-c", job], env=environment)
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 20
     while not (programs / "up").exists() and time.monotonic() < limit:
         time.sleep(0.02)
     process.terminate()
-    assert process.wait(60) == int(status)
+    assert process.wait(20) == int(status)
     assert (programs / "requeued").exists() == requeued
     if requeued:
         assert (programs / "requeued").read_text() == "requeue 7\n"
