@@ -4,8 +4,8 @@ source "$(dirname "$0")/common.sh"
 
 usage="Usage: launch/local.sh [--processes N] [--port PORT] [--dry-run] -- train CONFIG [KEY=VALUE ...]
 
-Runs deepgen on this machine. One process takes all devices. With --processes N on a machine with GPUs, process i takes
-GPU i. When one process ends with an error, all end."
+Runs deepgen on this machine. One process takes all devices. With --processes N on a machine with GPUs, each process takes
+one, in their order or that of CUDA_VISIBLE_DEVICES. When one process ends with an error, all end."
 options=([processes]=1 [port]=12355)
 parse "$@"
 require_counts processes port
@@ -15,13 +15,22 @@ if ((count == 1)); then
   exit
 fi
 
+gpus=()
+if command -v nvidia-smi >/dev/null; then
+  if [[ -v CUDA_VISIBLE_DEVICES ]]; then
+    IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    ((count <= ${#gpus[@]})) || fail "--processes is $count, but CUDA_VISIBLE_DEVICES has ${#gpus[@]}"
+  else
+    for ((i = 0; i < count; i++)); do gpus+=("$i"); done
+  fi
+fi
 pids=()
 # Passed on, so that the run saves; the processes are waited for.
 trap '((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null || true' TERM
 for ((i = 0; i < count; i++)); do
   command=(deepgen "${words[@]}" --coordinator "localhost:${options[port]}" --num-processes "$count" --process-id "$i")
-  if command -v nvidia-smi >/dev/null; then
-    command=(env "CUDA_VISIBLE_DEVICES=$i" "${command[@]}")
+  if ((${#gpus[@]})); then
+    command=(env "CUDA_VISIBLE_DEVICES=${gpus[i]}" "${command[@]}")
   fi
   if $dry_run; then
     run "${command[@]}"

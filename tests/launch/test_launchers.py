@@ -71,6 +71,21 @@ def test_local_starts_processes_that_know_each_other(programs):
     assert launch("local.sh", "--processes", "2", "--", *WORDS, path=programs, STATUS="2").returncode == 2
 
 
+def test_local_gives_each_process_one_of_the_gpus_it_may_use(programs, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (programs / "nvidia-smi").write_text("#!/bin/sh\n")
+    (programs / "nvidia-smi").chmod(0o755)
+    (programs / "deepgen").write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > "$RECORD/gpu.$$"\n')
+    for environment, expected in (({}, ["0", "1"]), ({"CUDA_VISIBLE_DEVICES": "5,GPU-7,2"}, ["5", "GPU-7"])):
+        assert launch("local.sh", "--processes", "2", "--", *WORDS, path=programs, **environment).returncode == 0
+        assert sorted(line for (line,) in recorded(programs, "gpu")) == expected
+        for file in programs.glob("gpu.*"):
+            file.unlink()
+    result = launch("local.sh", "--processes", "2", "--", *WORDS, path=programs, CUDA_VISIBLE_DEVICES="3")
+    assert result.returncode == 2
+    assert "--processes is 2, but CUDA_VISIBLE_DEVICES has 1" in result.stderr
+
+
 def test_local_waits_for_processes_that_save(programs):
     (programs / "deepgen").write_text(
         '#!/usr/bin/env bash\ntrap \'sleep 0.5; touch "$RECORD/saved.$$"; exit 0\' TERM\n'
