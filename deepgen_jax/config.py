@@ -17,6 +17,9 @@ from deepgen_jax.errors import DeepGenError
 
 T = TypeVar("T")
 
+#: Side of an image in pixels where nothing says another, if the model was made for at least that.
+DEFAULT_SIDE = 512
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -191,6 +194,12 @@ class DeepGenConfig:
     def image_multiple(self) -> int:
         """Image sides in pixels are multiples of this (latent patches and 28/32 VLM patches both come out whole)."""
         return 2 * self.vae.downscale * self.mmdit.patch_size
+
+    @property
+    def default_side(self) -> int:
+        """Side in pixels of pictures whose size nobody names: what the model is for, at most :data:`DEFAULT_SIDE`."""
+        side = min(DEFAULT_SIDE, self.mmdit.sample_size * self.vae.downscale)
+        return max(self.image_multiple, side // self.image_multiple * self.image_multiple)
 
     def guidance(self, asked: float | None) -> float:
         """Scale of classifier-free guidance: what was asked for, or the model's own."""

@@ -88,13 +88,13 @@ class NanoCommand(NanoArguments):
         if self.renders is not None:
             size = self.size or 96
             return nano.renders(self.renders, size), size, None
-        from deepgen_jax.cli.sampling import DEFAULT_SIDE, load_pipeline, open_model
+        from deepgen_jax.cli.sampling import load_pipeline, open_model
         from deepgen_jax.model_folder import locate
 
         assert self.model is not None
         folder = locate(self.model)
         config, _ = open_model(folder)
-        size = self.size or min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
+        size = self.size or config.default_side
         guidance = config.guidance(self.guidance)
         pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
         make = nano.generated(

@@ -40,9 +40,6 @@ from deepgen_jax.model_folder import locate
 from deepgen_jax.notices import notify
 from deepgen_jax.terminal import progress_bar
 
-#: Side of an image where nothing says another, if the model was made for at least that.
-DEFAULT_SIDE = 512
-
 
 @dataclass
 class PromptArguments:
@@ -122,9 +119,7 @@ class SamplingCommand(PromptArguments):
 
     def settings(self, config: DeepGenConfig) -> Settings:
         """The options as the batch planner takes them; commands add theirs."""
-        unit = config.image_multiple
-        side = min(DEFAULT_SIDE, config.mmdit.sample_size * config.vae.downscale)
-        side = max(unit, side // unit * unit)
+        side = config.default_side
         width, height = self._size()
         return Settings(
             negative_prompt=_checked_text(self.negative_prompt, "negative prompt"),
@@ -136,7 +131,7 @@ class SamplingCommand(PromptArguments):
             num_images=self.num_images,
             padding=self.padding,
             side=side,
-            multiple=unit,
+            multiple=config.image_multiple,
             strict_size=self.strict_size,
             max_reference_pixels=side * side,
             max_image_pixels=int(self.max_image_megapixels * 1e6),
