@@ -120,6 +120,9 @@ class Network:
         turns = 2 if kind == "all-reduce" else 1
         if kind in ("collective-permute", "collective-broadcast"):
             inside, outside = float(operand), float(operand)
+        elif kind in ("all-to-all", "ragged-all-to-all"):
+            # Every pair has a piece of its own, so that hosts have nothing to share.
+            inside, outside = operand * (near - 1) / len(group), operand * (len(group) - near) / len(group)
         else:
             inside = turns * whole * (near - 1) / near
             outside = turns * whole * (far - 1) / far / near

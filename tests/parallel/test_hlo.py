@@ -359,3 +359,12 @@ def test_gpus_of_a_host_share_what_crosses_hosts():
     everywhere = network.seconds("all-reduce", 800, None)
     assert everywhere == (pytest.approx(2 * 700 / 8 / chip.network_bandwidth), "infiniband", 64)
 
+
+
+def test_all_to_all_has_a_piece_for_every_other_device():
+    topology = parse_topology("h100:64")
+    network = roofline.Network(topology, [SimpleNamespace(id=number) for number in range(64)])
+    chip = topology.chip
+    assert network.seconds("all-to-all", 800, np.arange(8)[None]) == (700 / chip.link_bandwidth, "nvlink", 8)
+    # 56 of the 64 pieces are for other hosts, and each device sends its own.
+    assert network.seconds("all-to-all", 6400, None) == (5600 / chip.network_bandwidth, "infiniband", 64)
