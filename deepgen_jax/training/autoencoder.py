@@ -36,8 +36,8 @@ class Objective:
 
     loss: Reconstruction
     kl_weight: float
-    decoder_only: bool = False
-    latent_noise: float = 0.0
+    decoder_only: bool
+    latent_noise: float
 
 
 class Sums(NamedTuple):

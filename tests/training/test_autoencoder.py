@@ -54,8 +54,8 @@ def batch(config, count, seed=0):
 accumulated = jax.jit(accumulate, static_argnums=(0, 1))
 
 
-def gather(config, trainable, *calls, loss="l1", kl_weight=0.01, **others):
-    sums, objective = start_sums(trainable), Objective(loss, kl_weight, **others)
+def gather(config, trainable, *calls, loss="l1", kl_weight=0.01, decoder_only=False, latent_noise=0.0):
+    sums, objective = start_sums(trainable), Objective(loss, kl_weight, decoder_only, latent_noise)
     for pictures, noise, weight in calls:
         sums = accumulated(DeepGen(config), objective, trainable, sums, pictures, noise, np.float32(weight))
     return sums
