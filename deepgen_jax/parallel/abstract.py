@@ -48,7 +48,7 @@ class Program:
       micro_batch: of which the network sees so many at once.
       lower: () -> the lowered program.
       arguments: what it takes.
-      memory: kind -> tree of what lies on the devices while it runs, by the account of memory.
+      memory: kind -> tree of what lies on the devices while it runs, with what a run's other programs keep there.
       flops: operations of the model in one run, over all devices; what is computed again is not counted.
       facts: lines about shapes.
       trains: it ends in an optimiser step.

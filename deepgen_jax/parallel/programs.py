@@ -8,6 +8,7 @@ They are those that the stages and the pipeline run, traced for the sizes that a
 from __future__ import annotations
 
 import jax.numpy as jnp
+import optax
 
 from deepgen_jax.config import SchedulerConfig
 from deepgen_jax.data.vision_inputs import patch_grid
@@ -40,7 +41,9 @@ from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.training.config import RunConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import make_optimizer
 from deepgen_jax.training.stage import abstract_state, check_micro_batch, shardings_of
+from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.supervised_stage import STEP_PARTS, make_step, step_model
+from deepgen_jax.training.trees import Tree
 
 
 def names_of(config: RunConfig) -> tuple[str, ...]:
@@ -91,10 +94,8 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     if batch is not None:
         config = with_batch(config, batch)
         assert isinstance(config, SupervisedConfig)
-    trainable, frozen = weights_of(subject)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(optimizer, trainable, mesh, ema=config.ema_decay is not None)
-    frozen = {part: tree for part, tree in frozen.items() if part in STEP_PARTS}
+    optimizer, state, frozen = _trained(subject, config)
+    used = {part: tree for part, tree in frozen.items() if part in STEP_PARTS}
     model = step_model(config, subject.model, mesh)
     lora = lora_of(config)
     step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
@@ -107,13 +108,22 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
         "samples",
         config.accumulation * config.data.micro_batch,
         largest_batch(config),
-        lambda: jitted.lower(state, frozen, micro, keys),
-        (state, frozen, micro, keys),
+        lambda: jitted.lower(state, used, micro, keys),
+        (state, used, micro, keys),
         {**state_memory(state), "frozen weights": frozen, "batch": (micro, keys)},
         operations,
         (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel_name(model)}"),
         True,
     )
+
+
+def _trained(
+    subject: Subject, config: SupervisedConfig
+) -> tuple[optax.GradientTransformation, TrainState, Tree]:
+    """Optimiser, its state and the frozen weights, which all lie on the devices throughout a run."""
+    trainable, frozen = weights_of(subject)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return optimizer, abstract_state(optimizer, trainable, subject.mesh, ema=config.ema_decay is not None), frozen
 
 
 def _encoders(subject: Subject, batch: int | None) -> Program:
@@ -124,8 +134,8 @@ def _encoders(subject: Subject, batch: int | None) -> Program:
     assert isinstance(config, SupervisedConfig)
     size, side = batch or config.data.micro_batch, config.data.image_size
     check_micro_batch("--batch", size, mesh)
-    _, frozen = weights_of(subject)
-    frozen = {part: frozen[part] for part in ("vae", "vision")}
+    _, state, frozen = _trained(subject, config)
+    used = {part: frozen[part] for part in ("vae", "vision")}
     model = step_model(config, subject.model, mesh)
     picture = array(mesh, size, side, side, 3, dtype=jnp.uint8, axis=0)
     rows, columns = patch_grid((side, side), subject.model.vision)
@@ -135,9 +145,9 @@ def _encoders(subject: Subject, batch: int | None) -> Program:
         "samples",
         size,
         size,
-        lambda: encode_images.lower(model, mesh, frozen, picture, (picture,)),
-        (frozen, picture, picture),
-        {"frozen weights": frozen, "batch": (picture, picture)},
+        lambda: encode_images.lower(model, mesh, used, picture, (picture,)),
+        (used, picture, picture),
+        {**state_memory(state), "frozen weights": frozen, "batch": (picture, picture)},
         float(size * one),
         (f"{size} targets and references of {side}x{side}", f"attention {kernel_name(model)}"),
         False,

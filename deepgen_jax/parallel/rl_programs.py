@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from deepgen_jax.config import SchedulerConfig
 from deepgen_jax.errors import DeepGenError
@@ -45,10 +46,28 @@ from deepgen_jax.rl.step import (
 )
 from deepgen_jax.rl.update import UpdateKeys, learned_steps
 from deepgen_jax.training.stage import abstract_state, check_micro_batch, shardings_of
+from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 
 
-def _rl_parts(subject: Subject, batch: int | None) -> tuple[GRPOConfig, DeepGen, Any, Tree, Tree, Any]:
+class _Parts(NamedTuple):
+    """What rollout and update share; trees of shapes.
+
+    Attributes:
+      frozen: of the parts that the two run.
+      resident: all that lies on the devices with the optimiser's state, in every program of a step.
+    """
+
+    config: GRPOConfig
+    model: DeepGen
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Tree
+    reference: Tree | None
+    resident: dict[str, Any]
+
+
+def _parts(subject: Subject, batch: int | None) -> _Parts:
     config = subject.config if batch is None else with_batch(subject.config, batch)
     assert isinstance(config, GRPOConfig)
     trainable, frozen = weights_of(subject)
@@ -57,14 +76,19 @@ def _rl_parts(subject: Subject, batch: int | None) -> tuple[GRPOConfig, DeepGen,
     state = abstract_state(
         optimizer, trainable, subject.mesh, ema=config.ema_decay is not None or algorithm.old_policy
     )
-    frozen = {part: tree for part, tree in frozen.items() if part not in ("vae", "vision")}
-    return config, policy_model(config, subject.model, subject.mesh), state, trainable, frozen, optimizer
+    reference = None
+    if config.policy.beta and trainable["params"]:
+        reference = {"params": placed(trainable["params"], subject.mesh, jnp.dtype(config.dtype)), "lora": {}}
+    resident = {**state_memory(state), "frozen weights": (frozen, reference)}
+    used = {part: tree for part, tree in frozen.items() if part not in ("vae", "vision")}
+    model = policy_model(config, subject.model, subject.mesh)
+    return _Parts(config, model, optimizer, state, used, reference, resident)
 
 
 def rollout_program(subject: Subject, batch: int | None) -> Program:
     """One micro-batch of a rollout; ``batch`` is the micro-batch."""
     mesh = subject.mesh
-    config, model, state, _, frozen, _ = _rl_parts(subject, None)
+    config, model, _, state, frozen, _, resident = _parts(subject, None)
     size, group = batch or config.rollout.micro_batch, config.rollout.group_size
     check_micro_batch("rollout.micro_batch", size, mesh)
     if size % group:
@@ -84,8 +108,6 @@ def rollout_program(subject: Subject, batch: int | None) -> Program:
     sigmas, keys = array(mesh, config.rollout.steps + 1), array(mesh, size, dtype=key_type())
     operations = size * sides * config.rollout.steps * flops.mmdit(subject.model.mmdit, tokens, length)
     arguments = (model, settings, variables, noise, condition, sigmas, config.rollout.eta, keys, scale)
-    # The optimiser's state and the parts that only other programs run stay on the devices meanwhile.
-    resident = {**state_memory(state), "frozen weights": frozen}
     return Program(
         "rollout",
         "images",
@@ -107,7 +129,7 @@ def rollout_program(subject: Subject, batch: int | None) -> Program:
 def update_program(subject: Subject, batch: int | None) -> Program:
     """One optimiser update from a whole rollout."""
     mesh = subject.mesh
-    config, model, state, trainable, frozen, optimizer = _rl_parts(subject, batch)
+    config, model, optimizer, state, frozen, reference, resident = _parts(subject, batch)
     check_micro_batch("policy.micro_batch", config.policy.micro_batch, mesh)
     if not ALGORITHMS[config.policy.algorithm].trajectory:
         raise DeepGenError("policy.algorithm=nft has no trajectories, and its update is not compiled here; choose grpo")
@@ -116,9 +138,6 @@ def update_program(subject: Subject, batch: int | None) -> Program:
     length, width = prompt_length(subject), subject.model.mmdit.in_channels * subject.model.mmdit.patch_size**2
     images, steps = config.prompts_per_step * config.rollout.group_size, config.rollout.steps
     step = make_update(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, canvas)
-    reference = None
-    if config.policy.beta and trainable["params"]:
-        reference = {"params": placed(trainable["params"], mesh, jnp.dtype(config.dtype)), "lora": {}}
     latents = array(mesh, steps + 1, images, tokens, width, dtype=jnp.dtype(config.rollout.dtype), axis=1)
     trajectory = Trajectory(
         latents,
@@ -147,11 +166,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
         config.policy.micro_batch,
         lambda: jitted.lower(*arguments),
         arguments,
-        {
-            **state_memory(state),
-            "frozen weights": (frozen, reference),
-            "batch": (trajectory, condition, micro, keys),
-        },
+        {**resident, "batch": (trajectory, condition, micro, keys)},
         operations,
         (
             f"{images} images x {learned} of {steps} steps in micro-batches of {config.policy.micro_batch}, sequence "

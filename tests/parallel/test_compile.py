@@ -106,7 +106,10 @@ def test_every_program_is_told_of(name, reports):
 @pytest.mark.slow
 def test_memory_is_of_the_kinds_that_a_program_has(reports):
     assert "optimiser" not in reports["inference"]["memory"]
-    assert reports["rollout"]["memory"]["optimiser"] == reports["update"]["memory"]["optimiser"]
+    # What the others of a run use stays on the devices.
+    for kind in ("trainable weights", "frozen weights", "optimiser"):
+        assert reports["rollout"]["memory"][kind] == reports["update"]["memory"][kind]
+        assert reports["encoders"]["memory"][kind] == reports["more"]["memory"][kind]
 
 
 @pytest.mark.slow
