@@ -205,12 +205,13 @@ def test_the_packages_model_draws_colours_where_it_is_told_to():
 def test_the_packages_model_draws_and_edits_what_it_never_saw():
     pipe = DeepGenPipeline.from_pretrained("nano")
     least = {
-        "single": 13, "two": 13, "relation": 13, "count": 13, "reasoning": 14, "text": 13,
-        "recolour": 10, "move": 10, "remove": 12, "add": 13, "multi_step": 6,
+        "single": 13, "two": 13, "relation": 13, "count": 13, "reasoning": 14, "text": 14,
+        "recolour": 11, "move": 11, "remove": 12, "add": 13, "multi_step": 9,
     }  # fmt: skip
     samples = held_out_samples(16, 1, tuple(least))
     guidance = pipe.config.guidance_scale
-    make = generated(pipe, SIZE, steps=20, guidance=guidance, seed=0, batch_size=16)
+    # A quarter of what `deepgen eval nano` takes, which is as good (docs/nano.md) and faster.
+    make = generated(pipe, SIZE, steps=5, guidance=guidance, seed=0, batch_size=16)
     rows = {row.skill: row.right for row in evaluate(samples, make, WorldReward(workers=1).read)}
     assert all(rows[skill] >= right for skill, right in least.items()), rows
 
