@@ -4,8 +4,8 @@ source "$(dirname "$0")/common.sh"
 
 usage="Usage: launch/local.sh [--processes N] [--port PORT] [--dry-run] -- train CONFIG [KEY=VALUE ...]
 
-Runs deepgen on this machine. One process takes all devices. With --processes N on a machine with GPUs, each process takes
-one, in their order or that of CUDA_VISIBLE_DEVICES. When one process ends with an error, all end."
+Runs deepgen on this machine. One process takes all devices. With --processes N on a machine with GPUs, each takes one,
+in their order or that of CUDA_VISIBLE_DEVICES. When one process ends with an error, all end."
 options=([processes]=1 [port]=12355)
 parse "$@"
 require_counts processes port
@@ -19,7 +19,8 @@ gpus=()
 if command -v nvidia-smi >/dev/null; then
   if [[ -v CUDA_VISIBLE_DEVICES ]]; then
     IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
-    ((count <= ${#gpus[@]})) || fail "--processes is $count, but CUDA_VISIBLE_DEVICES has ${#gpus[@]}"
+    # Empty hides all GPUs, and processes inherit it.
+    ((${#gpus[@]} == 0 || count <= ${#gpus[@]})) || fail "--processes is $count, but CUDA_VISIBLE_DEVICES has ${#gpus[@]}"
   else
     for ((i = 0; i < count; i++)); do gpus+=("$i"); done
   fi

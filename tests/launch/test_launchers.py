@@ -76,7 +76,8 @@ def test_local_gives_each_process_one_of_the_gpus_it_may_use(programs, monkeypat
     (programs / "nvidia-smi").write_text("#!/bin/sh\n")
     (programs / "nvidia-smi").chmod(0o755)
     (programs / "deepgen").write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > "$RECORD/gpu.$$"\n')
-    for environment, expected in (({}, ["0", "1"]), ({"CUDA_VISIBLE_DEVICES": "5,GPU-7,2"}, ["5", "GPU-7"])):
+    for given, expected in ((None, ["0", "1"]), ("5,GPU-7,2", ["5", "GPU-7"]), ("", ["", ""])):
+        environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
         assert launch("local.sh", "--processes", "2", "--", *WORDS, path=programs, **environment).returncode == 0
         assert sorted(line for (line,) in recorded(programs, "gpu")) == expected
         for file in programs.glob("gpu.*"):

@@ -360,7 +360,6 @@ def test_gpus_of_a_host_share_what_crosses_hosts():
     assert everywhere == (pytest.approx(2 * 700 / 8 / chip.network_bandwidth), "infiniband", 64)
 
 
-
 def test_all_to_all_has_a_piece_for_every_other_device():
     topology = parse_topology("h100:64")
     network = roofline.Network(topology, [SimpleNamespace(id=number) for number in range(64)])
