@@ -30,7 +30,7 @@ from deepgen_jax.training.overrides import apply, load_config, packaged_configs
 from deepgen_jax.training.weights import load_start
 
 #: How many times the unit of their lengths the texts of a task take in a stage, at most.
-UNITS = {("t2i", "pretrain"): 1, ("t2i", "sft"): 3, ("edit", "sft"): 4}
+UNITS = {("t2i", "pretrain"): 1, ("t2i", "sft"): 4, ("edit", "sft"): 5}
 
 
 @pytest.fixture(scope="module")

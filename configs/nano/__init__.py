@@ -47,4 +47,4 @@ def world_data(
 
 def caption_data(micro_batch: int, skills: str = "") -> DataConfig:
     """Pictures alone, whose captions are all shorter than the longest instruction."""
-    return replace(world_data(micro_batch, ("t2i",), skills=skills), token_multiple=52)
+    return replace(world_data(micro_batch, ("t2i",), skills=skills), token_multiple=56)

@@ -13,5 +13,5 @@ def get_config() -> SupervisedConfig:
         start="out/nano/pretrain_relations_long",
         out="out/nano/pretrain_counts",
         steps=824,
-        data=replace(caption_data(48, "single+relation+two+count"), token_multiple=49),
+        data=replace(caption_data(48, "single+relation+two+count"), token_multiple=52),
     )

@@ -18,7 +18,7 @@ def get_config() -> SupervisedConfig:
         lora=AdapterConfig(rank=16, alpha=32, dropout=0.05),
         optimizer=replace(config.optimizer, learning_rate=2.5e-3, schedule="cosine"),
         noise_shift=3.0,
-        # Captions fit into three times 17 tokens, instructions with their pictures into four.
-        data=replace(world_data(16, changes="recolour+move+remove+add"), token_multiple=17),
+        # Captions fit into four times 14 tokens, instructions with their pictures into five.
+        data=replace(world_data(16, changes="recolour+move+remove+add"), token_multiple=14),
         accumulation=3,
     )

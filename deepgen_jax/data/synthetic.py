@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from deepgen_jax.data.world import edits, pictures
+from deepgen_jax.data.world import captions, edits, pictures
 from deepgen_jax.data.world.pictures import Sample
 from deepgen_jax.data.world.render import render
 from deepgen_jax.data.world.scene import held_out
@@ -23,7 +24,7 @@ from deepgen_jax.errors import DeepGenError
 __all__ = ["SPLITS", "TASK_SKILLS", "VERSION", "Sample", "make_sample", "render"]
 
 #: Changes when samples do.
-VERSION = 4
+VERSION = 5
 #: What trains, and what tests.
 SPLITS = ("train", "held_out")
 #: Skills of a task; sample i is of the skill that its random stream draws, all alike.
@@ -68,4 +69,4 @@ def make_sample(split: str, kind: str, *, seed: int, index: int) -> Sample:
     while True:
         sample = make(rng)
         if any(held_out(*combination) for combination in sample.combinations) == (split == "held_out"):
-            return sample
+            return replace(sample, text=captions.typed(rng, sample.text))

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import random
 
-from deepgen_jax.data.world.vocabulary import ZH
+from deepgen_jax.data.world.vocabulary import NUMBERS, ZH
 
-_ABOVE = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+_SIDES = ("to the {} of", "on the {} of", "{} of")
+_RELATIONS = {
+    "left": tuple(side.format("left") for side in _SIDES),
+    "right": tuple(side.format("right") for side in _SIDES),
+    "above": ("above", "over", "on top of"),
+    "below": ("below", "under", "beneath"),
+}
+#: Whole captions: half of them plain.
+_OPENINGS = ("{}",) * 9 + (
+    "a picture of {}", "an image of {}", "a photo of {}", "a drawing of {}",
+    "draw {}", "please draw {}", "paint {}", "show {}", "create {}",
+)  # fmt: skip
+_BACKGROUNDS = (
+    "{0} on a {1} background", "{0} on a {1} background", "{0} on {1}", "on a {1} background, {0}",
+    "{0} with a {1} background", "{0} against a {1} background", "{0} in front of a {1} background",
+    "a {1} background with {0}",
+)  # fmt: skip
+_AMERICAN = {"colour": "color", "grey": "gray", "centre": "center"}
 
 
 def a(phrase: str) -> str:
@@ -30,10 +47,12 @@ def plural(look: tuple[str, str]) -> str:
 
 
 def before(rng: random.Random, text: str, background: str | None) -> str:
-    """The text with its background, if that is told."""
+    """The text with its background, if that is told, perhaps as a request."""
     if background is None:
-        return rng.choice(("{}", "a picture of {}", "{} on a plain background")).format(text)
-    return rng.choice(("{0} on a {1} background", "{0} on {1}", "on a {1} background, {0}")).format(text, background)
+        scene = rng.choice(("{}", "{}", "{}", "{} on a plain background")).format(text)
+    else:
+        scene = rng.choice(_BACKGROUNDS).format(text, background)
+    return scene if scene.startswith("on ") else rng.choice(_OPENINGS).format(scene)
 
 
 def before_zh(text: str, background: str | None) -> str:
@@ -41,15 +60,26 @@ def before_zh(text: str, background: str | None) -> str:
     return text if background is None else f"{ZH[background]}背景上{text}"
 
 
-def single(look: tuple[str, str], size: str | None, place: str) -> str:
+def single(rng: random.Random, look: tuple[str, str], size: str | None, place: str) -> str:
     """One thing, perhaps at a place."""
-    said = a(thing(look, size))
-    return said if not place else f"{said} {at(place)}"
+    (colour, shape), said = look, thing(look, size)
+    other = a(" ".join(filter(None, (size, shape))))
+    ways = (f"one {said}", f"a single {said}", f"{other} in {colour}", f"{other} that is {colour}")
+    said = rng.choice((*[a(said)] * 4, *ways))
+    return said if not place else f"{said} {at(rng, place)}"
 
 
-def at(place: str) -> str:
+def at(rng: random.Random, place: str) -> str:
     """ "in the top left corner"."""
-    return "in the middle" if place == "middle" else f"in the {place} corner"
+    return f"in {where(rng, place)}"
+
+
+def where(rng: random.Random, place: str) -> str:
+    """ "the top left corner"."""
+    if place == "middle":
+        return rng.choice(("the middle", "the middle", "the centre"))
+    upper = place.replace("top", "upper").replace("bottom", "lower")
+    return rng.choice((f"the {place} corner", f"the {place} corner", f"the {upper} corner", f"the {place}"))
 
 
 def single_zh(look: tuple[str, str], size: str | None, place: str) -> str:
@@ -57,40 +87,89 @@ def single_zh(look: tuple[str, str], size: str | None, place: str) -> str:
     return f"{ZH[place] if place else ''}一个{thing_zh(look, size)}"
 
 
+def two(rng: random.Random, first: str, second: str) -> str:
+    """Two things."""
+    pattern = rng.choice(("{0} and {1}", "{0} and {1}", "{0} with {1}", "{0}, {1}", "{0} next to {1}",
+                          "{0} beside {1}"))  # fmt: skip
+    return pattern.format(a(first), a(second))
+
+
 def relation(rng: random.Random, first: str, said: str, second: str) -> str:
     """Two things and how they stand to each other."""
-    pattern = rng.choice(("{0} {1} {2}", "{0} that is {1} {2}"))
-    return pattern.format(a(first), _ABOVE[said], a(second))
+    pattern = rng.choice(("{0} {1} {2}", "{0} {1} {2}", "{0} that is {1} {2}", "{0} is {1} {2}", "{0} placed {1} {2}"))
+    first, second = rng.choice(((a(first), a(second)),) * 3 + ((f"the {first}", f"the {second}"),))
+    return pattern.format(first, rng.choice(_RELATIONS[said]), second)
+
+
+def several(rng: random.Random, number: int, look: tuple[str, str]) -> str:
+    """ "three red crosses"."""
+    said = f"{rng.choice((NUMBERS[number - 1], str(number)))} {' '.join(look) if number == 1 else plural(look)}"
+    group = f"exactly {said}" if number == 1 else f"a group of {said}"
+    return rng.choice((said, said, said, f"exactly {said}", group))
 
 
 def sign(rng: random.Random, word: str) -> str:
     """A sign with its word."""
-    return rng.choice(('a sign that says "{}"', 'a sign with the word "{}"', 'the word "{}" on a sign')).format(word)
+    patterns = ("a sign that says {}", "a sign that reads {}", "a sign saying {}", "a sign reading {}",
+                "a sign with the word {}", "the word {} on a sign", "the word {}", "a {} sign")  # fmt: skip
+    return rng.choice(patterns).format(quoted(rng, word))
 
 
-def recolour(rng: random.Random, target: str, colour: str) -> str:
-    """The instruction to change a colour."""
-    pattern = rng.choice(("make the {0} {1}", "change the colour of the {0} to {1}", "paint the {0} {1}"))
-    return pattern.format(target, colour)
+def quoted(rng: random.Random, word: str) -> str:
+    """The word in double quotes as a rule."""
+    return rng.choice(('"{}"',) * 5 + ("'{}'", "\u201c{}\u201d", "{}")).format(word)
+
+
+def recolour(rng: random.Random, target: str, colour: str, shape: str) -> str:
+    """The instruction to change the colour of a thing of this shape."""
+    pattern = rng.choice((
+        "make the {0} {1}", "make the {0} {1}", "change the colour of the {0} to {1}", "paint the {0} {1}",
+        "colour the {0} {1}", "turn the {0} {1}", "change the {0} to {1}", "recolour the {0} to {1}",
+        "the {0} should be {1}", "turn the {0} into {2}", "replace the {0} with {2}",
+    ))  # fmt: skip
+    return pattern.format(target, colour, a(thing((colour, shape))))
 
 
 def move(rng: random.Random, target: str, place: str) -> str:
     """The instruction to move a thing."""
-    where = "the middle" if place == "middle" else f"the {place} corner"
-    return rng.choice(("move the {0} to {1}", "put the {0} into {1}")).format(target, where)
+    pattern = rng.choice(("move the {0} to {1}", "move the {0} to {1}", "move the {0} into {1}", "put the {0} into {1}",
+                          "put the {0} in {1}", "place the {0} in {1}", "shift the {0} to {1}"))  # fmt: skip
+    return pattern.format(target, where(rng, place))
 
 
 def remove(rng: random.Random, target: str) -> str:
     """The instruction to take a thing away."""
-    return rng.choice(("remove the {}", "take the {} away", "delete the {}")).format(target)
+    pattern = rng.choice(("remove the {}", "remove the {}", "take the {} away", "delete the {}", "erase the {}",
+                          "get rid of the {}", "take out the {}", "remove the {} from the picture"))  # fmt: skip
+    return pattern.format(target)
 
 
 def add(rng: random.Random, said: str, place: str) -> str:
     """The instruction to add a thing."""
-    return rng.choice(("add {0} {1}", "draw {0} {1}")).format(a(said), at(place))
+    pattern = rng.choice(("add {0} {1}", "add {0} {1}", "draw {0} {1}", "place {0} {1}", "put {0} {1}",
+                          "insert {0} {1}"))  # fmt: skip
+    return pattern.format(a(said), at(rng, place))
 
 
 def replace_word(rng: random.Random, old: str, new: str) -> str:
     """The instruction to change the word."""
-    pattern = rng.choice(('replace the word "{0}" by "{1}"', 'change "{0}" to "{1}"', 'make the sign say "{1}"'))
-    return pattern.format(old, new)
+    pattern = rng.choice(("replace the word {0} by {1}", "replace {0} with {1}", "change {0} to {1}",
+                          "change the word to {1}", "make the sign say {1}"))  # fmt: skip
+    return pattern.format(quoted(rng, old), quoted(rng, new))
+
+
+def request(rng: random.Random, instruction: str) -> str:
+    """The instruction, now and then politely."""
+    return rng.choice(("{}",) * 8 + ("please {}", "{} please")).format(instruction)
+
+
+def typed(rng: random.Random, text: str) -> str:
+    """A text as people type it: some with a capital letter, a full stop or American spelling; Chinese stays."""
+    if not text.isascii():
+        return text
+    if rng.random() < 0.25:
+        for ours, theirs in _AMERICAN.items():
+            text = text.replace(ours, theirs)
+    if rng.random() < 0.3:
+        text = text[0].upper() + text[1:]
+    return text + rng.choice(("", "", "", "."))

@@ -60,7 +60,7 @@ def replace_word(rng: random.Random) -> Sample:
     target = replace(scene, sign=replace(scene.sign, word=new))
     truth = Truth("replace_word", _kept(scene.things), background=scene.background, word=new)
     return Sample(
-        captions.replace_word(rng, old, new), target, (scene,), truth,
+        captions.request(rng, captions.replace_word(rng, old, new)), target, (scene,), truth,
         (*(thing.look for thing in scene.things), ("word", new, scene.background), ("word", old, scene.background)),
     )  # fmt: skip
 
@@ -80,8 +80,9 @@ def multi_step(rng: random.Random) -> Sample:
             changes.append(change)
             now = _after(now, change)
         if len(changes) == 2:
-            text = rng.choice(("{}, then {}", "{} and {}")).format(*(change.text for change in changes))
-            return _sample("multi_step", text, scene, (scene,), changes)
+            joined = rng.choice(("{}, then {}", "{} and then {}", "{} and {}"))
+            text = joined.format(*(change.text for change in changes))
+            return _sample(rng, "multi_step", text, scene, (scene,), changes)
 
 
 def reference(rng: random.Random) -> Sample:
@@ -98,9 +99,9 @@ def reference(rng: random.Random) -> Sample:
         if place is None or other.things[0].look in taken:
             return reference(rng)
         added = Thing(*shown, "small", *PLACES[place])
-        text = f"add the shape of the second picture, small, {captions.at(place)}"
+        text = f"add the shape of the second picture, small, {captions.at(rng, place)}"
         change = _Change(text, (added,), None, (Wanted(*shown, "small", place),), ("add", *shown, place))
-        return _sample("reference", text, scene, (scene, other), [change])
+        return _sample(rng, "reference", text, scene, (scene, other), [change])
     if kind == "colour":
         changed = replace(thing, colour=shown[0])
         text = rng.choice(
@@ -114,7 +115,7 @@ def reference(rng: random.Random) -> Sample:
     change = _Change(
         text, (changed,), thing, (Wanted.where_it_is(changed),), (kind, *thing.look, changed.colour, changed.shape)
     )
-    return _sample("reference", text, scene, (scene, other), [change])
+    return _sample(rng, "reference", text, scene, (scene, other), [change])
 
 
 def _recolour(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change | None:
@@ -124,7 +125,7 @@ def _recolour(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change
         return None
     thing, colour = rng.choice(options)
     changed = replace(thing, colour=colour)
-    text = captions.recolour(rng, captions.thing(thing.look), colour)
+    text = captions.recolour(rng, _called(rng, thing, scene), colour, thing.shape)
     return _Change(text, (changed,), thing, (Wanted.where_it_is(changed),), ("recolour", *thing.look, colour))
 
 
@@ -140,7 +141,7 @@ def _move(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change | N
     if not options:
         return None
     thing, place, moved = rng.choice(options)
-    text = captions.move(rng, captions.thing(thing.look), place)
+    text = captions.move(rng, _called(rng, thing, scene), place)
     wanted = Wanted(*thing.look, thing.size, place)
     return _Change(text, (moved,), thing, (wanted,), ("move", *thing.look, place))
 
@@ -149,7 +150,7 @@ def _remove(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change |
     if not choices:
         return None
     thing = rng.choice(choices)
-    text = captions.remove(rng, captions.thing(thing.look))
+    text = captions.remove(rng, _called(rng, thing, scene))
     return _Change(text, (), thing, (), ("remove", *thing.look, len(scene.things)))
 
 
@@ -165,6 +166,16 @@ def _add(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change | No
     return _Change(text, (added,), None, (Wanted(*look, size, place),), ("add", *look, place))
 
 
+def _called(rng: random.Random, thing: Thing, scene: Scene) -> str:
+    """How an instruction names a thing: by colour and shape, or with less or more where that is as clear."""
+    names = [captions.thing(thing.look)] * 4 + [captions.thing(thing.look, thing.size)]
+    if [other.shape for other in scene.things].count(thing.shape) == 1:
+        names.append(thing.shape)
+    if [other.colour for other in scene.things].count(thing.colour) == 1:
+        names.append(f"{thing.colour} shape")
+    return rng.choice(names)
+
+
 def _edited(
     skill: str, rng: random.Random, make: Callable[[random.Random, Scene, list[Thing]], _Change | None]
 ) -> Sample:
@@ -173,7 +184,7 @@ def _edited(
         scene = _start(rng)
         change = make(rng, scene, list(scene.things))
         if change is not None:
-            return _sample(skill, change.text, scene, (scene,), [change])
+            return _sample(rng, skill, change.text, scene, (scene,), [change])
 
 
 def _start(rng: random.Random, word: str | None = None, least: int = 1) -> Scene:
@@ -197,7 +208,12 @@ def _kept(things: tuple[Thing, ...]) -> tuple[Wanted, ...]:
 
 
 def _sample(
-    skill: str, text: str, scene: Scene, references: tuple[Scene, ...], changes: list[_Change]
+    rng: random.Random,
+    skill: str,
+    text: str,
+    scene: Scene,
+    references: tuple[Scene, ...],
+    changes: list[_Change],
 ) -> Sample:
     target = scene
     for change in changes:
@@ -211,6 +227,7 @@ def _sample(
         gone=tuple(Wanted.where_it_is(thing) for thing in touched),
     )
     looks = {thing.look for shown in (*references, target) for thing in shown.things}
+    text = captions.request(rng, text)
     return Sample(text, target, references, truth, (*sorted(looks), *(change.combination for change in changes)))
 
 

@@ -84,7 +84,7 @@ def single(rng: random.Random) -> Sample:
     if _chinese(rng):
         text = captions.before_zh(captions.single_zh(look, said_size, place), said_scenery)
     else:
-        text = captions.before(rng, captions.single(look, said_size, place), said_scenery)
+        text = captions.before(rng, captions.single(rng, look, said_size, place), said_scenery)
     truth = Truth("single", (Wanted(*look, said_size, place),), background=said_scenery)
     return Sample(text, _plain(said_scenery, things), (), truth, (look,))
 
@@ -97,8 +97,8 @@ def two(rng: random.Random) -> Sample:
         first, second = (f"一个{captions.thing_zh(look, size)}" for look, size in zip(looks, said, strict=True))
         text = captions.before_zh(f"{first}和{second}", said_scenery)
     else:
-        first, second = (captions.a(captions.thing(look, size)) for look, size in zip(looks, said, strict=True))
-        text = captions.before(rng, f"{first} and {second}", said_scenery)
+        first, second = (captions.thing(look, size) for look, size in zip(looks, said, strict=True))
+        text = captions.before(rng, captions.two(rng, first, second), said_scenery)
     wanted = tuple(Wanted(*look, size) for look, size in zip(looks, said, strict=True))
     truth = Truth("two", wanted, background=said_scenery)
     pair = (*sorted(looks)[0], "and", *sorted(looks)[1])
@@ -134,9 +134,7 @@ def count(rng: random.Random) -> Sample:
     if _chinese(rng):
         text = captions.before_zh(f"{ZH[NUMBERS[number - 1]]}个{captions.thing_zh(look)}", said_scenery)
     else:
-        name = " ".join(look) if number == 1 else captions.plural(look)
-        digits = rng.choice((NUMBERS[number - 1], str(number)))
-        text = captions.before(rng, f"{digits} {name}", said_scenery)
+        text = captions.before(rng, captions.several(rng, number, look), said_scenery)
     return _several("count", rng, text, look, number, said_scenery, (look, (number, *look)))
 
 
@@ -146,13 +144,15 @@ def reasoning(rng: random.Random) -> Sample:
     kind = rng.choice(("both", "both", "colour", "shape", "number"))
     if kind == "number":
         number = rng.randint(1, 5)
-        text = f"as many {captions.plural(look)} {rng.choice(NUMBER_RIDDLES[number])}"
+        asked = f"as many {captions.plural(look)} {rng.choice(NUMBER_RIDDLES[number])}"
+        text = captions.before(rng, asked, None)
         return _several("reasoning", rng, text, look, number, None, (look, ("as many", number, *look)))
     colour, shape = rng.choice(COLOUR_RIDDLES[look[0]]), rng.choice(SHAPE_RIDDLES[look[1]])
     if kind == "both":
-        text = rng.choice((f"{shape}, in {colour}", f"{shape} with {colour}"))
+        asked = rng.choice((f"{shape}, in {colour}", f"{shape} with {colour}"))
     else:
-        text = f"{captions.a(look[1])} in {colour}" if kind == "colour" else f"{shape}, {look[0]}"
+        asked = f"{captions.a(look[1])} in {colour}" if kind == "colour" else f"{shape}, {look[0]}"
+    text = captions.before(rng, asked, None)
     truth = Truth("reasoning", (Wanted(*look),))
     return Sample(text, _plain(None, arranged(rng, [look], [None])), (), truth, (look, ("riddle", kind, *look)))
 
@@ -168,7 +168,7 @@ def text(rng: random.Random) -> Sample:
     if rng.random() >= 0.5:
         (look,) = different_looks(rng, 1)
         things = arranged(rng, [look], ["small"], [_BELOW_SIGN])
-        phrase = f"{phrase} and {captions.a(captions.thing(look))}"
+        phrase = f"{phrase} {rng.choice(('and', 'and', 'with', 'above'))} {captions.a(captions.thing(look))}"
         wanted, combinations, height = (Wanted(*look),), (look, *combinations), _SIGN_ABOVE
     described = captions.before(rng, phrase, said_scenery)
     truth = Truth("text", wanted, background=said_scenery, word=word)
