@@ -18,7 +18,7 @@ def get_config() -> GRPOConfig:
     """
     return GRPOConfig(
         model=MODEL,
-        start="out/nano/sft_noise",
+        start="out/nano/sft_phrases",
         out="out/nano/grpo",
         steps=100,
         trains=("mmdit",),
