@@ -102,7 +102,7 @@ def test_long_lists_are_cut(refuse_stage: Callable[[Stage], str]) -> None:
     assert len(message) < 2000
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_any_tensor_is_noticed(
     stage: Stage, refuse_stage: Callable[[Stage], str], data: st.DataObject
@@ -212,7 +212,7 @@ def test_truncated_pth(
     assert "truncated" in message
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["deepgen_pretrain.pth", "deepgen_rl/model.safetensors", "DeepGen_CKPT.zip.part-aa"]),
     kept=st.floats(0, 1, exclude_max=True),

@@ -56,7 +56,7 @@ def test_released_model_has_416_adaptable_modules() -> None:
     assert {weight.part for weight in table if weight.adaptable} == {"text", "vision", "unused"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(list(Transform)), st.lists(st.integers(1, 4), min_size=5, max_size=5))
 def test_layout_changes_are_inverted_exactly(transform: Transform, sizes: list[int]) -> None:
     rank = {Transform.CONV: 4, Transform.PATCH_CHANNELS_LAST: 4, Transform.LINEAR: 2, Transform.TABLE: 3}

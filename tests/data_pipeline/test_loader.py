@@ -121,7 +121,7 @@ def test_shapes_and_types(open_loader):
 
 
 @given(st.integers(0, 40), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_resume_anywhere_on_any_host_count(data, position, count, before, after):
     """A run on ``before`` hosts, saved, goes on on ``after`` hosts as an uninterrupted one does on a single host."""
     alone = Loader(data, MODEL, TOKENIZER)

@@ -42,7 +42,7 @@ def random_step(seed: int, batch: int = 3):
     return velocity, sample, sigmas[steps], sigmas[steps + 1], sigmas[1], noise
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), eta=st.floats(0.1, 1.0))
 def test_log_prob_of_a_draw_equals_that_of_its_evaluation(seed, kind, eta):
     *arguments, noise = random_step(seed)

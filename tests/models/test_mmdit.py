@@ -158,7 +158,7 @@ side = st.integers(1, 4).map(lambda patches: 2 * patches)
 size = st.tuples(side, side)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     samples=st.lists(st.tuples(size, st.lists(size, max_size=2), st.integers(1, 6)), min_size=2, max_size=3),
     seed=st.integers(0, 2**16),

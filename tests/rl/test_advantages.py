@@ -42,7 +42,7 @@ def test_jit_gives_the_same(kind):
     np.testing.assert_allclose(jitted, compute(kind, rewards, weights, 4), atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=seeds, kind=st.sampled_from(KINDS))
 def test_order_within_a_group_does_not_matter(seed, kind):
     rewards, weights = batch(seed)
@@ -51,7 +51,7 @@ def test_order_within_a_group_does_not_matter(seed, kind):
     np.testing.assert_allclose(moved, np.asarray(compute(kind, rewards, weights, 4))[order], atol=2e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=seeds, kind=st.sampled_from(KINDS), scale=st.floats(50, 500), offset=st.floats(-10, 10))
 def test_unit_of_the_rewards_does_not_matter(seed, kind, scale, offset):
     # Large rewards, beside which the 1e-4 that guards the division is nothing.
@@ -61,7 +61,7 @@ def test_unit_of_the_rewards_does_not_matter(seed, kind, scale, offset):
     np.testing.assert_allclose(compute(kind, scale * rewards + offset, weights, 4), expected, rtol=1e-2, atol=1e-3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=seeds, scale=st.floats(0.1, 10))
 def test_gdpo_rewards_of_different_units_count_alike(seed, scale):
     rewards, weights = batch(seed)
@@ -93,7 +93,7 @@ def test_advantage_is_clipped(kind):
     assert advantage[5] == advantage.max() == 5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=seeds, kind=st.sampled_from(KINDS), missing=st.integers(0, 3))
 def test_image_without_rewards_is_as_if_absent(seed, kind, missing):
     rewards, weights = batch(seed)
@@ -106,7 +106,7 @@ def test_image_without_rewards_is_as_if_absent(seed, kind, missing):
     np.testing.assert_allclose(np.delete(advantage, rows), expected, atol=2e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=seeds, kind=st.sampled_from(KINDS), index=st.integers(0, 11), reward=st.integers(0, 2))
 def test_one_missing_reward_equals_a_neutral_one(seed, kind, index, reward):
     """It neither favours nor punishes: as if the image had scored the mean of the others of its group."""

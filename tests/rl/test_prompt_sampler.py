@@ -26,7 +26,7 @@ datasets = st.lists(st.tuples(st.integers(1, 60), st.floats(0.1, 5)), min_size=1
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(datasets, st.sampled_from(["sample_proportional", "weight_only"]), st.integers(1, 8), st.integers(0, 3))
 def test_proportions_hold_over_any_number_of_steps(sets, mode, per_step, seed):
     sampler = PromptSampler(sets, per_step, seed=seed, mode=mode)
@@ -40,7 +40,7 @@ def test_proportions_hold_over_any_number_of_steps(sets, mode, per_step, seed):
             assert -2 <= ahead <= 2 + len(sets) * share
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(datasets, st.integers(0, 2**32 - 1), st.integers(0, 500))
 def test_a_step_is_a_function_of_seed_and_step(sets, seed, step):
     one, other = PromptSampler(sets, 5, seed=seed), PromptSampler(sets, 5, seed=seed)
@@ -51,7 +51,7 @@ def test_a_step_is_a_function_of_seed_and_step(sets, seed, step):
     assert one[step] == tuple(PromptSampler(sets, 1, seed=seed)[i][0] for i in range(5 * step, 5 * step + 5))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0.2, 4))
 def test_each_data_set_is_gone_through_without_repeats(first, second, weight):
     sets = [dataset("first", first), dataset("second", second, weight)]
