@@ -164,7 +164,10 @@ def request(rng: random.Random, instruction: str) -> str:
 
 
 def typed(rng: random.Random, text: str) -> str:
-    """A text as people type it: some with a capital letter, a full stop or American spelling; Chinese stays."""
+    """A text as people type it: some with a capital letter, a full stop or American spelling.
+
+    What is not ASCII, which is Chinese or has curly quotes, stays.
+    """
     if not text.isascii():
         return text
     if rng.random() < 0.25:
