@@ -163,13 +163,14 @@ def as_example(sample: Sample) -> bytes:
     return write_example(features)
 
 
-def write_array_record(folder: Path, samples: Sequence[Sample]) -> Path:
+def write_array_record(folder: Path, samples: Sequence[Sample], before: Sequence[bytes] = ()) -> Path:
+    """A shard of the samples, behind records of any kind."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "data.array_record"
     writer = ArrayRecordWriter(str(path), "group_size:1")
-    for sample in samples:
-        writer.write(as_example(sample))
+    for record in (*before, *map(as_example, samples)):
+        writer.write(record)
     writer.close()
     return path

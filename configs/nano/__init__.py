@@ -9,8 +9,12 @@ MODEL = "out/nano/model"
 
 
 def world_source(name: str, task: str, size: int = 96, skills: str = "") -> SourceConfig:
-    """200,000 samples of a size before the first comes again, of some skills of the task alone or of all."""
-    path = f"size={size},samples=200000,seed=0"
+    """200,000 samples of a size before the first comes again, of some skills of the task alone or of all.
+
+    Behind the skills may stand what else samples must be like, "recolour,background=grey". Such samples are searched
+    for, and there are 20,000.
+    """
+    path = f"size={size},samples={20_000 if '=' in skills else 200_000},seed=0"
     return SourceConfig(name, "synthetic", f"{path},skills={skills}" if skills else path, task=task)
 
 

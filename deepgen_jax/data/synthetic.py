@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from deepgen_jax.data.world import captions, edits, pictures
 from deepgen_jax.data.world.pictures import Sample
 from deepgen_jax.data.world.render import render
 from deepgen_jax.data.world.scene import held_out
 from deepgen_jax.data.world.truth import EDIT_SKILLS, PICTURE_SKILLS
+from deepgen_jax.data.world.vocabulary import BACKGROUNDS
 from deepgen_jax.errors import DeepGenError
 
-__all__ = ["SPLITS", "TASK_SKILLS", "VERSION", "Sample", "make_sample", "render"]
+__all__ = ["NAMES", "SPLITS", "TASK_SKILLS", "VERSION", "Only", "Sample", "make_sample", "render"]
 
 #: Changes when samples do.
 VERSION = 5
@@ -46,8 +47,50 @@ _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
     "reference": edits.reference,
 }
 
+#: By what alone an instruction may name the thing that it changes, and edits that have one such thing.
+NAMES = ("shape", "colour")
+_NAMING_SKILLS = ("recolour", "move", "remove")
 
-def make_sample(split: str, kind: str, *, seed: int, index: int) -> Sample:
+
+@dataclass(frozen=True)
+class Only:
+    """Some samples alone, to practise what is hard; those of other kinds are passed over.
+
+    Attributes:
+      background: of the target, one of `BACKGROUNDS`; "" for any.
+      named: "shape" for instructions like "remove the square", "colour" for "remove the red shape"; "" for any.
+
+    Raises:
+      DeepGenError: there is no such background or name.
+    """
+
+    background: str = ""
+    named: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("background", self.background, BACKGROUNDS), ("named", self.named, NAMES)):
+            if value and value not in known:
+                raise DeepGenError(f"{name} is {value!r}; use one of {', '.join(known)}")
+
+    def __contains__(self, sample: Sample) -> bool:
+        if self.background and sample.scene.background != self.background:
+            return False
+        if not self.named:
+            return True
+        (gone,) = sample.truth.gone
+        if self.named == "shape":
+            return gone.colour not in sample.text
+        return f"{gone.colour} shape" in sample.text
+
+    def check(self, skills: tuple[str, ...]) -> None:
+        """Raises `DeepGenError` unless samples of all these skills can be named so."""
+        if self.named and (others := [skill for skill in skills if skill not in _NAMING_SKILLS]):
+            raise DeepGenError(
+                f"named is {self.named!r}, which says nothing of {others[0]}; use it with {', '.join(_NAMING_SKILLS)}"
+            )
+
+
+def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = Only()) -> Sample:
     """One sample of the world.
 
     Args:
@@ -55,18 +98,21 @@ def make_sample(split: str, kind: str, *, seed: int, index: int) -> Sample:
       kind: a task, "t2i" or "edit", or a single skill.
       seed: of the world.
       index: which sample, from 0 on without end.
+      only: what it must be like.
 
     Raises:
-      DeepGenError: split or kind is unknown.
+      DeepGenError: split or kind is unknown, or ``only`` asks for names in skills that have none.
     """
     skills = TASK_SKILLS.get(kind, (kind,))
     if split not in SPLITS or skills[0] not in _MAKERS:
         known = (*TASK_SKILLS, *_MAKERS)
         raise DeepGenError(f"{kind!r} of split {split!r} is not known; use {' or '.join(SPLITS)}, {', '.join(known)}")
+    only.check(skills)
     # A text as seed gives the same stream in every version of Python.
     rng = random.Random(f"{VERSION}/{seed}/{split}/{kind}/{index}")
     make = _MAKERS[rng.choice(skills)]
     while True:
         sample = make(rng)
-        if any(held_out(*combination) for combination in sample.combinations) == (split == "held_out"):
+        is_held_out = any(held_out(*combination) for combination in sample.combinations)
+        if is_held_out == (split == "held_out") and sample in only:
             return replace(sample, text=captions.typed(rng, sample.text))

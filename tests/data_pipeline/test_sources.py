@@ -164,6 +164,11 @@ def test_damaged_shards_are_counted(tmp_path: Path, kind: str, ending: str):
     assert contents(config(kind, tmp_path)) in (["damaged parquet"], ["damaged shard"])
 
 
+def test_a_damaged_record_is_counted_alone(tmp_path: Path):
+    write_array_record(tmp_path, T2I, before=[b"nothing of use"])
+    assert contents(config("array_record", tmp_path)) == ["damaged record", *T2I]
+
+
 def test_fsspec_addresses(tmp_path: Path):
     import fsspec
 

@@ -14,7 +14,7 @@ from make_data import TOKENIZER, model
 from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.sources import open_source, read_row
-from deepgen_jax.data.synthetic import SPLITS, TASK_SKILLS, make_sample, render
+from deepgen_jax.data.synthetic import SPLITS, TASK_SKILLS, Only, make_sample, render
 from deepgen_jax.data.world.scene import ARRANGEMENTS, HELD_OUT_SHARE, Scene, fits, held_out, relation_key
 from deepgen_jax.data.world.truth import SKILLS, Truth
 from deepgen_jax.data.world.vocabulary import BACKGROUNDS, COLOURS, SHAPES, WORDS
@@ -192,9 +192,33 @@ def test_skills_come_in_turn():
     assert [record.text for record in records] == [sample.text for sample in wanted]
 
 
+@pytest.mark.parametrize(("skill", "background"), [("recolour", "grey"), ("remove", ""), ("move", "")])
+def test_what_is_hard_can_be_had_alone(skill, background):
+    for named, told, left_out in (("shape", "shape", "colour"), ("colour", "colour", "shape")):
+        path = f"skills={skill},named={named}" + f",background={background}" * bool(background)
+        source = open_source(world("edit", path=path))
+        for row in range(8):
+            sample = make_sample("train", skill, seed=0, index=row, only=Only(background, named))
+            (gone,) = sample.truth.gone
+            text = sample.text.lower()
+            assert getattr(gone, told) in text
+            # What a thing is turned into may be told by its shape, too, but no instruction tells its former colour.
+            assert getattr(gone, left_out) not in text or (left_out == "shape" and f"{gone.colour} shape" in text)
+            assert background in ("", sample.scene.background)
+            assert source.read(row).text == sample.text
+
+
+def test_what_is_not_asked_for_alone_stays_the_same():
+    assert make_sample("train", "edit", seed=0, index=3, only=Only()) == make_sample("train", "edit", seed=0, index=3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"path": "background=gray"}, "world-t2i: background is 'gray'; use one of white, grey"),
+        ({"path": "background="}, "'background='"),
+        ({"path": "named=size"}, "named is 'size'; use one of shape, colour"),
+        ({"path": "named=shape"}, "says nothing of single; use it with recolour, move, remove"),
         ({"path": "size=60"}, "size is 60"),
         ({"path": "pixels=64"}, "'pixels=64'"),
         ({"path": "samples=0"}, "samples 0"),

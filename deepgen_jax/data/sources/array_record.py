@@ -9,7 +9,7 @@ from typing import Any
 from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged
-from deepgen_jax.data.sources.columns import Columns, columns_of
+from deepgen_jax.data.sources.columns import columns_of
 from deepgen_jax.data.sources.example import parse_example
 from deepgen_jax.errors import DeepGenError
 
@@ -32,7 +32,7 @@ class ArrayRecord(Source):
             if not count:
                 # What the reader says of a file that is no ArrayRecord.
                 raise BadSample("damaged shard", f"{path} holds no record")
-            example_columns(self.config, self._readers.read(path, 0))
+            check_columns(self.config, self._readers.read(path, 0))
         except BadSample as bad:
             yield damaged(bad, path, bad.__cause__)
             return
@@ -83,19 +83,19 @@ class ShardReaders:
             raise BadSample("damaged shard", f"{path}: record {record}: {error}") from error
 
 
-def example_columns(config: SourceConfig, data: bytes) -> Columns:
-    """The names of text and images in records such as this one.
+def check_columns(config: SourceConfig, data: bytes) -> None:
+    """Looks for text and images in a record like which others of its file are.
+
+    What is no ``tf.train.Example`` says nothing of the others, and is found when each is read.
 
     Raises:
-      BadSample: it is no ``tf.train.Example``.
       DeepGenError: it does not name them as `SourceConfig.fields` or custom do.
     """
     try:
-        return columns_of(config, parse_example(data))
-    except DeepGenError:
-        raise
-    except ValueError as error:
-        raise BadSample("damaged record", str(error)) from error
+        features = parse_example(data)
+    except ValueError:
+        return
+    columns_of(config, features)
 
 
 def example_record(config: SourceConfig, data: bytes, where: str) -> Record:

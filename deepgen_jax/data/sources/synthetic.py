@@ -2,7 +2,8 @@
 
 The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
 pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
-of those skills in turn, and none gives all of the task, mixed. ``split`` is "train" or "held_out".
+of those skills in turn, and none gives all of the task, mixed. ``background=grey`` gives samples of that background
+alone, ``named=shape`` (or colour) edits that name what they change by that alone. ``split`` is "train" or "held_out".
 With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
 language model to learn to see.
 """
@@ -33,7 +34,7 @@ class Synthetic(Source):
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        values, self._skills = _parse(config)
+        values, self._skills, self._only = _parse(config)
         self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
         self._asks = bool(questions)
         if self._asks and config.task != "edit":
@@ -64,25 +65,29 @@ class Synthetic(Source):
         if self._skills:
             index, place = divmod(index, len(self._skills))
             kind = self._skills[place]
-        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=index)
+        sample = synthetic.make_sample(self.config.split, kind, seed=self._seed, index=index, only=self._only)
         if self._asks:
             return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
         return sample.text, (sample.scene, *sample.references)
 
 
-def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Numbers by name, and the skills, none where the path does not say."""
+def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], synthetic.Only]:
+    """Numbers by name, the skills, none where the path does not say, and what samples must be like."""
     values: dict[str, int] = dict(_DEFAULTS)
     skills: tuple[str, ...] = ()
+    wanted: dict[str, str] = {}
     for part in config.path.split(","):
         name, equals, text = part.strip().partition("=")
         if name == "skills":
             skills = tuple(text.strip().split("+"))
             continue
+        if name in ("background", "named") and text.strip():
+            wanted[name] = text.strip()
+            continue
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
                 f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
-                "it, and skills=single+two for some skills alone"
+                "it, skills=single+two for some skills alone, background=grey or named=shape for such samples alone"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -100,7 +105,12 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...]]:
         raise DeepGenError(
             f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
         )
-    return values, skills
+    try:
+        only = synthetic.Only(**wanted)
+        only.check(skills or known)
+    except DeepGenError as error:
+        raise DeepGenError(f"source {config.name}: {error}") from None
+    return values, skills, only
 
 
 def _encoded(image: Image.Image) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from deepgen_jax.data import files
 from deepgen_jax.data.config import SourceConfig
 from deepgen_jax.data.files import FileInfo
-from deepgen_jax.data.sources.array_record import ShardReaders, example_columns, example_record
+from deepgen_jax.data.sources.array_record import ShardReaders, check_columns, example_record
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged, read_file
 from deepgen_jax.errors import DeepGenError
 
@@ -39,7 +39,7 @@ class TensorFlowDataset(Source):
         try:
             for number, row in enumerate(rows):
                 if number == 0:
-                    example_columns(self.config, self._bytes(row))
+                    check_columns(self.config, self._bytes(row))
                 if first <= number < last:
                     yield row
         except BadSample as bad:
