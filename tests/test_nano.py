@@ -220,8 +220,8 @@ def test_the_packages_model_understands_other_wordings():
 def test_the_packages_model_draws_and_edits_what_it_never_saw():
     pipe = DeepGenPipeline.from_pretrained("nano")
     least = {
-        "single": 14, "two": 14, "relation": 14, "count": 14, "reasoning": 15, "text": 14,
-        "recolour": 10, "move": 11, "remove": 13, "add": 14, "multi_step": 9,
+        "single": 15, "two": 15, "relation": 14, "count": 15, "reasoning": 15, "text": 14,
+        "recolour": 12, "move": 12, "remove": 13, "add": 15, "multi_step": 8,
     }  # fmt: skip
     samples = held_out_samples(16, 1, tuple(least))
     guidance = pipe.config.guidance_scale

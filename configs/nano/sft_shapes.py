@@ -31,7 +31,7 @@ def get_config() -> SupervisedConfig:
         config,
         start="out/nano/sft_phrases",
         out="out/nano/sft_shapes",
-        steps=1500,
+        steps=1000,
         # Another order again.
         data=replace(
             config.data,
