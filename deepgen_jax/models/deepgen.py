@@ -36,7 +36,7 @@ class DeepGen(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
-        self.vision = QwenVision(cfg.vision, lora_dropout=self.lora_dropout, **options)
+        self.vision = QwenVision(cfg.vision, **options)
         self.text = QwenText(cfg.text, cfg.bridge.selection_stride, lora_dropout=self.lora_dropout, **options)
         self.bridge = Bridge(cfg.bridge, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim, **options)
         self.mmdit = MMDiT(cfg.mmdit, **options)

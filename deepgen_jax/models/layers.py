@@ -4,8 +4,8 @@ Parameters may be stored in any dtype; ``dtype`` is the dtype of the computation
 float32. With ``dtype=float32`` products run at full precision on every platform.
 
 Adapters (LoRA) live in the variable collection ``"lora"``, a tree with the same paths as ``"params"``: where it holds
-``{"a", "b"}`` at a layer's path, the layer adds ``dropout(x) @ a @ b``. Any scale is already folded into ``b`` (see
-``deepgen_jax.models.lora.scaled``).
+``{"a", "b"}`` at a layer's path, the layer adds ``x @ a @ b``. Any scale is already folded into ``b`` (see
+``deepgen_jax.models.lora.scaled``). Dropout is in what adapters read, not in ``x``: see :func:`adapter_input`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 LORA = "lora"
+# Name of what even "full" rematerialisation keeps.
+KEPT = "kept"
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """``x``, which "full" rematerialisation keeps, too: to be used of what takes long to compute and is small."""
+    return checkpoint_name(x, KEPT)
 
 
 def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
@@ -23,30 +31,42 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-class Linear(nn.Module):
-    """``x @ kernel + bias`` over the last axis: [..., in] -> [..., features].
+def adapter_input(module: nn.Module, x: jax.Array, dropout: float) -> jax.Array:
+    """What the adapters of layers that read ``x`` read: ``x`` with elements dropped at a rate, the others scaled up.
 
-    ``lora_dropout`` drops elements of the adapter's input; it needs a ``"dropout"`` RNG and is off without one.
+    Layers that read the same share one draw, where PEFT draws for each: an adapter sees the same either way, and a
+    layer of the language model writes and reads 4 masked arrays in place of 7.
+
+    Args:
+      module: whose ``"dropout"`` RNG is drawn from; without one nothing is dropped.
+      x: input of the layers.
+      dropout: share of the elements that are dropped, at least 0 and below 1.
     """
+    if dropout == 0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - dropout, x.shape)
+    return jnp.where(keep, x / (1 - dropout), 0)
+
+
+class Linear(nn.Module):
+    """``x @ kernel + bias`` over the last axis: [..., in] -> [..., features]."""
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    lora_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, for_adapter: jax.Array | None = None) -> jax.Array:
+        """``for_adapter``, of the shape of ``x``, is what the layer's adapter reads in its place."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = jnp.matmul(x, kernel.astype(self.dtype), precision=precision_of(self.dtype))
         if self.has_variable(LORA, "a"):
             a: jax.Array = self.get_variable(LORA, "a").astype(self.dtype)
             b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)
-            if self.lora_dropout > 0 and self.has_rng("dropout"):
-                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
-                x = jnp.where(keep, x / (1 - self.lora_dropout), 0)
-            low = jnp.matmul(x, a, precision=precision_of(self.dtype))
+            read = x if for_adapter is None else for_adapter.astype(self.dtype)
+            low = kept(jnp.matmul(read, a, precision=precision_of(self.dtype)))
             y = y + jnp.matmul(low, b, precision=precision_of(self.dtype))
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)

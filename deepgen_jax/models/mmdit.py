@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import Attention, attention
-from deepgen_jax.models.layers import Linear, RMSNorm, layer_norm
+from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
 from deepgen_jax.models.layout import token_rows
 from deepgen_jax.models.patches import sincos_table
-from deepgen_jax.models.stack import Remat, kept, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
@@ -99,6 +99,8 @@ class JointAttention(nn.Module):
         ``context_pre_only``, from the context.
         """
         cfg, dtype = self.config, self.dtype
+        # Cast once, so that the three gradients are added as they are multiplied.
+        image, context = image.astype(dtype), context.astype(dtype)
         query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
         key = _project(image, cfg, dtype, "to_k", "norm_k")
         value = _project(image, cfg, dtype, "to_v")
@@ -126,6 +128,7 @@ class ImageAttention(nn.Module):
     def __call__(self, image: jax.Array, visible: Visible, num_queries: int) -> jax.Array:
         """Image [B, N, D] -> [B, num_queries, D]."""
         cfg, dtype = self.config, self.dtype
+        image = image.astype(dtype)
         query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
         key = _project(image, cfg, dtype, "to_k", "norm_k")
         value = _project(image, cfg, dtype, "to_v")

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import TextConfig
 from deepgen_jax.models.attention import Attention, attention
-from deepgen_jax.models.layers import Embedding, Linear, RMSNorm
+from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
 from deepgen_jax.models.rope import mrope_angles, rotate
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
@@ -36,22 +36,25 @@ class DecoderLayer(nn.Module):
         cfg = self.config
 
         def linear(name: str, features: int, bias: bool = False) -> Linear:
-            return Linear(features, bias, self.dtype, lora_dropout=self.lora_dropout, name=name)
+            return Linear(features, bias, self.dtype, name=name)
+
+        def with_dropout(h: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return h, adapter_input(self, h, self.lora_dropout)
 
         def heads(y: jax.Array, count: int) -> jax.Array:
             return y.reshape(*y.shape[:-1], count, cfg.head_dim)
 
-        h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_norm")(x)
-        query = rotate(heads(linear("q_proj", cfg.hidden_size, True)(h), cfg.num_heads), angles)
-        key = rotate(heads(linear("k_proj", cfg.num_kv_heads * cfg.head_dim, True)(h), cfg.num_kv_heads), angles)
-        value = heads(linear("v_proj", cfg.num_kv_heads * cfg.head_dim, True)(h), cfg.num_kv_heads)
-        h = attention(query, key, value, key_mask=mask, causal=True, implementation=self.attention)
-        x = x + linear("o_proj", cfg.hidden_size)(h.reshape(x.shape))
+        h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="input_norm")(x))
+        query = rotate(heads(linear("q_proj", cfg.hidden_size, True)(*h), cfg.num_heads), angles)
+        key = rotate(heads(linear("k_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads), angles)
+        value = heads(linear("v_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads)
+        attended = attention(query, key, value, key_mask=mask, causal=True, implementation=self.attention)
+        x = x + linear("o_proj", cfg.hidden_size)(*with_dropout(attended.reshape(x.shape)))
 
-        h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x)
-        gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(h))
-        h = gate * linear("up_proj", cfg.intermediate_size)(h)
-        return x + linear("down_proj", cfg.hidden_size)(h), None
+        h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x))
+        gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(*h))
+        gated = gate * linear("up_proj", cfg.intermediate_size)(*h)
+        return x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)), None
 
 
 class _LayerGroup(nn.Module):

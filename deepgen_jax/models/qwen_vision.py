@@ -48,7 +48,6 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: DTypeLike
     attention: Attention
-    lora_dropout: float
 
     @nn.compact
     def __call__(
@@ -57,7 +56,7 @@ class VisionBlock(nn.Module):
         cfg = self.config
 
         def linear(name: str, features: int) -> Linear:
-            return Linear(features, dtype=self.dtype, lora_dropout=self.lora_dropout, name=name)
+            return Linear(features, dtype=self.dtype, name=name)
 
         h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="norm1")(x)
         qkv = linear("qkv", 3 * cfg.hidden_size)(h).reshape(*x.shape[:2], 3, cfg.num_heads, cfg.head_dim)
@@ -76,7 +75,6 @@ class PatchMerger(nn.Module):
 
     config: VisionConfig
     dtype: DTypeLike
-    lora_dropout: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,9 +82,9 @@ class PatchMerger(nn.Module):
         width = cfg.hidden_size * cfg.spatial_merge_size**2
         x = RMSNorm(cfg.rms_norm_eps, self.dtype, name="ln_q")(x)
         x = x.reshape(x.shape[0], -1, width)
-        x = Linear(width, dtype=self.dtype, lora_dropout=self.lora_dropout, name="fc1")(x)
+        x = Linear(width, dtype=self.dtype, name="fc1")(x)
         x = nn.gelu(x, approximate=False)
-        return Linear(cfg.out_hidden_size, dtype=self.dtype, lora_dropout=self.lora_dropout, name="fc2")(x)
+        return Linear(cfg.out_hidden_size, dtype=self.dtype, name="fc2")(x)
 
 
 class QwenVision(nn.Module):
@@ -96,7 +94,6 @@ class QwenVision(nn.Module):
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     attention: Attention = "xla"
-    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, patches: jax.Array, rows: jax.Array, columns: jax.Array, windows: jax.Array) -> jax.Array:
@@ -118,9 +115,9 @@ class QwenVision(nn.Module):
         blocks = nn.scan(
             rematerialised(VisionBlock, self.remat),
             variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.depth,
-        )(cfg, self.dtype, self.attention, self.lora_dropout, name="blocks")
+        )(cfg, self.dtype, self.attention, name="blocks")
         x, _ = blocks(x, jnp.asarray(full), angles, images, windows)
-        return PatchMerger(cfg, self.dtype, self.lora_dropout, name="merger")(x)
+        return PatchMerger(cfg, self.dtype, name="merger")(x)

@@ -7,31 +7,30 @@ from typing import Any, Literal
 
 import jax
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from deepgen_jax.models.layers import LORA
+from deepgen_jax.models.layers import KEPT, LORA
 
 Remat = Literal["none", "full", "dots"]
-# Name of what even "full" keeps.
-_KEPT = "kept"
-
-
-def kept(x: jax.Array) -> jax.Array:
-    """``x``, which "full" rematerialisation keeps, too: to be used of what takes long to compute and is small."""
-    return checkpoint_name(x, _KEPT)
+# Fused attention on GPUs, whose results are found by the operation, as they include statistics that have no name.
+FLASH = "dot_product_attention_fwd_wrapper"
 
 
 def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
     """``layer`` with activations recomputed in the backward pass.
 
-    "none" keeps everything, "full" keeps only each layer's input and what is :func:`kept`, "dots" also keeps the
-    results of products with weights (no batch dimensions), which are the dearest to recompute.
+    "none" keeps everything, "full" keeps only each layer's input, results of flash attention and what is
+    :func:`deepgen_jax.models.layers.kept`, "dots" also keeps the results of products with weights (no batch
+    dimensions), which are the dearest to recompute.
     """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.save_only_these_names(_KEPT)
-    return nn.remat(layer, prevent_cse=False, policy=policy)
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.save_only_these_names(KEPT)
+    return nn.remat(layer, prevent_cse=False, policy=policies.save_from_both_policies(policy, _is_flash_attention))
+
+
+def _is_flash_attention(operation: Any, *_: Any, **__: Any) -> bool:
+    return bool(operation.name == FLASH)
 
 
 def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]:

@@ -79,6 +79,11 @@ class Job:
         self._program = dataclasses.replace(program, facts=(whose, *program.facts))
         self._lowered = program.lower()
 
+    @property
+    def trains(self) -> bool:
+        """Whether the program ends in an optimiser step."""
+        return self._program.trains
+
     def compile(self, options: dict[str, Any]) -> Report:
         """Compiles to the end.
 

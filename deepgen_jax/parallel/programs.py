@@ -102,7 +102,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )
-    jitted = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    jitted = tuned_jit(step, trains=True, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "step",
         "samples",

@@ -86,7 +86,7 @@ class Report:
             "batch": {"size": self.batch, "unit": self.unit, "micro_batch": self.micro_batch},
             "shapes": list(self.facts),
             "chip": {key: value for key, value in asdict(chip).items() if isinstance(value, (str, float, int))},
-            "compiler_options": dict(chip.options),
+            "compiler_options": chip.options_of(self.trains),
             "memory": {**self.memory, "total": self.needed, "limit": chip.memory},
             "fits": self.fits,
             "advice": self.advice,
@@ -135,8 +135,8 @@ class Report:
             "assumed:",
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
-        if chip.options:
-            lines.append(f"  compiler options {' '.join(name for name, _ in chip.options)}; runs set them, too")
+        if options := chip.options_of(self.trains):
+            lines.append(f"  compiler options {' '.join(options)}; runs set them, too")
         if estimate.unknown_loops:
             lines.append(f"  {estimate.unknown_loops} loops of unknown length count once")
         return lines

@@ -17,25 +17,31 @@ _KINDS = {
 }  # fmt: skip
 
 
-def compiler_options(device_kind: str) -> dict[str, Any] | None:
-    """Options for the large programs of training and sampling on a kind of device; None where defaults do."""
+def compiler_options(device_kind: str, trains: bool) -> dict[str, Any] | None:
+    """Options for the large programs on a kind of device; None where defaults do.
+
+    Args:
+      device_kind: as JAX calls it.
+      trains: the program ends in an optimiser step.
+    """
     chip = CHIPS.get(_KINDS.get(device_kind, ""))
-    return dict(chip.options) if chip else None
+    return chip.options_of(trains) if chip else None
 
 
 class tuned_jit:
     """Like ``jax.jit``, but the devices are looked up at the first call, as importing a module must not do.
 
     ``deepgen compile`` lowers these programs where there is no such device, and hands the compiler the same options.
+    ``trains`` says that a program ends in an optimiser step, which has options of its own.
     """
 
-    def __init__(self, function: Callable[..., Any], **settings: Any) -> None:
-        self._function, self._settings = function, settings
+    def __init__(self, function: Callable[..., Any], *, trains: bool = False, **settings: Any) -> None:
+        self._function, self._trains, self._settings = function, trains, settings
         functools.update_wrapper(self, function)
 
     @functools.cached_property
     def _jitted(self) -> Any:
-        options = compiler_options(jax.devices()[0].device_kind)
+        options = compiler_options(jax.devices()[0].device_kind, self._trains)
         return jax.jit(self._function, compiler_options=options, **self._settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from deepgen_jax.models.attention import attention, choose_implementation
 from deepgen_jax.models.splash import block_and_length, splash_attention
+from deepgen_jax.models.stack import FLASH
 
 BATCH, QUERIES, KEYS, HEADS, GROUPS, DIM = 2, 7, 9, 6, 2, 8
 
@@ -170,3 +173,9 @@ def test_a_single_cpu_device_loops():
     devices = jax.devices("cpu")
     assert choose_implementation(devices[:1], jnp.float32) == "loop"
     assert choose_implementation(devices[:1] * 2, jnp.float32) == "xla"
+
+
+def test_results_of_flash_attention_are_kept_by_the_name_that_they_have():
+    """A renamed operation would be computed again in the backward pass, and nothing else would tell."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    assert FLASH in {thing.name for thing in vars(fused).values() if isinstance(thing, Primitive)}

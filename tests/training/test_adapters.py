@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from deepgen_jax.models.layers import Linear
+from deepgen_jax.models.layers import Linear, adapter_input
+from deepgen_jax.models.qwen_text import DecoderLayer
 from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.training.trees import decays, init_lora
 
@@ -42,8 +44,18 @@ def test_standard_deviations(params):
     assert np.std(adapters["embed_tokens/b"]) == pytest.approx(1, rel=0.2)
 
 
+class Dropped(nn.Module):
+    """A layer whose adapter reads its input with half of it dropped."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = Linear(3)
+        nn.share_scope(self, layer)
+        return layer(x, adapter_input(self, x, 0.5))
+
+
 def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
-    layer, x = Linear(3, lora_dropout=0.5), jnp.ones((20_000, 4))
+    layer, x = Dropped(), jnp.ones((20_000, 4))
     params = layer.init(jax.random.key(0), x)["params"]
     variables = {"params": params, "lora": {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}}
     without = layer.apply({"params": params}, x)
@@ -54,6 +66,17 @@ def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
     assert np.mean(dropped) == pytest.approx(4.0, abs=0.05)
     again = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)}) - without
     np.testing.assert_array_equal(dropped, again)
+
+
+def test_layers_that_read_the_same_share_a_draw(pipelines):
+    config = pipelines("none").config.text
+    layer = DecoderLayer(config, jnp.float32, "xla", 0.05)
+    inputs = jnp.ones((1, 3, config.hidden_size)), jnp.ones((1, 3, config.head_dim // 2)), jnp.ones((1, 3), bool)
+    params = jax.eval_shape(layer.init, jax.random.key(0), *inputs)
+    traced = jax.make_jaxpr(lambda params, key: layer.apply(params, *inputs, rngs={"dropout": key}))
+    draws = [one for one in traced(params, jax.random.key(0)).eqns if one.params.get("name") == "_bernoulli"]
+    # What q, k and v read; o; gate and up; down.
+    assert len(draws) == 4
 
 
 def test_decay_is_for_matrices_only(params):
