@@ -52,6 +52,7 @@ class Program:
       flops: operations of the model in one run, over all devices; what is computed again is not counted.
       facts: lines about shapes.
       trains: it ends in an optimiser step.
+      gathers_ahead: as for `deepgen_jax.parallel.tuned_jit`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Program:
     flops: float
     facts: tuple[str, ...]
     trains: bool
+    gathers_ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def _compile(request: Request, folder: str, answer: Connection) -> None:
 
     try:
         job = Job(request, describe(request.topology))
-        options = request.topology.options(job.trains) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options = request.topology.options(job.gathers_ahead) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         threading.Thread(target=lambda: tell(_watched(job, Path(folder))), daemon=True).start()
         tell(job.compile(options))
     except DeepGenError as error:

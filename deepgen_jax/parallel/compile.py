@@ -80,9 +80,9 @@ class Job:
         self._lowered = program.lower()
 
     @property
-    def trains(self) -> bool:
-        """Whether the program ends in an optimiser step."""
-        return self._program.trains
+    def gathers_ahead(self) -> bool:
+        """Whether the compiler is to begin collectives early."""
+        return self._program.gathers_ahead
 
     def compile(self, options: dict[str, Any]) -> Report:
         """Compiles to the end.
@@ -126,6 +126,7 @@ class Job:
             estimate,
             time.monotonic() - self._start,
             program.trains,
+            gathers_ahead=program.gathers_ahead,
         )
         if not report.fits:
             report.advice = self._advice()

@@ -102,7 +102,8 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )
-    jitted = tuned_jit(step, trains=True, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    layout = (shardings_of(state), replicated(mesh))
+    jitted = tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
     return Program(
         "step",
         "samples",
@@ -114,6 +115,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
         operations,
         (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel_name(model)}"),
         True,
+        gathers_ahead=True,
     )
 
 

@@ -34,6 +34,7 @@ class Report:
       estimate: None where it was not compiled to the end.
       compile_seconds: that the compiler took.
       trains: it ends in an optimiser step.
+      gathers_ahead: as for `deepgen_jax.parallel.tuned_jit`.
       choice: mesh and rematerialisation, where several were tried.
       advice: what would make it fit, where it does not.
     """
@@ -52,6 +53,7 @@ class Report:
     estimate: Estimate | None
     compile_seconds: float
     trains: bool = False
+    gathers_ahead: bool = False
     choice: str = ""
     advice: list[str] = field(default_factory=list)
 
@@ -86,7 +88,7 @@ class Report:
             "batch": {"size": self.batch, "unit": self.unit, "micro_batch": self.micro_batch},
             "shapes": list(self.facts),
             "chip": {key: value for key, value in asdict(chip).items() if isinstance(value, (str, float, int))},
-            "compiler_options": chip.options_of(self.trains),
+            "compiler_options": chip.options_of(self.gathers_ahead),
             "memory": {**self.memory, "total": self.needed, "limit": chip.memory},
             "fits": self.fits,
             "advice": self.advice,
@@ -135,7 +137,7 @@ class Report:
             "assumed:",
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
-        if options := chip.options_of(self.trains):
+        if options := chip.options_of(self.gathers_ahead):
             lines.append(f"  compiler options {' '.join(options)}; runs set them, too")
         if estimate.unknown_loops:
             lines.append(f"  {estimate.unknown_loops} loops of unknown length count once")

@@ -158,7 +158,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,
         UpdateKeys(array(mesh, dtype=key_type()), keys), array(mesh, dtype=jnp.int32),
     )  # fmt: skip
-    jitted = tuned_jit(step, trains=True, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    jitted = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "update",
         "images",

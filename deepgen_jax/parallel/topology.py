@@ -30,7 +30,7 @@ class Chip:
       network_bandwidth: bytes into one device from other slices (TPU) or other hosts (GPU).
       torus: sizes at which a dimension of a slice is a ring; a shorter one is a line. Empty on GPUs.
       options: for the compiler, where its defaults lose time; runs set them, too (`deepgen_jax.parallel.tuned_jit`).
-      training_options: more of them, for programs that end in an optimiser step.
+      ahead_options: more of them, for programs that gather ahead (`deepgen_jax.parallel.tuned_jit`).
       deviceless: options that compiling without the device needs.
     """
 
@@ -42,12 +42,12 @@ class Chip:
     network_bandwidth: float
     torus: tuple[int, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
-    training_options: tuple[tuple[str, Any], ...] = ()
+    ahead_options: tuple[tuple[str, Any], ...] = ()
     deviceless: tuple[tuple[str, Any], ...] = ()
 
-    def options_of(self, trains: bool) -> dict[str, Any]:
-        """Of a program, which ends in an optimiser step or does not."""
-        return dict(self.options + (self.training_options if trains else ()))
+    def options_of(self, gathers_ahead: bool) -> dict[str, Any]:
+        """Of a program, which gathers ahead or does not."""
+        return dict(self.options + (self.ahead_options if gathers_ahead else ()))
 
 
 # Collectives run beside the products: on v6e on the SparseCores, on v5e within fused loops.
@@ -70,9 +70,8 @@ _WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),
 # Of layers in a loop: the gradients of one are reduced over "data" beside the backward pass of the next. And no
 # products merged that would need their weights joined in memory first, as those of adapters with the weights' own.
 _GPU_LOOPS = (("xla_gpu_enable_pipelined_all_reduce", True), ("xla_gpu_dot_merger_threshold_mb", 0))
-# Weights of several products are gathered one after another, not each only when the one before is used. Sampling, whose
-# gathers are hidden without them, takes a little longer with these.
-_GPU_TRAINING = (
+# Weights of several products are gathered one after another, not each only when the one before is used.
+_GPU_AHEAD = (
     ("xla_gpu_enable_latency_hiding_scheduler", True),
     ("xla_gpu_experimental_parallel_collective_overlap_limit", 4),
 )
@@ -91,7 +90,7 @@ CHIPS = {
     "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _ON_SPARSE_CORES),
     "h100": Chip(
         "H100 SXM", GPU_MEMORY_SHARE * 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
-        training_options=_GPU_TRAINING,
+        ahead_options=_GPU_AHEAD,
         deviceless=(("xla_gpu_enable_triton_gemm", False),),
     ),
 }  # fmt: skip
@@ -122,9 +121,9 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def options(self, trains: bool) -> dict[str, Any]:
-        """For the compiler of a program, which ends in an optimiser step or does not."""
-        return self.chip.options_of(trains) | dict(self.chip.deviceless)
+    def options(self, gathers_ahead: bool) -> dict[str, Any]:
+        """For the compiler of a program, which gathers ahead or does not."""
+        return self.chip.options_of(gathers_ahead) | dict(self.chip.deviceless)
 
     @property
     def gpu(self) -> bool:

@@ -148,8 +148,7 @@ class GRPOStage:
         self._tokens = tokens
         step = make_update(config, self._model, optimizer, weights.scheduler, weights.lora_scale, self._canvas)
         everywhere = replicated(mesh)
-        layout = (shardings_of(self.state), everywhere)
-        self._update = tuned_jit(step, trains=True, donate_argnums=0, out_shardings=layout)
+        self._update = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
         width = weights.config.mmdit.in_channels * weights.config.mmdit.patch_size**2
 
         def begin(seed: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -106,7 +106,7 @@ class SupervisedStage(LoaderStage):
         self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part in STEP_PARTS}
         step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale)
         layout = (shardings_of(self.state), replicated(mesh))
-        self._step = tuned_jit(step, trains=True, donate_argnums=0, out_shardings=layout)
+        self._step = tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
 
     def step(self) -> StepReport:
         """Takes one optimiser step."""

@@ -16,26 +16,26 @@ from deepgen_jax.parallel.tuned_jit import compiler_options, tuned_jit
     ("kind", "topology"),
     [("TPU v6 lite", "v6e:8x8"), ("TPU v6e", "v6e:8x8"), ("TPU v5 lite", "v5e:4x4"), ("TPU v5e", "v5e:16x16")],
 )
-@pytest.mark.parametrize("trains", [False, True])
-def test_a_run_compiles_with_what_was_estimated(kind, topology, trains):
-    assert compiler_options(kind, trains) == parse_topology(topology).options(trains)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_compiles_with_what_was_estimated(kind, topology, ahead):
+    assert compiler_options(kind, ahead) == parse_topology(topology).options(ahead)
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
 def test_gpus_get_what_does_not_stand_for_the_missing_device(kind):
-    sampling, training = (compiler_options(kind, trains) for trains in (False, True))
-    assert sampling
-    assert sampling.items() < training.items() < parse_topology("h100:8").options(trains=True).items()
+    usual, ahead = (compiler_options(kind, gathers_ahead) for gathers_ahead in (False, True))
+    assert usual
+    assert usual.items() < ahead.items() < parse_topology("h100:8").options(gathers_ahead=True).items()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v5p", "NVIDIA A100-SXM4-80GB"])
 def test_other_devices_keep_the_defaults(kind):
-    assert compiler_options(kind, trains=True) is None
+    assert compiler_options(kind, gathers_ahead=True) is None
 
 
 def test_options_of_the_device_reach_the_compiler(monkeypatch):
     options = "deepgen_jax.parallel.tuned_jit.compiler_options"
-    monkeypatch.setattr(options, lambda kind, trains: {"xla_no_such_option": kind})
+    monkeypatch.setattr(options, lambda kind, gathers_ahead: {"xla_no_such_option": kind})
 
     @partial(tuned_jit, static_argnames="power")
     def raised(x: jax.Array, power: int) -> jax.Array:
