@@ -33,8 +33,8 @@ class tuned_jit:
 
     ``deepgen compile`` lowers these programs where there is no such device, and hands the compiler the same options.
     With ``gathers_ahead``, collectives are begun as early as their operands and a model of their latency allow. By the
-    estimates of ``deepgen compile`` steps of supervised training gain by it; sampling and updates of reinforcement
-    learning, whose collectives are better hidden without, lose.
+    estimates of ``deepgen compile`` steps of stage 2 gain by it, 2% to 10%; those of stage 1 lose 2%, and sampling and
+    updates of reinforcement learning, whose collectives are better hidden without, 2% to 8%.
     """
 
     def __init__(self, function: Callable[..., Any], *, gathers_ahead: bool = False, **settings: Any) -> None:
