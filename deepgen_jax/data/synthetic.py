@@ -50,6 +50,12 @@ _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
 #: By what alone an instruction may name the thing that it changes, and edits that have one such thing.
 NAMES = ("shape", "colour")
 _NAMING_SKILLS = ("recolour", "move", "remove")
+#: Things in the first source, for skills that do not have 1 to 3 of them.
+_THINGS: Mapping[str, range] = {
+    **dict.fromkeys(PICTURE_SKILLS, range(0)),
+    "multi_step": range(2, edits.MOST_THINGS + 1),
+    "replace_word": range(1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -59,21 +65,27 @@ class Only:
     Attributes:
       background: of the target, one of `BACKGROUNDS`; "" for any.
       named: "shape" for instructions like "remove the square", "colour" for "remove the red shape"; "" for any.
+      things: how many stand in the picture that is edited; 0 for any number.
 
     Raises:
-      DeepGenError: there is no such background or name.
+      DeepGenError: there is no such background, name or number of things.
     """
 
     background: str = ""
     named: str = ""
+    things: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (("background", self.background, BACKGROUNDS), ("named", self.named, NAMES)):
             if value and value not in known:
                 raise DeepGenError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        if not 0 <= self.things <= edits.MOST_THINGS:
+            raise DeepGenError(f"things is {self.things}; use 1 to {edits.MOST_THINGS}, or 0 for any number")
 
     def __contains__(self, sample: Sample) -> bool:
         if self.background and sample.scene.background != self.background:
+            return False
+        if self.things and len(sample.references[0].things) != self.things:
             return False
         if not self.named:
             return True
@@ -83,11 +95,15 @@ class Only:
         return f"{gone.colour} shape" in sample.text
 
     def check(self, skills: tuple[str, ...]) -> None:
-        """Raises `DeepGenError` unless samples of all these skills can be named so."""
+        """Raises `DeepGenError` unless all these skills have samples that are so."""
         if self.named and (others := [skill for skill in skills if skill not in _NAMING_SKILLS]):
             raise DeepGenError(
                 f"named is {self.named!r}, which says nothing of {others[0]}; use it with {', '.join(_NAMING_SKILLS)}"
             )
+        numbers = {skill: _THINGS.get(skill, range(1, edits.MOST_THINGS + 1)) for skill in skills}
+        if self.things and (others := [skill for skill in skills if self.things not in numbers[skill]]):
+            known = f"use {numbers[others[0]][0]} to {numbers[others[0]][-1]}" if numbers[others[0]] else "leave it out"
+            raise DeepGenError(f"things is {self.things}, but no {others[0]} begins with so many; {known}")
 
 
 def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = Only()) -> Sample:

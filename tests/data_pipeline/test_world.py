@@ -208,6 +208,15 @@ def test_what_is_hard_can_be_had_alone(skill, background):
             assert source.read(row).text == sample.text
 
 
+@pytest.mark.parametrize(("skill", "things"), [("recolour", 3), ("multi_step", 2), ("replace_word", 1), ("add", 1)])
+def test_pictures_of_some_number_of_things_can_be_had_alone(skill, things):
+    source = open_source(world("edit", path=f"skills={skill},things={things}"))
+    for row in range(8):
+        sample = make_sample("train", skill, seed=0, index=row, only=Only(things=things))
+        assert len(sample.references[0].things) == things
+        assert source.read(row).text == sample.text
+
+
 def test_what_is_not_asked_for_alone_stays_the_same():
     assert make_sample("train", "edit", seed=0, index=3, only=Only()) == make_sample("train", "edit", seed=0, index=3)
 
@@ -219,6 +228,8 @@ def test_what_is_not_asked_for_alone_stays_the_same():
         ({"path": "background="}, "'background='"),
         ({"path": "named=size"}, "named is 'size'; use one of shape, colour"),
         ({"path": "named=shape"}, "says nothing of single; use it with recolour, move, remove"),
+        ({"path": "things=4"}, "things is 4; use 1 to 3"),
+        ({"path": "things=2"}, "no single begins with so many; leave it out"),
         ({"path": "size=60"}, "size is 60"),
         ({"path": "pixels=64"}, "'pixels=64'"),
         ({"path": "samples=0"}, "samples 0"),

@@ -3,9 +3,9 @@
 The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
 pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
 of those skills in turn, and none gives all of the task, mixed. ``background=grey`` gives samples of that background
-alone, ``named=shape`` (or colour) edits that name what they change by that alone. ``split`` is "train" or "held_out".
-With ``questions=1``, and task "edit", the text of a sample is a question about its reference and the answer, for the
-language model to learn to see.
+alone, ``named=shape`` (or colour) edits that name what they change by that alone, ``things=3`` edits of pictures with
+so many things. ``split`` is "train" or "held_out". With ``questions=1``, and task "edit", the text of a sample is a
+question about its reference and the answer, for the language model to learn to see.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], synth
     values: dict[str, int] = dict(_DEFAULTS)
     skills: tuple[str, ...] = ()
     wanted: dict[str, str] = {}
+    things = 0
     for part in config.path.split(","):
         name, equals, text = part.strip().partition("=")
         if name == "skills":
@@ -84,10 +85,14 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], synth
         if name in ("background", "named") and text.strip():
             wanted[name] = text.strip()
             continue
+        if name == "things" and text.strip().isdecimal():
+            things = int(text)
+            continue
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
                 f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
-                "it, skills=single+two for some skills alone, background=grey or named=shape for such samples alone"
+                "it, skills=single+two for some skills alone, background=grey, named=shape or things=3 for such "
+                "samples alone"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -106,7 +111,7 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], synth
             f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
         )
     try:
-        only = synthetic.Only(**wanted)
+        only = synthetic.Only(**wanted, things=things)
         only.check(skills or known)
     except DeepGenError as error:
         raise DeepGenError(f"source {config.name}: {error}") from None

@@ -12,6 +12,9 @@ from deepgen_jax.data.world.scene import Scene, Thing, different_looks, fits, sc
 from deepgen_jax.data.world.truth import Truth, Wanted
 from deepgen_jax.data.world.vocabulary import COLOURS, PLACES, WORDS
 
+#: Things in a picture that is edited.
+MOST_THINGS = 3
+
 
 @dataclass(frozen=True)
 class _Change:
@@ -193,8 +196,8 @@ def _start(rng: random.Random, word: str | None = None, least: int = 1) -> Scene
         sign = any_sign(rng, word)
         looks = different_looks(rng, rng.randint(0, 1))
         return Scene(background(rng), scattered(rng, looks, ["small"] * len(looks), sign), sign)
-    looks = different_looks(rng, rng.randint(least, 3))
-    sizes = [some_size(rng) if len(looks) < 3 else "small" for _ in looks]
+    looks = different_looks(rng, rng.randint(least, MOST_THINGS))
+    sizes = [some_size(rng) if len(looks) < MOST_THINGS else "small" for _ in looks]
     return Scene(background(rng), scattered(rng, looks, sizes))
 
 
