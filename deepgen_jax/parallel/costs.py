@@ -142,7 +142,8 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         body = module.computations[instruction.called()[0]]
         if piece := piece_of(module, instruction):
             return _beside_a_piece(body, operands, instruction, piece[0])
-        return sum(_fusion_reads(body, operands)) + _fusion_writes(body, instruction)
+        reads = _fusion_reads(module, body, [_hbm(arrays) for arrays in operands])
+        return sum(reads) + _fusion_writes(module, body, instruction.results)
     return written + sum(_hbm(arrays) for arrays in operands)
 
 
@@ -172,7 +173,8 @@ def _beside_a_piece(
     )
 
 
-def _fusion_reads(body: Computation, operands: list[tuple[Array, ...]]) -> Iterator[int]:
+def _fusion_reads(module: Module, body: Computation, whole: list[int]) -> Iterator[int]:
+    """Bytes read of each operand, which has so many in HBM as a whole; less where the fusion reads a part alone."""
     users: dict[str, list[Instruction]] = {}
     for inner in body.instructions:
         for name in inner.operands:
@@ -180,11 +182,22 @@ def _fusion_reads(body: Computation, operands: list[tuple[Array, ...]]) -> Itera
     for inner in body.instructions:
         if inner.opcode != "parameter":
             continue
-        whole = _hbm(operands[inner.number]) if inner.number < len(operands) else 0
+        most = whole[inner.number] if inner.number < len(whole) else 0
         uses = _through_bitcasts(inner, users)
-        if whole and uses and all(_reads_a_part(use, name) for use, name in uses):
-            whole = min(whole, sum(_part_read(body, use) for use, _ in uses))
-        yield whole
+        yield min(most, sum(_read_by(module, use, name, most) for use, name in uses)) if most and uses else most
+
+
+def _read_by(module: Module, use: Instruction, name: str, whole: int) -> int:
+    """Bytes that an instruction of a fusion reads of one of its operands, all of which are ``whole``."""
+    if use.opcode in ("dynamic-slice", "gather", "slice") and use.operands[0] == name:
+        return use.bytes
+    if use.opcode == "dynamic-update-slice" and use.operands[0] == name:
+        return 0  # the rest of the array stays where it is
+    if use.opcode == "fusion":
+        # TPU programs put what a product reads into a fusion of its own within that of the product.
+        given = [whole if operand == name else 0 for operand in use.operands]
+        return sum(_fusion_reads(module, module.computations[use.called()[0]], given))
+    return whole
 
 
 def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
@@ -198,26 +211,13 @@ def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -
     return found
 
 
-def _reads_a_part(use: Instruction, name: str) -> bool:
-    if use.opcode in ("dynamic-slice", "gather", "slice"):
-        return use.operands[0] == name
-    # The rest of the array stays where it is.
-    return use.opcode == "dynamic-update-slice" and use.operands[0] == name
-
-
-def _part_read(body: Computation, use: Instruction) -> int:
-    if use.opcode == "dynamic-update-slice":
-        return 0
-    return use.bytes
-
-
-def _fusion_writes(body: Computation, fusion: Instruction) -> int:
+def _fusion_writes(module: Module, body: Computation, results: tuple[Array, ...]) -> int:
     root = body.root
     parts = [body.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    if len(parts) != len(fusion.results):
-        return _hbm(fusion.results)
+    if len(parts) != len(results):
+        return _hbm(results)
     total = 0
-    for part, result in zip(parts, fusion.results, strict=True):
+    for part, result in zip(parts, results, strict=True):
         source = part
         while source.opcode in ("bitcast", "copy") and source.operands and source.operands[0] in body.by_name:
             source = body.by_name[source.operands[0]]
@@ -225,6 +225,8 @@ def _fusion_writes(body: Computation, fusion: Instruction) -> int:
             continue
         if source.opcode == "dynamic-update-slice":
             total += body.by_name[source.operands[1]].bytes
+        elif source.opcode == "fusion" and len(source.results) == 1:
+            total += _fusion_writes(module, module.computations[source.called()[0]], (result,))
         else:
             total += result.bytes
     return total

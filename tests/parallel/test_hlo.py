@@ -367,3 +367,56 @@ def test_all_to_all_has_a_piece_for_every_other_device():
     assert network.seconds("all-to-all", 800, np.arange(8)[None]) == (700 / chip.link_bandwidth, "nvlink", 8)
     # 56 of the 64 pieces are for other hosts, and each device sends its own.
     assert network.seconds("all-to-all", 6400, None) == (5600 / chip.network_bandwidth, "infiniband", 64)
+
+
+def test_a_fusion_within_a_fusion_reads_and_writes_parts_alone():
+    """TPU programs slice a layer's activations out of those of all layers where a product reads them."""
+    text = """HloModule nested
+
+%slice (all: f32[13,8,16], layer: s32[]) -> f32[8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,16] dynamic-slice(%all, %layer, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16] bitcast(%one)
+}
+
+%keep (all: f32[13,8,16], layer: s32[], new: f32[8,16]) -> f32[13,8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %new = f32[8,16] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,8,16] bitcast(%new)
+  ROOT %put = f32[13,8,16] dynamic-update-slice(%all, %row, %layer, %zero, %zero)
+}
+
+%product (all: f32[13,8,16], layer: s32[], weights: f32[16,32]) -> f32[8,32] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %weights = f32[16,32] parameter(2)
+  %x = f32[8,16] fusion(%all, %layer), kind=kLoop, calls=%slice
+  ROOT %y = f32[8,32] dot(%x, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%store (all: f32[13,8,16], layer: s32[], new: f32[8,16]) -> f32[13,8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %new = f32[8,16] parameter(2)
+  ROOT %kept = f32[13,8,16] fusion(%all, %layer, %new), kind=kLoop, calls=%keep
+}
+
+ENTRY %main (all: f32[13,8,16], layer: s32[], weights: f32[16,32], new: f32[8,16]) -> f32[8,32] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %weights = f32[16,32] parameter(2)
+  %new = f32[8,16] parameter(3)
+  %stored = f32[13,8,16] fusion(%all, %layer, %new), kind=kLoop, calls=%store
+  ROOT %read = f32[8,32] fusion(%stored, %layer, %weights), kind=kOutput, calls=%product
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    row, index = 4 * 8 * 16, 4
+    assert costs.memory_bytes(module, main, main.by_name["read"]) == row + index + 4 * 16 * 32 + 4 * 8 * 32
+    # The new row is read and written; the others stay where they are.
+    assert costs.memory_bytes(module, main, main.by_name["stored"]) == 2 * row + index
