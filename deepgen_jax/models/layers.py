@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 LORA = "lora"
-# Name of what even "full" rematerialisation keeps.
-KEPT = "kept"
+# Names of what even "full" rematerialisation keeps, and of the results of flash attention on TPUs.
+KEPT, FLASH_RESULTS = "kept", "flash_results"
 
 
 def kept(x: jax.Array) -> jax.Array:

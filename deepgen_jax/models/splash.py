@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from deepgen_jax.models.layers import FLASH_RESULTS
+
 #: Lanes of a TPU's registers, of which blocks are multiples.
 _LANES = 128
 #: Largest block: scores of one are 4 MiB of on-chip memory.
@@ -56,7 +58,12 @@ def splash_attention(
     )  # fmt: skip
     mask = (CausalMask if causal else FullMask)((q_length, k_length))
     with jax.ensure_compile_time_eval():
-        kernel = make_splash_mha_single_device(MultiHeadMask([mask] * heads), block_sizes=blocks, interpret=interpret)
+        kernel = make_splash_mha_single_device(
+            MultiHeadMask([mask] * heads),
+            block_sizes=blocks,
+            residual_checkpoint_name=FLASH_RESULTS,
+            interpret=interpret,
+        )
 
     # Segment 0 is what nothing attends: padding and hidden keys. Padded queries are cut off in the end.
     own = jnp.ones((batch, queries), jnp.int32) if segment_ids is None else segment_ids + 1

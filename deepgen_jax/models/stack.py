@@ -8,9 +8,9 @@ from typing import Any, Literal
 import jax
 from flax import linen as nn
 
-from deepgen_jax.models.layers import KEPT, LORA
+from deepgen_jax.models.layers import FLASH_RESULTS, KEPT, LORA
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots", "flash", "full"]
 # Fused attention on GPUs, whose results are found by the operation, as they include statistics that have no name.
 FLASH = "dot_product_attention_fwd_wrapper"
 
@@ -18,15 +18,19 @@ FLASH = "dot_product_attention_fwd_wrapper"
 def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
     """``layer`` with activations recomputed in the backward pass.
 
-    "none" keeps everything, "full" keeps only each layer's input, results of flash attention and what is
-    :func:`deepgen_jax.models.layers.kept`, "dots" also keeps the results of products with weights (no batch
-    dimensions), which are the dearest to recompute.
+    "none" keeps everything, "full" keeps only each layer's input, what is :func:`deepgen_jax.models.layers.kept`, and
+    on GPUs results of flash attention. "flash" keeps these on TPUs, too, where they take twice the memory, as heads of
+    64 channels are padded to 128. "dots" also keeps the results of products with weights (no batch dimensions), which
+    are the dearest to recompute.
     """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.save_only_these_names(KEPT)
-    return nn.remat(layer, prevent_cse=False, policy=policies.save_from_both_policies(policy, _is_flash_attention))
+    names = (KEPT,) if remat == "full" else (KEPT, FLASH_RESULTS)
+    policy = policies.save_from_both_policies(policies.save_only_these_names(*names), _is_flash_attention)
+    if remat == "dots":
+        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
+    return nn.remat(layer, prevent_cse=False, policy=policy)
 
 
 def _is_flash_attention(operation: Any, *_: Any, **__: Any) -> bool:

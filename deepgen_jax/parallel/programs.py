@@ -98,7 +98,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     used = {part: tree for part, tree in frozen.items() if part in STEP_PARTS}
     model = step_model(config, subject.model, mesh)
     lora = lora_of(config)
-    step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
+    step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, mesh)
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )

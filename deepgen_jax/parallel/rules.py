@@ -7,9 +7,10 @@ other large dimension over "fsdp". Leading axes of stacked layers are never spli
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Spec = tuple[str | None, ...]
@@ -80,11 +81,29 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
     """A tree of ``NamedSharding`` for a tree of arrays or ``ShapeDtypeStruct``s."""
+    return _mapped(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, prefix)
+
+
+def layers_gathered(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
+    """Weights, whole along "fsdp" wherever they go next; for programs under `jax.jit`.
+
+    Tables of embeddings, of which rows are looked up, stay split.
+    """
+
+    def gathered(path: str, leaf: Any) -> Any:
+        spec = partition_spec(path, leaf.shape, mesh)
+        if path.endswith("/embedding") or "fsdp" not in spec:
+            return leaf
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+    return _mapped(gathered, tree, prefix)
+
+
+def _mapped(function: Callable[[str, Any], Any], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of what a function makes of each path and leaf."""
     out: dict[str, Any] = {}
     for name, child in tree.items():
         path = f"{prefix}/{name}" if prefix else name
-        if isinstance(child, Mapping):
-            out[name] = shardings(child, mesh, path)
-        else:
-            out[name] = NamedSharding(mesh, partition_spec(path, child.shape, mesh))
+        out[name] = _mapped(function, child, path) if isinstance(child, Mapping) else function(path, child)
     return out

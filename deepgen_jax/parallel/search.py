@@ -12,8 +12,8 @@ from deepgen_jax.parallel.compile import Request
 from deepgen_jax.parallel.report import Report
 from deepgen_jax.parallel.topology import GIB, GPUS_A_HOST, Topology
 
-#: What the backward pass computes again, dearest in time first.
-REMAT: tuple[Remat, ...] = ("full", "dots", "none")
+#: What the backward pass computes again, most first. On GPUs "flash" is the same as "full".
+REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
 
 
 def meshes(topology: Topology) -> Iterator[str]:
@@ -49,6 +49,8 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
     chosen = [request.mesh] if request.mesh else list(meshes(request.topology))
     for mesh in chosen:
         for remat in REMAT:
+            if remat == "flash" and request.topology.gpu:
+                continue
             config = dataclasses.replace(request.config, remat=remat)
             command = _command(request.command, mesh, remat)
             try:

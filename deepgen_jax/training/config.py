@@ -119,7 +119,8 @@ class RunConfig:
       mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" for `usual_mesh`, weights split over
         the GPUs of a host or 16 chips, batches over all.
       dtype: of the computation; trained parameters are float32 masters all the same.
-      remat: what the backward pass computes again: "none", "dots" (all but products of matrices) or "full".
+      remat: what the backward pass computes again: "none", "dots" (all but products of matrices), "flash" (all but
+        flash attention) or "full" (all, but on GPUs not flash attention either).
       ema_decay: of a moving average of the trained parameters; None for none.
       max_bad_steps: the run stops after so many steps in a row without a finite loss and gradient.
     """
@@ -132,7 +133,7 @@ class RunConfig:
     seed: int = 0
     mesh: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "flash", "full"] = "full"
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None
@@ -167,6 +168,9 @@ class SupervisedConfig(RunConfig):
         shares of the tasks, and one program.
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
         products, with more memory for activations.
+      gather_frozen: layers of the language model, which are frozen but for adapters, are gathered once a step and not
+        each time they are used: takes as much memory as they are large (5.8 GiB), and pays where gathering them takes
+        longer than computing with them.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
       noise_shift: of the noise levels, in place of the scheduler's: a larger one trains more on pictures that are all
         but noise, where nothing but the text tells what is in them.
@@ -175,6 +179,7 @@ class SupervisedConfig(RunConfig):
     data: DataConfig
     accumulation: int = 3
     merge: int = 1
+    gather_frozen: bool = False
     weighting: Literal["auto", "none", "logit_normal"] = "auto"
     noise_shift: float | None = None
 

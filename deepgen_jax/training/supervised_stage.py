@@ -16,6 +16,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.rules import layers_gathered
 from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.feed import Feed, open_loader
@@ -56,6 +57,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     scheduler: SchedulerConfig,
     lora_scale: float,
+    mesh: Mesh,
 ) -> Step:
     """A step as the stage jits it: (state, frozen, micro-batches, keys) -> (state, metrics)."""
     schedule = training_schedule(config, scheduler)
@@ -64,6 +66,8 @@ def make_step(
     trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 
     def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+        if config.gather_frozen:
+            frozen = {**frozen, "text": layers_gathered(frozen["text"], mesh, "text")}
         new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
         sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
         return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
@@ -104,7 +108,7 @@ class SupervisedStage(LoaderStage):
         )
         # The feed's VAE and vision tower take no part in the step.
         self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part in STEP_PARTS}
-        step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale)
+        step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale, mesh)
         layout = (shardings_of(self.state), replicated(mesh))
         self._step = tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
 

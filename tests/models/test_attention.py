@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.extend.core import Primitive
 
 from deepgen_jax.models.attention import attention, choose_implementation
 from deepgen_jax.models.splash import block_and_length, splash_attention
-from deepgen_jax.models.stack import FLASH
+from deepgen_jax.models.stack import FLASH, Remat, rematerialised
 
 BATCH, QUERIES, KEYS, HEADS, GROUPS, DIM = 2, 7, 9, 6, 2, 8
 
@@ -179,3 +180,18 @@ def test_results_of_flash_attention_are_kept_by_the_name_that_they_have():
     """A renamed operation would be computed again in the backward pass, and nothing else would tell."""
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     assert FLASH in {thing.name for thing in vars(fused).values() if isinstance(thing, Primitive)}
+
+
+class _Splash(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return splash_attention(x, x, jnp.sin(x), key_mask=jnp.ones(x.shape[:2], bool))
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("full", 2), ("flash", 1), ("dots", 1)])
+def test_splash_attention_is_computed_again_where_its_results_are_not_kept(remat: Remat, kernels: int):
+    layer = rematerialised(_Splash, remat)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(layer().apply({}, x)))))
+    traced = gradient.trace(jnp.ones((1, 128, 2, 128), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count('kernel_name = "splash_mha_fwd') == kernels
