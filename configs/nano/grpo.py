@@ -18,7 +18,7 @@ def get_config() -> GRPOConfig:
     """
     return GRPOConfig(
         model=MODEL,
-        start="out/nano/sft_changes",
+        start="out/nano/sft_scenes",
         out="out/nano/grpo",
         steps=100,
         trains=("mmdit",),

@@ -25,7 +25,7 @@ from deepgen_jax.errors import DeepGenError
 __all__ = ["NAMES", "SPLITS", "TASK_SKILLS", "VERSION", "Only", "Sample", "make_sample", "render"]
 
 #: Changes when samples do.
-VERSION = 5
+VERSION = 6
 #: What trains, and what tests.
 SPLITS = ("train", "held_out")
 #: Skills of a task; sample i is of the skill that its random stream draws, all alike.

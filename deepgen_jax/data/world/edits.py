@@ -128,7 +128,7 @@ def _recolour(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change
         return None
     thing, colour = rng.choice(options)
     changed = replace(thing, colour=colour)
-    text = captions.recolour(rng, _called(rng, thing, scene), colour, thing.shape)
+    text = captions.recolour(rng, _called(rng, thing, scene), thing.look, colour)
     return _Change(text, (changed,), thing, (Wanted.where_it_is(changed),), ("recolour", *thing.look, colour))
 
 
