@@ -56,6 +56,13 @@ def test_first_losses_on_a_mesh(stage, mesh, folder, alone):
     assert_same_start(out, alone(stage))
 
 
+@pytest.mark.slow
+def test_first_losses_with_frozen_layers_gathered_once(folder, alone):
+    out = folder / "gathered"
+    runs.finish(runs.start(folder, STAGE_2, "mesh=fsdp=8", "gather_frozen=true", f"out={out}", devices=8))
+    assert_same_start(out, alone(STAGE_2))
+
+
 def start_processes(folder, count, *words, local_devices=1):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
