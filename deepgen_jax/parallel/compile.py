@@ -139,8 +139,11 @@ class Job:
         advice = ["what would take less (--search compiles and ranks such choices):"]
         if program.trains and config.remat != "full":
             advice.append("remat=full, which computes activations again in the backward pass")
-        if program.name == "step" and isinstance(config, SupervisedConfig) and config.merge > 1:
-            advice.append("merge=1, which takes the micro-batches of a task one after another")
+        if program.name == "step" and isinstance(config, SupervisedConfig):
+            if config.gather_frozen:
+                advice.append("gather_frozen=false, which gathers a layer of the language model at a time")
+            if config.merge > 1:
+                advice.append("merge=1, which takes the micro-batches of a task one after another")
         each = program.micro_batch // pieces
         if each > 1:
             smaller = program.micro_batch // 2

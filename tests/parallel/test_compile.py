@@ -226,13 +226,15 @@ def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
 
 
 def test_what_does_not_fit_is_told_with_a_mend(model):
-    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={model}", *SIZES[:2], "remat=dots"])
+    words = [f"model={model}", *SIZES[:2], "remat=dots", "gather_frozen=true"]
+    config = overrides.apply(overrides.load_config("tiny_sft"), words)
     request = compiling.Request(config, parse_topology("h100:1"))
     report = compiling.Job(request, jax.devices()).report(None, 100 * GIB)
     assert not report.fits
     assert "DOES NOT FIT" in report.table()
     assert report.advice[1].startswith("remat=full")
-    assert report.advice[2].startswith("accumulation=2 data.micro_batch=4, the same batch: 4 instead of 8")
+    assert report.advice[2].startswith("gather_frozen=false")
+    assert report.advice[3].startswith("accumulation=2 data.micro_batch=4, the same batch: 4 instead of 8")
 
 
 @pytest.mark.parametrize(
