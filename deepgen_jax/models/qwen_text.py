@@ -15,7 +15,7 @@ from deepgen_jax.config import TextConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
 from deepgen_jax.models.rope import mrope_angles, rotate
-from deepgen_jax.models.stack import Remat, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, rematerialised, scanned, scanned_groups
 
 
 def selected_layers(num_layers: int, stride: int) -> tuple[int, ...]:
@@ -32,7 +32,8 @@ class DecoderLayer(nn.Module):
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hidden state [B, L, hidden] after this layer, as what goes on and as what may be read."""
         cfg = self.config
 
         def linear(name: str, features: int, bias: bool = False) -> Linear:
@@ -54,25 +55,7 @@ class DecoderLayer(nn.Module):
         h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x))
         gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(*h))
         gated = gate * linear("up_proj", cfg.intermediate_size)(*h)
-        return x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)), None
-
-
-class _LayerGroup(nn.Module):
-    """``stride`` decoder layers; hands out the hidden state after the last of them."""
-
-    config: TextConfig
-    dtype: DTypeLike
-    attention: Attention
-    lora_dropout: float
-    remat: Remat
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        layers = scanned(rematerialised(DecoderLayer, self.remat), self.stride, 2)
-        layer = layers(self.config, self.dtype, self.attention, self.lora_dropout)
-        nn.share_scope(self, layer)
-        x, _ = layer(x, angles, mask)
+        x = x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated))
         return x, x
 
 
@@ -93,9 +76,11 @@ class QwenText(nn.Module):
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, self.dtype)
         options = (cfg, self.dtype, self.attention, self.lora_dropout)
         first = selected_layers(cfg.num_layers, self.stride)[-1]
-        self.first_layers = scanned(rematerialised(DecoderLayer, self.remat), first, 2)(*options)
+        layer = rematerialised(DecoderLayer, self.remat)
+        self.first_layers = scanned(layer, first, 2)(*options)
         groups = (cfg.num_layers - 1 - first) // self.stride
-        self.layer_groups = scanned(_LayerGroup, groups, 2)(*options, self.remat, self.stride) if groups else None
+        grouped = scanned_groups(layer, groups, self.stride, 2, init=self.is_initializing())
+        self.layer_groups = grouped(*options) if groups else None
 
     def embed(self, input_ids: jax.Array) -> jax.Array:
         """Token ids [B, L] int32 -> [B, L, hidden]."""
@@ -118,5 +103,5 @@ class QwenText(nn.Module):
         selected = x[None]
         if self.layer_groups is not None:
             _, deeper = self.layer_groups(x, angles, mask)
-            selected = jnp.concatenate([selected, deeper])
+            selected = jnp.concatenate([selected, deeper[self.stride - 1 :: self.stride]])
         return selected[::-1]

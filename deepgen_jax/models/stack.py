@@ -50,3 +50,22 @@ def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]
         in_axes=(nn.broadcast,) * broadcast_inputs,
         length=length,
     )
+
+
+def scanned_groups(body: Any, groups: int, size: int, broadcast_inputs: int, *, init: bool) -> Callable[..., Any]:
+    """The same for ``groups * size`` layers, with parameters stacked on two new first axes, [groups, size].
+
+    One loop runs through all layers, as one within another would copy the parameters of a group before it starts.
+
+    Args:
+      init: parameters are being made.
+    """
+
+    def merged(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(groups * size, *x.shape[2:]), tree)
+
+    def split(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(groups, size, *x.shape[1:]), tree)
+
+    layers = scanned(body, groups * size, broadcast_inputs)
+    return nn.map_variables(layers, ("params", LORA), merged, split, init=init, mutable=init)
