@@ -23,6 +23,18 @@ def token_rows(x: jax.Array, attention: Attention) -> jax.Array:
     return laid_out_in_rows(x, attention)
 
 
+def head_rows(x: jax.Array, attention: Attention) -> jax.Array:
+    """``x`` [B, N, H, D] unchanged, but where attention is splash, as that reads it: each head's tokens one by one.
+
+    Norms of queries and keys are sums over a head's channels, for which XLA on TPUs would write float32 arrays in
+    layouts of its own, before and after.
+    """
+    implementation = attention.implementation if isinstance(attention, Kernel) else attention
+    if implementation != "splash":
+        return x
+    return laid_out_in_rows(x.transpose(0, 2, 1, 3), attention).transpose(0, 2, 1, 3)
+
+
 def laid_out_in_rows(x: jax.Array, attention: Attention) -> jax.Array:
     """The same on any platform."""
     if not isinstance(attention, Kernel):

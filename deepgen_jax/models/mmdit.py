@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
-from deepgen_jax.models.layout import token_rows
+from deepgen_jax.models.layout import head_rows, token_rows
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
@@ -74,10 +74,11 @@ def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array
     return normed * (1 + scale) + shift
 
 
-def _project(x: jax.Array, config: MMDiTConfig, dtype: DTypeLike, name: str, norm: str | None = None) -> jax.Array:
-    """Linear layer ``name`` of the calling module, split into heads [B, N, H, D], each RMS-normalised if ``norm``."""
+def _project(module: JointAttention | ImageAttention, x: jax.Array, name: str, norm: str | None = None) -> jax.Array:
+    """Linear layer ``name`` of ``module``, split into heads [B, N, H, D], each RMS-normalised if ``norm``."""
+    config, dtype = module.config, module.dtype
     y = Linear(config.hidden_size, dtype=dtype, name=name)(x)
-    y = rearrange(y, "b n (h d) -> b n h d", h=config.num_heads)
+    y = head_rows(rearrange(y, "b n (h d) -> b n h d", h=config.num_heads), module.attention)
     return y if norm is None else RMSNorm(_EPS, dtype, name=norm)(y)
 
 
@@ -101,13 +102,13 @@ class JointAttention(nn.Module):
         cfg, dtype = self.config, self.dtype
         # Cast once, so that the three gradients are added as they are multiplied.
         image, context = image.astype(dtype), context.astype(dtype)
-        query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
-        key = _project(image, cfg, dtype, "to_k", "norm_k")
-        value = _project(image, cfg, dtype, "to_v")
+        query = _project(self, image[:, :num_queries], "to_q", "norm_q")
+        key = _project(self, image, "to_k", "norm_k")
+        value = _project(self, image, "to_v")
         if not self.context_pre_only:
-            query = jnp.concatenate([query, _project(context, cfg, dtype, "add_q", "norm_added_q")], axis=1)
-        key = jnp.concatenate([key, _project(context, cfg, dtype, "add_k", "norm_added_k")], axis=1)
-        value = jnp.concatenate([value, _project(context, cfg, dtype, "add_v")], axis=1)
+            query = jnp.concatenate([query, _project(self, context, "add_q", "norm_added_q")], axis=1)
+        key = jnp.concatenate([key, _project(self, context, "add_k", "norm_added_k")], axis=1)
+        value = jnp.concatenate([value, _project(self, context, "add_v")], axis=1)
 
         out = attention(query, key, value, **visible, implementation=self.attention)
         out = rearrange(out, "b n h d -> b n (h d)")
@@ -129,9 +130,9 @@ class ImageAttention(nn.Module):
         """Image [B, N, D] -> [B, num_queries, D]."""
         cfg, dtype = self.config, self.dtype
         image = image.astype(dtype)
-        query = _project(image[:, :num_queries], cfg, dtype, "to_q", "norm_q")
-        key = _project(image, cfg, dtype, "to_k", "norm_k")
-        value = _project(image, cfg, dtype, "to_v")
+        query = _project(self, image[:, :num_queries], "to_q", "norm_q")
+        key = _project(self, image, "to_k", "norm_k")
+        value = _project(self, image, "to_v")
         out = attention(query, key, value, **visible, implementation=self.attention)
         return Linear(cfg.hidden_size, dtype=dtype, name="to_out")(rearrange(out, "b n h d -> b n (h d)"))
 

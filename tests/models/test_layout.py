@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepgen_jax.models.layout import laid_out_in_rows, token_rows
+from deepgen_jax.models.layout import head_rows, laid_out_in_rows, token_rows
 
 TOKENS = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
 
@@ -32,6 +32,18 @@ def test_values_and_gradients_stay():
 def test_only_gpus_are_told_and_the_gradient_is_pinned_too(implementation, pinned):
     found = lowered(jax.grad(lambda x: jnp.sum(jnp.sin(token_rows(x, implementation)))))
     assert found.count("@LayoutConstraint") == pinned
+
+
+@pytest.mark.parametrize(("implementation", "pinned"), [("splash", 2), ("cudnn", 0), ("xla", 0), ("loop", 0)])
+def test_only_tpus_are_told_how_heads_lie(implementation, pinned):
+    def loss(x, told):
+        heads = x.reshape(4, 6, 2, 4)
+        return jnp.sum(jnp.sin(head_rows(heads, implementation) if told else heads) ** 2)
+
+    assert lowered(jax.grad(lambda x: loss(x, True))).count("@LayoutConstraint") == pinned
+    told, untold = (jax.value_and_grad(loss)(TOKENS, way) for way in (True, False))
+    np.testing.assert_array_equal(told[0], untold[0])
+    np.testing.assert_array_equal(told[1], untold[1])
 
 
 MESHES = """
