@@ -13,6 +13,8 @@ from deepgen_jax.models.layers import FLASH_RESULTS
 _LANES = 128
 #: Largest block: scores of one are 4 MiB of on-chip memory.
 _LARGEST_BLOCK = 1024
+#: Keys, values, their gradients and the sums of these are 8 MiB for so many and heads of up to 128 channels.
+_MOST_FUSED_KEYS = 2560
 
 
 def splash_attention(
@@ -51,10 +53,15 @@ def splash_attention(
     keys = key.shape[1]
     q_block, q_length = block_and_length(queries)
     k_block, k_length = block_and_length(keys)
+    # With all keys on the chip one kernel finds the gradients of keys, values and queries, and sums in float32.
+    fused = k_length <= _MOST_FUSED_KEYS
+    halved = fused and k_length > k_block and k_block % (2 * _LANES) == 0
     blocks = BlockSizes(
         block_q=q_block, block_kv=k_block, block_kv_compute=k_block,
-        block_q_dkv=q_block, block_kv_dkv=k_block, block_kv_dkv_compute=k_block,
-        block_q_dq=q_block, block_kv_dq=k_block,
+        block_q_dkv=q_block, block_kv_dkv=k_length if fused else k_block,
+        block_kv_dkv_compute=k_block // 2 if halved else k_block,
+        block_q_dq=None if fused else q_block, block_kv_dq=None if fused else k_block,
+        use_fused_bwd_kernel=fused,
     )  # fmt: skip
     mask = (CausalMask if causal else FullMask)((q_length, k_length))
     with jax.ensure_compile_time_eval():

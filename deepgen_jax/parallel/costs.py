@@ -285,7 +285,7 @@ def _fused_attention(one: Instruction, backward: bool) -> int:
 
 
 def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
-    """Two products forward; backward four for keys and values, and three for queries.
+    """Two products forward; backward four for keys and values and three for queries, or five for all of them at once.
 
     Queries and keys are the first floating arguments, [batch, heads, length, width], without the batch where it is one.
     """
@@ -294,7 +294,9 @@ def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
     if len(shapes) < 2:
         return 0
     query, key = shapes[:2]
-    return {"fwd": 4, "dkv": 8, "dq": 6}[kernel] * math.prod(query) * key[-2]
+    gradients = sum(len(array.shape) >= len(query) and array.dtype == "bf16" for array in one.results)
+    products = {"fwd": 2, "dkv": 5 if gradients == 3 else 4, "dq": 3}[kernel]
+    return 2 * products * math.prod(query) * key[-2]
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:

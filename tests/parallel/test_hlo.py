@@ -201,20 +201,31 @@ frontend_attributes={kernel_metadata={
 
 
 @pytest.mark.parametrize("batch", ["", "1,", "2,"])
-def test_attention_of_one_sample_counts_like_that_of_many(batch):
-    """The compiler drops a batch of one; masks and segment ids are no queries."""
+@pytest.mark.parametrize(
+    ("kernel", "results", "products"),
+    [
+        ("fwd", "f32[{batch}8,128], bf16[{batch}4,8,16]", 2),
+        ("dkv", "f32[{batch}24,16], bf16[{batch}2,24,16], bf16[{batch}2,24,16]", 4),
+        ("dkv", "f32[{batch}24,16], bf16[{batch}1,4,8,16], bf16[{batch}2,24,16], bf16[{batch}2,24,16]", 5),
+        ("dq", "f32[{batch}8,16], bf16[{batch}4,8,16]", 3),
+    ],
+)
+def test_attention_of_one_sample_counts_like_that_of_many(kernel, results, products, batch):
+    """The compiler drops a batch of one; masks and segment ids are no queries, sums of a kernel no gradients."""
     text = f"""HloModule attention
 
-ENTRY %main (m: s8[1,1,1], q: bf16[{batch}4,8,16], k: bf16[{batch}2,24,16]) -> bf16[{batch}4,8,16] {{
+ENTRY %main (m: s8[1,1,1], q: bf16[{batch}4,8,16], k: bf16[{batch}2,24,16]) -> ({results.format(batch=batch)}) {{
   %m = s8[1,1,1] parameter(0)
   %q = bf16[{batch}4,8,16] parameter(1)
   %k = bf16[{batch}2,24,16] parameter(2)
-  ROOT %splash_mha_dkv.1 = bf16[{batch}4,8,16] custom-call(%m, %m, %q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_{kernel}.1 = ({results.format(batch=batch)}) custom-call(%m, %m, %q, %k, %k), \
+custom_call_target="tpu_custom_call"
 }}
 """
     module = hlo.parse(text)
     main = module.computations["main"]
-    assert costs.operations(module, main, main.root) == (8 * int(batch.strip(",") or 1) * 4 * 8 * 24 * 16, 0)
+    samples = int(batch.strip(",") or 1)
+    assert costs.operations(module, main, main.root) == (2 * products * samples * 4 * 8 * 24 * 16, 0)
 
 
 def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
