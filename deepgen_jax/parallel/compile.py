@@ -141,7 +141,7 @@ class Job:
             advice.append("remat=full, which computes activations again in the backward pass")
         if program.name == "step" and isinstance(config, SupervisedConfig):
             if config.gather_frozen:
-                advice.append("gather_frozen=false, which gathers a layer of the language model at a time")
+                advice.append("gather_frozen=false, which splits the language model, too, and gathers its layers")
             if config.merge > 1:
                 advice.append("merge=1, which takes the micro-batches of a task one after another")
         each = program.micro_batch // pieces

@@ -7,6 +7,7 @@ They are those that the stages and the pipeline run, traced for the sizes that a
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -36,6 +37,7 @@ from deepgen_jax.parallel.abstract import (
 )
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
 from deepgen_jax.parallel.rl_programs import rollout_program, update_program
+from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.training.config import RunConfig, SupervisedConfig
@@ -98,7 +100,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     used = {part: tree for part, tree in frozen.items() if part in STEP_PARTS}
     model = step_model(config, subject.model, mesh)
     lora = lora_of(config)
-    step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, mesh)
+    step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )
@@ -124,6 +126,9 @@ def _trained(
 ) -> tuple[optax.GradientTransformation, TrainState, Tree]:
     """Optimiser, its state and the frozen weights, which all lie on the devices throughout a run."""
     trainable, frozen = weights_of(subject)
+    if config.gather_frozen:
+        where = gathered_shardings(frozen["text"], subject.mesh, "text")
+        frozen = {**frozen, "text": jax.tree.map(lambda x, s: x.update(sharding=s), frozen["text"], where)}
     optimizer = make_optimizer(config.optimizer, config.steps)
     return optimizer, abstract_state(optimizer, trainable, subject.mesh, ema=config.ema_decay is not None), frozen
 

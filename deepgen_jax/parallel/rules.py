@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Spec = tuple[str | None, ...]
@@ -84,18 +83,14 @@ def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str
     return _mapped(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, prefix)
 
 
-def layers_gathered(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
-    """Weights, whole along "fsdp" wherever they go next; for programs under `jax.jit`.
+def gathered_shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
+    """The same for weights that are whole along "fsdp", but for tables of embeddings, of which rows are looked up."""
 
-    Tables of embeddings, of which rows are looked up, stay split.
-    """
-
-    def gathered(path: str, leaf: Any) -> Any:
+    def gathered(path: str, leaf: Any) -> NamedSharding:
         spec = partition_spec(path, leaf.shape, mesh)
-        if path.endswith("/embedding") or "fsdp" not in spec:
-            return leaf
-        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+        if not path.endswith("/embedding"):
+            spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return NamedSharding(mesh, spec)
 
     return _mapped(gathered, tree, prefix)
 

@@ -16,7 +16,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
-from deepgen_jax.parallel.rules import layers_gathered
+from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.feed import Feed, open_loader
@@ -57,7 +57,6 @@ def make_step(
     optimizer: optax.GradientTransformation,
     scheduler: SchedulerConfig,
     lora_scale: float,
-    mesh: Mesh,
 ) -> Step:
     """A step as the stage jits it: (state, frozen, micro-batches, keys) -> (state, metrics)."""
     schedule = training_schedule(config, scheduler)
@@ -66,13 +65,17 @@ def make_step(
     trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 
     def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
-        if config.gather_frozen:
-            frozen = {**frozen, "text": layers_gathered(frozen["text"], mesh, "text")}
         new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
         sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
         return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
 
     return step
+
+
+def _gathered(text: Tree, mesh: Mesh) -> Tree:
+    """The language model with its layers whole on every device, but for a "tensor" axis."""
+    gathered: Tree = jax.jit(lambda tree: tree, out_shardings=gathered_shardings(text, mesh, "text"))(text)
+    return gathered
 
 
 class SupervisedStage(LoaderStage):
@@ -91,6 +94,9 @@ class SupervisedStage(LoaderStage):
             raise DeepGenError(f"trains: this stage does not train the {others[0]}; leave it out")
         self._config, self._mesh = config, mesh
         self._weights = load_start(config, mesh)
+        if config.gather_frozen:
+            text = _gathered(self._weights.frozen["text"], mesh)
+            self._weights = self._weights._replace(frozen={**self._weights.frozen, "text": text})
         optimizer = make_optimizer(config.optimizer, config.steps)
         self.state = start_state(optimizer, self._weights, mesh, ema=config.ema_decay is not None)
         # The state takes the weights over: what it was made from is donated.
@@ -108,7 +114,7 @@ class SupervisedStage(LoaderStage):
         )
         # The feed's VAE and vision tower take no part in the step.
         self._frozen = {part: tree for part, tree in self._weights.frozen.items() if part in STEP_PARTS}
-        step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale, mesh)
+        step = make_step(config, model, optimizer, self._weights.scheduler, self._weights.lora_scale)
         layout = (shardings_of(self.state), replicated(mesh))
         self._step = tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
 

@@ -57,7 +57,7 @@ def test_first_losses_on_a_mesh(stage, mesh, folder, alone):
 
 
 @pytest.mark.slow
-def test_first_losses_with_frozen_layers_gathered_once(folder, alone):
+def test_first_losses_with_frozen_layers_whole(folder, alone):
     out = folder / "gathered"
     runs.finish(runs.start(folder, STAGE_2, "mesh=fsdp=8", "gather_frozen=true", f"out={out}", devices=8))
     assert_same_start(out, alone(STAGE_2))
