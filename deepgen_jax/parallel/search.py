@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat
@@ -36,6 +37,9 @@ def meshes(topology: Topology) -> Iterator[str]:
 def search(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> list[Report]:
     """All reports, best first: those that fit by estimated time, then the others by what they need.
 
+    Every mesh is tried with every rematerialisation, and the best choice with the language model whole on every device,
+    too.
+
     Args:
       request: its mesh, if it has one, is the only one that is tried.
       run: compiles a request.
@@ -44,47 +48,64 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
     Raises:
       DeepGenError: no choice can be compiled at all.
     """
-    found: list[Report] = []
+    found: list[_Choice] = []
     problems: list[str] = []
-    chosen = [request.mesh] if request.mesh else list(meshes(request.topology))
-    for mesh in chosen:
+
+    def attempt(mesh: str, **settings: Any) -> Report | None:
+        words = tuple(f"{name}={str(value).lower()}" for name, value in settings.items())
+        config = dataclasses.replace(request.config, **settings)
+        command = _command(request.command, mesh, words)
+        try:
+            report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
+        except DeepGenError as error:
+            problems.append(f"{mesh}: {error}")
+            say(problems[-1])
+            return None
+        report.choice = " ".join((mesh, *words)) if report.trains else mesh
+        found.append(_Choice(report, mesh, settings))
+        time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
+        say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
+        return report
+
+    for mesh in [request.mesh] if request.mesh else list(meshes(request.topology)):
         for remat in REMAT:
             if remat == "flash" and request.topology.gpu:
                 continue
-            config = dataclasses.replace(request.config, remat=remat)
-            command = _command(request.command, mesh, remat)
-            try:
-                report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
-            except DeepGenError as error:
-                problems.append(f"{mesh}: {error}")
-                say(problems[-1])
-                break
-            report.choice = f"{mesh} remat={remat}" if report.trains else mesh
-            found.append(report)
-            time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
-            say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
-            if not report.trains:
+            report = attempt(mesh, remat=remat)
+            if report is None or not report.trains:
                 break
     if not found:
         raise DeepGenError(f"no mesh of {request.topology} takes this: {problems[0]}")
-    return sorted(found, key=_rank)
+    best = min(found, key=lambda choice: _rank(choice.report))
+    split = best.report.program == "step" and best.report.mesh["fsdp"] > 1
+    if split and best.report.fits and not getattr(request.config, "gather_frozen", True):
+        attempt(best.mesh, **best.settings, gather_frozen=True)
+    return sorted((choice.report for choice in found), key=_rank)
+
+
+class _Choice(NamedTuple):
+    """What was compiled with which settings of the run."""
+
+    report: Report
+    mesh: str
+    settings: dict[str, Any]
 
 
 def ranking(reports: list[Report]) -> str:
     """A line a choice."""
-    lines = [f"{'choice':<40}{'GiB':>8}{'fits':>6}{'seconds':>10}{'MFU':>7}"]
+    lines = [f"{'choice':<48}{'GiB':>8}{'fits':>6}{'seconds':>10}{'MFU':>7}"]
     for report in reports:
         seconds = f"{report.estimate.seconds:.3f}" if report.estimate else "-"
         mfu = f"{report.mfu:.3f}" if report.mfu else "-"
         fits = "yes" if report.fits else "no"
-        lines.append(f"{report.choice:<40}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
+        lines.append(f"{report.choice:<48}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
     return "\n".join(lines)
 
 
-def _command(command: str, mesh: str, remat: str) -> str:
+def _command(command: str, mesh: str, settings: tuple[str, ...]) -> str:
     """The command that compiles one choice alone."""
     words = [word for word in shlex.split(command) if word != "--search"]
-    words[3:3] = [f"remat={remat}"]
+    words[3:3] = settings
     return shlex.join(words if "--mesh" in words else [*words, "--mesh", mesh])
 
 

@@ -208,20 +208,24 @@ def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
         seconds, needed = {"full": (3.0, 1), "dots": (2.0, 2), "none": (1.0, 100)}[request.config.remat]
         if "tensor" in request.mesh:
             raise DeepGenError("no such mesh")
+        if request.config.gather_frozen:
+            assert request.config.remat == "dots"  # the best of the others
+            seconds += 0.5
         return Report(
-            request.command, "step", "samples", 8, 8, (), topology, {}, {}, needed * GIB, 1e12,
+            request.command, "step", "samples", 8, 8, (), topology, {"fsdp": 8}, {}, needed * GIB, 1e12,
             Estimate(seconds=seconds, arithmetic_seconds=seconds), 1.0, trains=True,
         )  # fmt: skip
 
     request = compiling.Request(config, topology, command="deepgen compile tiny_sft --topology h100:8 --search")
     reports = search.search(request, run, said.append)
     assert [report.choice for report in reports] == [
-        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "full", "none")
+        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "dots gather_frozen=true", "full", "none")
     ]
     assert reports[0].command == "deepgen compile tiny_sft remat=dots --topology h100:8 --mesh data=1,fsdp=8"
-    assert len(said) == 4
+    assert " remat=dots gather_frozen=true --topology" in reports[1].command
+    assert len(said) == 5
     assert "data=1,fsdp=2,tensor=4: no such mesh" in said
-    assert search.ranking(reports).splitlines()[3].split()[-3:] == ["no", "1.000", "0.000"]
+    assert search.ranking(reports).splitlines()[4].split()[-3:] == ["no", "1.000", "0.000"]
 
 
 def test_what_does_not_fit_is_told_with_a_mend(model):
