@@ -141,7 +141,7 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
     if opcode == "fusion":
         body = module.computations[instruction.called()[0]]
         if piece := piece_of(module, instruction):
-            return _beside_a_piece(body, operands, instruction, piece[0])
+            return _beside_a_piece(module, body, operands, instruction, piece[0])
         reads = _fusion_reads(module, body, [_hbm(arrays) for arrays in operands])
         return sum(reads) + _fusion_writes(module, body, instruction.results)
     return written + sum(_hbm(arrays) for arrays in operands)
@@ -156,7 +156,7 @@ def _without_scratch(instruction: Instruction) -> tuple[Array, ...]:
 
 
 def _beside_a_piece(
-    body: Computation, operands: list[tuple[Array, ...]], fusion: Instruction, part: str
+    module: Module, body: Computation, operands: list[tuple[Array, ...]], fusion: Instruction, part: str
 ) -> int:
     """Traffic of a fusion that holds a piece of a collective; what it gathers is written once, where it begins."""
     if part == "start":
@@ -166,7 +166,8 @@ def _beside_a_piece(
     # Source, target and flags of the collective pass through; the rest is another fusion's work.
     piece = next(one for one in body.instructions if one.attribute(_PIECE) is not None)
     used = {name for one in body.instructions if one not in (piece, body.root) for name in one.operands}
-    read = [_hbm(operands[one.number]) for one in body.instructions if one.opcode == "parameter" and one.name in used]
+    own = {one.number for one in body.instructions if one.opcode == "parameter" and one.name in used}
+    read = _fusion_reads(module, body, [_hbm(arrays) if i in own else 0 for i, arrays in enumerate(operands)])
     parts = ((body.by_name[name], array) for name, array in zip(body.root.operands, fusion.results, strict=False))
     return sum(read) + sum(
         array.bytes for one, array in parts if one is not piece and one.opcode != "parameter" and array.in_hbm

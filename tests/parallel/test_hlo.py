@@ -246,10 +246,20 @@ def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
   ROOT %begun = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
 }}
 
-%async_collective_fusion (own: bf16[1,256], all: bf16[4,256], a: bf16[64,64]) -> (bf16[64,64], bf16[1,256], bf16[4,256]) {{
+%layer (stack: bf16[6,64,64], i: s32[]) -> bf16[64,64] {{
+  %stack = bf16[6,64,64]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,64,64]{{2,1,0}} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={{1,64,64}}
+  ROOT %flat = bf16[64,64]{{1,0}} bitcast(%one)
+}}
+
+%async_collective_fusion (own: bf16[1,256], all: bf16[4,256], layers: bf16[6,64,64], i: s32[]) -> (bf16[64,64], bf16[1,256], bf16[4,256]) {{
   %own = bf16[1,256]{{1,0}} parameter(0)
   %all = bf16[4,256]{{1,0}} parameter(1)
-  %a = bf16[64,64]{{1,0}} parameter(2)
+  %layers = bf16[6,64,64]{{2,1,0}} parameter(2)
+  %i = s32[] parameter(3)
+  %a = bf16[64,64]{{1,0}} fusion(%layers, %i), kind=kLoop, calls=%layer
   %product = bf16[64,64]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
   {gather("2")}
   ROOT %both = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) tuple(%product, %own, %gather)
@@ -262,13 +272,14 @@ def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
   ROOT %ended = bf16[4,256]{{1,0}} custom-call(%own, %all, %gather), custom_call_target="AsyncCollectiveDone"
 }}
 
-ENTRY %main (x: bf16[1,256], a: bf16[64,64]) -> bf16[4,256] {{
+ENTRY %main (x: bf16[1,256], layers: bf16[6,64,64], i: s32[]) -> bf16[4,256] {{
   %x = bf16[1,256]{{1,0}} parameter(0)
-  %a = bf16[64,64]{{1,0}} parameter(1)
+  %layers = bf16[6,64,64]{{2,1,0}} parameter(1)
+  %i = s32[] parameter(2)
   %start = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%x), kind=kCustom, calls=%begin
   %own = bf16[1,256]{{1,0}} get-tuple-element(%start), index=0
   %all = bf16[4,256]{{1,0}} get-tuple-element(%start), index=1
-  %work = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%own, %all, %a), kind=kCustom, calls=%async_collective_fusion
+  %work = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%own, %all, %layers, %i), kind=kCustom, calls=%async_collective_fusion
   %still = bf16[1,256]{{1,0}} get-tuple-element(%work), index=1
   %more = bf16[4,256]{{1,0}} get-tuple-element(%work), index=2
   ROOT %done = bf16[4,256]{{1,0}} fusion(%still, %more), kind=kCustom, calls=%end
@@ -279,8 +290,8 @@ ENTRY %main (x: bf16[1,256], a: bf16[64,64]) -> bf16[4,256] {{
     chip, row = topology.chip, 2 * 256
     assert (found.collectives["all-gather"].count, found.collectives["all-gather"].bytes) == (1, 3 * row)
     assert found.operations == 2 * 64**3
-    # The gathered array is written once; the product reads and writes its own.
-    assert found.memory == 4 * row + 2 * 2 * 64**2
+    # The gathered array is written once; the product reads one layer of six and its index, and writes its own.
+    assert found.memory == 4 * row + 2 * 2 * 64**2 + 4
     assert found.network_seconds == pytest.approx(3 * row / (2 * chip.link_bandwidth))
     # All of it is beside the product.
     assert found.seconds == pytest.approx(found.memory_seconds)
