@@ -39,6 +39,11 @@ class Kernel:
 Attention = Implementation | Kernel
 
 
+def implementation_of(attention: Attention) -> Implementation:
+    """What computes the scores, on a mesh or not."""
+    return attention.implementation if isinstance(attention, Kernel) else attention
+
+
 def choose_kernel(mesh: Mesh, dtype: DTypeLike, *, gradients: bool = False) -> Attention:
     """The fastest attention for programs that run on a mesh in ``dtype``; see :func:`choose_implementation`.
 

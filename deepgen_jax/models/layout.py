@@ -6,7 +6,7 @@ import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
-from deepgen_jax.models.attention import Attention, Kernel
+from deepgen_jax.models.attention import Attention, Kernel, implementation_of
 from deepgen_jax.parallel.mesh import BATCH_AXES, batch_size_multiple
 
 
@@ -17,8 +17,7 @@ def token_rows(x: jax.Array, attention: Attention) -> jax.Array:
     that is elementwise follows, and as norms are sums over channels, they would write float32 arrays for every
     transposition. Where attention is not cuDNN's, nothing is done: other compilers choose well.
     """
-    implementation = attention.implementation if isinstance(attention, Kernel) else attention
-    if implementation != "cudnn":
+    if implementation_of(attention) != "cudnn":
         return x
     return laid_out_in_rows(x, attention)
 
@@ -29,8 +28,7 @@ def head_rows(x: jax.Array, attention: Attention) -> jax.Array:
     Norms of queries and keys are sums over a head's channels, for which XLA on TPUs would write float32 arrays in
     layouts of its own, before and after.
     """
-    implementation = attention.implementation if isinstance(attention, Kernel) else attention
-    if implementation != "splash":
+    if implementation_of(attention) != "splash":
         return x
     return laid_out_in_rows(x.transpose(0, 2, 1, 3), attention).transpose(0, 2, 1, 3)
 

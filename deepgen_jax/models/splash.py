@@ -55,6 +55,7 @@ def splash_attention(
     k_block, k_length = block_and_length(keys)
     # With all keys on the chip one kernel finds the gradients of keys, values and queries, and sums in float32.
     fused = k_length <= _MOST_FUSED_KEYS
+    # Scores in smaller pieces leave room for that many keys in the 16 MiB that a kernel has on every chip.
     halved = fused and k_length > k_block and k_block % (2 * _LANES) == 0
     blocks = BlockSizes(
         block_q=q_block, block_kv=k_block, block_kv_compute=k_block,

@@ -24,7 +24,6 @@ from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import Kernel
 from deepgen_jax.models.deepgen import DeepGen, abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import batch_sharding, replicated
@@ -97,12 +96,6 @@ def array(mesh: Mesh, *shape: int, dtype: Any = jnp.float32, axis: int | None = 
     """A shape on the mesh, split over the batch along ``axis``, whole without one."""
     where = replicated(mesh) if axis is None else batch_sharding(mesh, len(shape), axis)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-
-def kernel_name(model: DeepGen) -> str:
-    """Which attention a network runs with."""
-    attention = model.attention
-    return attention.implementation if isinstance(attention, Kernel) else attention
 
 
 def key_type() -> Any:

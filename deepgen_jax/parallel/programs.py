@@ -17,7 +17,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import choose_kernel
+from deepgen_jax.models.attention import choose_kernel, implementation_of
 from deepgen_jax.models.deepgen import DeepGen, abstract_params
 from deepgen_jax.parallel.abstract import (
     Program,
@@ -25,7 +25,6 @@ from deepgen_jax.parallel.abstract import (
     array,
     condition_of,
     image_tokens,
-    kernel_name,
     largest_batch,
     lora_of,
     placed,
@@ -99,6 +98,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     optimizer, state, frozen = _trained(subject, config)
     used = {part: tree for part, tree in frozen.items() if part in STEP_PARTS}
     model = step_model(config, subject.model, mesh)
+    kernel = implementation_of(model.attention)
     lora = lora_of(config)
     step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
     micro, keys, operations, facts = step_batch(
@@ -115,7 +115,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
         (state, used, micro, keys),
         {**state_memory(state), "frozen weights": frozen, "batch": (micro, keys)},
         operations,
-        (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel_name(model)}"),
+        (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel}"),
         True,
         gathers_ahead=True,
     )
@@ -156,7 +156,7 @@ def _encoders(subject: Subject, batch: int | None) -> Program:
         (used, picture, picture),
         {**state_memory(state), "frozen weights": frozen, "batch": (picture, picture)},
         float(size * one),
-        (f"{size} targets and references of {side}x{side}", f"attention {kernel_name(model)}"),
+        (f"{size} targets and references of {side}x{side}", f"attention {implementation_of(model.attention)}"),
         False,
     )
 
@@ -186,6 +186,6 @@ def _inference(subject: Subject, batch: int | None) -> Program:
         {"frozen weights": params, "batch": (noise, condition)},
         float(2 * size * steps * flops.mmdit(subject.model.mmdit, tokens, length)),
         (f"{size} images of {side}x{side}, {steps} guided Euler steps, sequence {length}",
-         f"attention {kernel_name(model)}"),
+         f"attention {implementation_of(model.attention)}"),
         False,
     )  # fmt: skip

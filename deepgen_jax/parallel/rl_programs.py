@@ -11,6 +11,7 @@ import optax
 from deepgen_jax.config import SchedulerConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
+from deepgen_jax.models.attention import implementation_of
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.abstract import (
@@ -19,7 +20,6 @@ from deepgen_jax.parallel.abstract import (
     array,
     condition_of,
     image_tokens,
-    kernel_name,
     key_type,
     lora_of,
     placed,
@@ -120,7 +120,7 @@ def rollout_program(subject: Subject, batch: int | None) -> Program:
         (
             f"{size} images of {config.rollout.size}x{config.rollout.size}, {config.rollout.steps} steps of "
             f"{config.rollout.sampler}, guidance {scale or 'none'}, sequence {length}",
-            f"attention {kernel_name(model)}",
+            f"attention {implementation_of(model.attention)}",
         ),
         False,
     )
@@ -172,7 +172,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
             f"{images} images x {learned} of {steps} steps in micro-batches of {config.policy.micro_batch}, sequence "
             f"{length}",
             *facts,
-            f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel_name(model)}",
+            f"trains {', '.join(config.trains)}; remat {config.remat}; attention {implementation_of(model.attention)}",
         ),
         True,
     )
