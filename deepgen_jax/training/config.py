@@ -169,7 +169,7 @@ class SupervisedConfig(RunConfig):
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
         products, with more memory for activations.
       gather_frozen: layers of the language model, which are frozen but for adapters, lie whole on every device from the
-        start of a run, and are not gathered each time they are used: takes as much memory as they are large (5.8 GiB),
+        start of a run, and are not gathered each time they are used: takes as much memory as they are large (5.2 GiB),
         and pays where gathering them takes longer than computing with them.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
       noise_shift: of the noise levels, in place of the scheduler's: a larger one trains more on pictures that are all
