@@ -18,7 +18,7 @@ def get_config() -> GRPOConfig:
     """
     return GRPOConfig(
         model=MODEL,
-        start="out/nano/sft_scenes",
+        start="out/nano/sft_swaps",
         out="out/nano/grpo",
         steps=100,
         trains=("mmdit",),
