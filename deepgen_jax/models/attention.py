@@ -25,7 +25,7 @@ _LARGEST_FLASH_HEAD = 128
 
 @dataclass(frozen=True)
 class Kernel:
-    """An implementation of attention on the devices of a mesh, each of which computes the samples that it holds.
+    """An implementation of attention on a mesh, where each device computes its share of samples and heads.
 
     This also keeps activations split over the batch: left to itself, the compiler lets some follow the layout of the
     weights.
@@ -33,6 +33,11 @@ class Kernel:
 
     implementation: Implementation
     mesh: Mesh
+
+    def axis_of(self, count: int) -> Literal["tensor"] | None:
+        """What splits so many heads, or tokens: the "tensor" axis where it divides them."""
+        parts = self.mesh.shape["tensor"]
+        return "tensor" if parts > 1 and count % parts == 0 else None
 
 
 #: How modules are told to attend: an implementation, for a single device, or one on a mesh.
@@ -45,13 +50,7 @@ def implementation_of(attention: Attention) -> Implementation:
 
 
 def choose_kernel(mesh: Mesh, dtype: DTypeLike, *, gradients: bool = False) -> Attention:
-    """The fastest attention for programs that run on a mesh in ``dtype``; see :func:`choose_implementation`.
-
-    Meshes with a "tensor" axis take "xla" without a :class:`Kernel`: with one, the partitioner computes wrong
-    velocities where "data", "fsdp" and "tensor" are all larger than 1 (jax 0.10.2).
-    """
-    if mesh.shape["tensor"] > 1:
-        return "xla"
+    """The fastest attention for programs that run on a mesh in ``dtype``; see :func:`choose_implementation`."""
     implementation = choose_implementation(list(mesh.devices.flat), dtype, gradients=gradients)
     return implementation if mesh.size == 1 else Kernel(implementation, mesh)
 
@@ -137,15 +136,20 @@ def _over_mesh(
     if query.shape[0] % batch_size_multiple(mesh):
         # Too few samples to give every device some; the compiler finds a way.
         return attention(query, key, value, **masks, causal=causal, implementation="xla")
-    rows = PartitionSpec(BATCH_AXES)
+    axis, groups = kernel.axis_of(query.shape[2]), key.shape[2]
+    if axis is not None and kernel.axis_of(groups) is None:
+        # Several devices share a group of query heads, so each holds a copy of its keys and values.
+        copies = math.lcm(groups, mesh.shape[axis]) // groups
+        key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    samples, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, axis)
     given = {name: mask for name, mask in masks.items() if mask is not None}
     local = partial(attention, causal=causal, implementation=kernel.implementation)
     # Kernels do not tell over which axes their results vary.
     spread = jax.shard_map(
         lambda q, k, v, masks: local(q, k, v, **masks),
         mesh=mesh,
-        in_specs=(rows, rows, rows, rows),
-        out_specs=rows,
+        in_specs=(heads, heads, heads, samples),
+        out_specs=heads,
         check_vma=False,
     )
     return spread(query, key, value, given)

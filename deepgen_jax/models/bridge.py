@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import BridgeConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import LayerNorm, Linear
+from deepgen_jax.models.layout import split_tokens
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
 
@@ -32,11 +33,13 @@ class ConnectorLayer(nn.Module):
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm1")(x)
         query, key, value = (heads(name, h) for name in ("q_proj", "k_proj", "v_proj"))
         h = attention(query, key, value, key_mask=visible, implementation=self.attention)
-        x = x + Linear(cfg.hidden_size, dtype=self.dtype, name="out_proj")(h.reshape(x.shape))
+        h = Linear(cfg.hidden_size, dtype=self.dtype, name="out_proj")(h.reshape(x.shape))
+        x = split_tokens(x + h, self.attention)
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm2")(x)
         h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, name="fc1")(h), approximate=True)
-        return x + Linear(cfg.hidden_size, dtype=self.dtype, name="fc2")(h), None
+        h = Linear(cfg.hidden_size, dtype=self.dtype, name="fc2")(h)
+        return split_tokens(x + h, self.attention), None
 
 
 class Bridge(nn.Module):

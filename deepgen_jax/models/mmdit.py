@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
-from deepgen_jax.models.layout import head_rows, token_rows
+from deepgen_jax.models.layout import head_rows, split_tokens, token_rows
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
@@ -182,7 +182,8 @@ class MMDiTBlock(nn.Module):
 
         def modulation(name: str, chunks: int) -> list[jax.Array]:
             x = Linear(chunks * conditioning.shape[-1], dtype=self.dtype, name=name)(conditioning)
-            return jnp.split(x.astype(jnp.float32)[:, None], chunks, axis=-1)
+            x = split_tokens(x.astype(jnp.float32)[:, None], self.attention)
+            return jnp.split(x, chunks, axis=-1)
 
         def feed_forward(name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
             y = kept(FeedForward(self.dtype, name=name)(modulate(norm(x), shift, scale)))

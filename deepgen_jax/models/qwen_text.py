@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import TextConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
+from deepgen_jax.models.layout import split_tokens
 from deepgen_jax.models.rope import mrope_angles, rotate
 from deepgen_jax.models.stack import Remat, rematerialised, scanned, scanned_groups
 
@@ -50,12 +51,13 @@ class DecoderLayer(nn.Module):
         key = rotate(heads(linear("k_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads), angles)
         value = heads(linear("v_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads)
         attended = attention(query, key, value, key_mask=mask, causal=True, implementation=self.attention)
-        x = x + linear("o_proj", cfg.hidden_size)(*with_dropout(attended.reshape(x.shape)))
+        attended = linear("o_proj", cfg.hidden_size)(*with_dropout(attended.reshape(x.shape)))
+        x = split_tokens(x + attended, self.attention)
 
         h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x))
         gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(*h))
         gated = gate * linear("up_proj", cfg.intermediate_size)(*h)
-        x = x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated))
+        x = split_tokens(x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)), self.attention)
         return x, x
 
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import VisionConfig
 from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm
+from deepgen_jax.models.layout import split_tokens
 from deepgen_jax.models.rope import rotate, vision_angles
 from deepgen_jax.models.stack import Remat, rematerialised
 
@@ -63,11 +64,11 @@ class VisionBlock(nn.Module):
         query, key, value = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
         segments = jnp.where(full, images, windows)
         h = attention(query, key, value, segment_ids=segments, implementation=self.attention)
-        x = x + linear("proj", cfg.hidden_size)(h.reshape(x.shape))
+        x = split_tokens(x + linear("proj", cfg.hidden_size)(h.reshape(x.shape)), self.attention)
 
         h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="norm2")(x)
         h = nn.silu(linear("gate_proj", cfg.intermediate_size)(h)) * linear("up_proj", cfg.intermediate_size)(h)
-        return x + linear("down_proj", cfg.hidden_size)(h), None
+        return split_tokens(x + linear("down_proj", cfg.hidden_size)(h), self.attention), None
 
 
 class PatchMerger(nn.Module):

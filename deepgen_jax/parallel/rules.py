@@ -16,13 +16,17 @@ Spec = tuple[str | None, ...]
 
 _COLUMN = (
     r"q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|qkv|to_q|to_k|to_v|add_q|add_k|add_v"
-    r"|projector_in|projector_pooled|projector_sequence|context_embedder|timestep_fc1|text_fc1|patch_embed|lm_head"
+    r"|projector_in|projector_pooled|projector_sequence|context_embedder|timestep_fc1|text_fc1|lm_head"
 )
-_ROW = r"o_proj|down_proj|out_proj|fc2|proj|to_out|add_out|timestep_fc2|text_fc2|proj_out"
+_ROW = r"o_proj|down_proj|out_proj|fc2|proj|to_out|add_out|timestep_fc2|text_fc2"
 _CONV = r"conv_in|conv_out|conv1|conv2|shortcut|\w+_downsample|\w+_upsample"
 
 #: (pattern that the whole path must match, split of the last dimensions)
 RULES: tuple[tuple[str, Spec], ...] = (
+    # 0.4 MiB of full size: split, they are left so and their results for every token are sent around in place of them.
+    (r"mmdit/(patch_embed|proj_out)/(kernel|a|b)", (None, None)),
+    (r"mmdit/(patch_embed|proj_out)/bias", (None,)),
+    (r"vision/patch_embed/kernel", ("fsdp", "tensor")),
     (rf".*/({_COLUMN})/kernel", ("fsdp", "tensor")),
     (rf".*/({_COLUMN})/bias", ("tensor",)),
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/kernel", ("fsdp", "tensor")),

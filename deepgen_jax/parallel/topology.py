@@ -50,6 +50,9 @@ class Chip:
         return dict(self.options + (self.ahead_options if gathers_ahead else ()))
 
 
+# Products whole: cut into steps that pass pieces from chip to chip, as libtpu prefers on small slices, stage 2 on
+# v6e:2x4 and v5e:4x4 counts 1.4 to 1.5 times the arithmetic and is estimated to take 1.6 to 2.4 times as long.
+_WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),)
 # Collectives run beside the products: on v6e on the SparseCores, on v5e within fused loops.
 _ON_SPARSE_CORES = tuple(
     (f"xla_{name}", True)
@@ -62,10 +65,6 @@ _ON_SPARSE_CORES = tuple(
         "sc_disable_megacore_partitioning",
     )
 )
-
-# Products whole: cut into steps that pass pieces from chip to chip, as libtpu prefers on a small slice, stage 2 on
-# v5e:4x4 counts 1.4 times the arithmetic and takes 1.6 times as long.
-_WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),)
 
 # Of layers in a loop: the gradients of one are reduced over "data" beside the backward pass of the next. And no
 # products merged that would need their weights joined in memory first, as those of adapters with the weights' own.
@@ -86,8 +85,8 @@ GPU_MEMORY_SHARE = 0.95
 # description tells of 79.1 GiB, of which JAX gets what the command line has it take.
 CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 50e9, 3.125e9, (16,), _WHOLE_PRODUCTS),
-    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24)),
-    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _ON_SPARSE_CORES),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24), _WHOLE_PRODUCTS),
+    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _WHOLE_PRODUCTS + _ON_SPARSE_CORES),
     "h100": Chip(
         "H100 SXM", GPU_MEMORY_SHARE * 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
         ahead_options=_GPU_AHEAD,

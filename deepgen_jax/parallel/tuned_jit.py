@@ -12,8 +12,8 @@ from deepgen_jax.parallel.topology import CHIPS
 
 #: What JAX calls a device -> key of `deepgen_jax.parallel.topology.CHIPS`.
 _KINDS = {
-    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h100",
+    "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h100",
 }  # fmt: skip
 
 

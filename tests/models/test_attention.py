@@ -140,7 +140,7 @@ import test_attention as cases
 from deepgen_jax.models.attention import Kernel, attention
 from deepgen_jax.parallel.mesh import make_mesh
 
-for spec in ("data=2,fsdp=1", "data=1,fsdp=2"):
+for spec in ("data=2,tensor=3", "fsdp=6"):
     kernel = Kernel("xla", make_mesh(spec))
     for name, (masks, length, meaning) in cases.MASKS.items():
         key, value = cases.KEY[:, :length], cases.VALUE[:, :length]
@@ -161,11 +161,12 @@ print("equal")
 """
 
 
-def test_a_mesh_splits_samples_and_changes_nothing():
+def test_a_mesh_splits_samples_and_heads_and_changes_nothing():
+    """Also where there are fewer samples than devices, and fewer groups of keys than parts of heads."""
     done = subprocess.run(
         [sys.executable, "-c", MESHES, str(Path(__file__).parent)],
         check=True, timeout=600, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=6", "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.stdout.strip() == "equal"
 

@@ -1,4 +1,4 @@
-"""Pinning the layout of tokens changes where numbers lie, and nothing else."""
+"""Where tokens lie, in memory and on a mesh, changes nothing else."""
 
 from __future__ import annotations
 
@@ -73,3 +73,65 @@ def test_on_a_mesh_every_device_pins_its_own_samples():
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.stdout.strip() == "equal", done.stderr
+
+
+TENSOR = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec
+from deepgen_jax.config import MMDiTConfig
+from deepgen_jax.models.attention import Kernel
+from deepgen_jax.models.layout import split_tokens
+from deepgen_jax.models.mmdit import MMDiT
+from deepgen_jax.parallel import rules
+from deepgen_jax.parallel.mesh import batch_sharding, make_mesh
+
+mesh = make_mesh("data=2,fsdp=2,tensor=2")
+kernel = Kernel("xla", mesh)
+for shape, wanted in (((4, 6, 8), "tensor"), ((4, 5, 8), None)):
+    split = jax.jit(lambda x: split_tokens(x, kernel))(jnp.ones(shape))
+    assert split.sharding.is_equivalent_to(
+        jax.sharding.NamedSharding(mesh, PartitionSpec(("data", "fsdp"), wanted)), 3), split.sharding
+assert split_tokens(x := jnp.ones((3, 6, 8)), kernel) is x
+
+config = MMDiTConfig(
+    num_layers=2, num_heads=4, head_dim=8, joint_attention_dim=24, caption_projection_dim=32,
+    pooled_projection_dim=16, dual_attention_layers=(0,), pos_embed_max_size=8, sample_size=16)
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape, np.float32)
+patches, positions = normal(8, 12, 64), np.tile(np.arange(12, dtype=np.int32), (8, 1))
+inputs = (patches, positions, 500 + normal(8), normal(8, 16), normal(8, 6, 24))
+masks = {"patch_mask": np.ones((8, 12), bool), "context_mask": rng.random((8, 6)) > 0.3}
+masks["patch_mask"][::2, 10:] = False
+shapes = jax.eval_shape(MMDiT(config).init, jax.random.key(0), *inputs)["params"]
+params = jax.tree.map(lambda x: 0.2 * normal(*x.shape), shapes)
+
+
+def velocity(params, attention, *inputs, **masks):
+    return MMDiT(config, attention=attention).apply({"params": params}, *inputs, num_targets=8, **masks)
+
+
+def both(attention, params, inputs, masks, **layout):
+    def loss(params, inputs, masks):
+        v = velocity(params, attention, *inputs, **masks)
+        return jnp.sum(jnp.sin(v)), v
+
+    (_, v), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), **layout)(params, inputs, masks)
+    return [np.asarray(x) for x in jax.tree.leaves((v, gradient))]
+
+
+where = rules.shardings(params, mesh, "mmdit")
+placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), (inputs, masks))
+alone = both("xla", params, inputs, masks)
+spread = both(kernel, jax.device_put(params, where), *placed, out_shardings=(None, where))
+for actual, wanted in zip(spread, alone, strict=True):
+    np.testing.assert_allclose(actual, wanted, atol=2e-5 * np.abs(wanted).max())
+print("equal")
+"""
+
+
+def test_with_a_tensor_axis_tokens_are_split_and_velocities_and_gradients_stay():
+    done = subprocess.run(
+        [sys.executable, "-c", TENSOR], timeout=600, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]

@@ -70,6 +70,14 @@ def test_tensor_parallelism_splits_heads_and_mlps(tensor, full):
             assert "tensor" in rules.partition_spec(path, leaf.shape, mesh), path
 
 
+def test_small_projections_of_every_token_are_whole(full):
+    mesh = AbstractMesh((1, 8, 2), AXES)
+    for name in ("patch_embed", "proj_out"):
+        assert rules.partition_spec(f"mmdit/{name}/kernel", full["mmdit"][name]["kernel"].shape, mesh) == (
+            PartitionSpec(None, None)
+        )
+
+
 def test_axes_that_do_not_divide_a_dimension_are_left_out():
     mesh = AbstractMesh((1, 4, 2), AXES)
     assert rules.partition_spec("text/x/q_proj/kernel", (6, 10), mesh) == PartitionSpec(None, "tensor")

@@ -14,7 +14,10 @@ from deepgen_jax.parallel.tuned_jit import compiler_options, tuned_jit
 
 @pytest.mark.parametrize(
     ("kind", "topology"),
-    [("TPU v6 lite", "v6e:8x8"), ("TPU v6e", "v6e:8x8"), ("TPU v5 lite", "v5e:4x4"), ("TPU v5e", "v5e:16x16")],
+    [
+        ("TPU v6 lite", "v6e:8x8"), ("TPU v6e", "v6e:8x8"), ("TPU v5 lite", "v5e:4x4"), ("TPU v5e", "v5e:16x16"),
+        ("TPU v5", "v5p:4x4x4"), ("TPU v5p", "v5p:2x2x1"),
+    ],
 )
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_run_compiles_with_what_was_estimated(kind, topology, ahead):
@@ -28,7 +31,7 @@ def test_gpus_get_what_does_not_stand_for_the_missing_device(kind):
     assert usual.items() < ahead.items() < parse_topology("h100:8").options(gathers_ahead=True).items()
 
 
-@pytest.mark.parametrize("kind", ["cpu", "TPU v5p", "NVIDIA A100-SXM4-80GB"])
+@pytest.mark.parametrize("kind", ["cpu", "TPU v4", "NVIDIA A100-SXM4-80GB"])
 def test_other_devices_keep_the_defaults(kind):
     assert compiler_options(kind, gathers_ahead=True) is None
 
