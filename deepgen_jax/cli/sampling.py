@@ -94,7 +94,7 @@ class SamplingCommand(PromptArguments):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
-    """Split the work over devices, such as data=1,fsdp=8,tensor=1."""
+    """Split the work over devices: data=8 or, where memory is short, fsdp=8 for many images, tensor=8 for each."""
     compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     max_image_megapixels: float = 64.0
