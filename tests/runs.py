@@ -119,6 +119,16 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
+def printed(program: str, *words: str, devices: int = 1) -> str:
+    """What Python code prints in a process of its own, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env=environment(devices), timeout=600, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
 def start(
     folder: Path, *words: str, devices: int = 1, config: str = "config.py", program: str = ""
 ) -> subprocess.Popen:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from deepgen_jax.models.layout import head_rows, laid_out_in_rows, token_rows
 
@@ -68,11 +65,7 @@ print("equal")
 
 
 def test_on_a_mesh_every_device_pins_its_own_samples():
-    done = subprocess.run(
-        [sys.executable, "-c", MESHES], timeout=300, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.stdout.strip() == "equal", done.stderr
+    assert runs.printed(MESHES, devices=2) == "equal"
 
 
 TENSOR = """
@@ -130,8 +123,4 @@ print("equal")
 
 
 def test_with_a_tensor_axis_tokens_are_split_and_velocities_and_gradients_stay():
-    done = subprocess.run(
-        [sys.executable, "-c", TENSOR], timeout=600, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    assert runs.printed(TENSOR, devices=8) == "equal"
