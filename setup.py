@@ -65,8 +65,8 @@ setup(
     packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
     package_dir=SUBPACKAGES,
     package_data={
-        "deepgen_jax": ["py.typed", "parallel/targets/*.txtpb", "weights/nano/**"],
-        "deepgen_jax.data.world": ["fonts/*"],
+        "deepgen_jax": ["py.typed", "aot/targets/*.txtpb", "weights/nano/**"],
+        "deepgen_jax.nano.world": ["fonts/*"],
     },
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from measure import Parser
 
-from deepgen_jax.data.config import MixtureConfig
+from deepgen_jax.data.data_config import MixtureConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.stores.jsonl import read_lines
 from deepgen_jax.training import overrides
-from deepgen_jax.training.config import SupervisedConfig
-from deepgen_jax.training.feed import Feed, open_loader
 from deepgen_jax.training.inputs import MicroBatch
-from deepgen_jax.training.jsonl import read_lines
+from deepgen_jax.training.run_config import SupervisedConfig
+from deepgen_jax.training.step_batches import Feed, open_loader
 from deepgen_jax.training.supervised import Draws, supervised_losses
 from deepgen_jax.training.weights import load_start
 

@@ -32,10 +32,10 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.pipeline import DeepGenPipeline
-from deepgen_jax.model_folder import read_manifest
 from deepgen_jax.models import flops
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, make_mesh
 from deepgen_jax.parallel.rules import leaves
+from deepgen_jax.stores.model_folder import read_manifest
 
 PROMPT = (
     "A wide photograph of a small harbour at dawn: fishing boats with red hulls lie at a wooden pier, gulls circle "

@@ -29,12 +29,12 @@ from measure import Parser, alternate, environment, progress, summary
 from PIL import Image
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.transforms import target_size
 from deepgen_jax.errors import DeepGenError
 
-_TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "qwen2_5_vl"
+_TOKENIZER = Path(__file__).parents[1] / "tests" / "fixtures" / "qwen2_5_vl"
 _ASPECTS = (1.0, 4 / 3, 3 / 4, 3 / 2, 16 / 9)
 
 

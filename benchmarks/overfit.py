@@ -29,7 +29,7 @@ from measure import Parser
 from PIL import Image
 
 from deepgen_jax.convert import convert, export
-from deepgen_jax.convert.synthetic import tiny_config, write_release
+from deepgen_jax.convert.random_release import tiny_config, write_release
 from deepgen_jax.data.example import write_example_data
 from deepgen_jax.data.images import load_image
 from deepgen_jax.data.transforms import resize
@@ -39,8 +39,8 @@ from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models.vae import normalise
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training import overrides
-from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.loop import train
+from deepgen_jax.training.run_config import SupervisedConfig
 
 #: Packaged configurations in the order of training, and the steps that it takes.
 STAGES = {"tiny_vae": 300, "tiny_pretrain": 60, "tiny_sft": 500}

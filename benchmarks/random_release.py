@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.convert.synthetic import tiny_config, write_release
+from deepgen_jax.convert.random_release import tiny_config, write_release
 from deepgen_jax.errors import DeepGenError
 
 

@@ -4,11 +4,11 @@ Prompts and reward weights by category are in the YAML; `docs/rewards.md` tells 
 YAML names and that are not public can be left out with `prompts.absent=skip`.
 """
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.rewards.registry import RewardConfig
-from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
-from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.rl.rl_config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig
 
 #: Auxiliary supervised data: general pictures with weight 1, text rendering with weight 3.
 GENERAL = ("blip-3o", "sharegpt-4o-image", "echo-4o-image", "opengpt4o-image", "geneval", "self-banana-50k")

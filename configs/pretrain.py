@@ -4,9 +4,9 @@ The data sets are those of Table 8 that are public; put them under one folder as
 own (`data.sources.NAME.path=...`). The paper's in-house editing data are not public.
 """
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
-from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig, SampleConfig, SupervisedConfig
 
 #: General generation, 35M pictures, as caption sets: {"image": ..., "annotation": ...}.
 GENERATION = ("text-to-image-2m", "laion-aesthetic-6m", "megalith-10m", "redcaps-5m", "cc-12m")

@@ -4,9 +4,9 @@ The data sets are those of Table 8 that are public; put them under one folder as
 own (`data.sources.NAME.path=...`). The paper's in-house generation, editing and poster data are not public.
 """
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
-from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
 
 #: General generation (11M samples), reasoning generation (150K) and text rendering (560K).
 GENERATION = ("blip-3o", "sharegpt-4o-image", "echo-4o-image", "opengpt4o-image", "self-banana-50k")

@@ -1,11 +1,11 @@
 """Stage 3 on a tiny model, going on from `tiny_sft.py`: images are to become red, and small as JPEG files."""
 
 from deepgen_jax.configs.tiny_vae import SOURCES
-from deepgen_jax.data.config import DataConfig, MixtureConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig
 from deepgen_jax.rewards.registry import RewardConfig
-from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
-from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.rl.rl_config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig
 
 
 def get_config() -> GRPOConfig:

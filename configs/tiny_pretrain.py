@@ -1,9 +1,9 @@
 """Stage 1 on a tiny model and a dozen drawn pictures, going on from `tiny_vae.py`: under a minute on a CPU."""
 
 from deepgen_jax.configs.tiny_vae import MIXTURE, SOURCES
-from deepgen_jax.data.config import DataConfig
-from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig, SampleConfig, SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:

@@ -4,9 +4,9 @@ Under a minute on a CPU; `benchmarks/overfit.py` goes on until the model knows t
 """
 
 from deepgen_jax.configs.tiny_vae import MIXTURE, SOURCES
-from deepgen_jax.data.config import DataConfig
-from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AdapterConfig, CheckpointConfig, SampleConfig, SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:

@@ -1,8 +1,8 @@
 """The autoencoder of a tiny model on a dozen drawn pictures, before `tiny_pretrain.py`: under a minute on a CPU."""
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
-from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AutoencoderConfig, CheckpointConfig
 
 SOURCES = (
     SourceConfig("pictures", "json", "out/example/t2i.json"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 from .sources import SafetensorsFile, Source, open_safetensors
 from .zipparts import PICKLE_MAGIC, ZIP_MAGIC, choose_member, find_parts, is_torch_file, open_archive, open_member
@@ -145,7 +145,7 @@ def _open_folder(path: Path, member: str | None) -> Source:
         try:
             opened.append(_open_file(file, member))
         except DeepGenError as error:
-            notify(f"{file.name} is left out: {error}")
+            warn_user(f"{file.name} is left out: {error}")
     if len(opened) == 1:
         return opened[0]
     for source in opened:

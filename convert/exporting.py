@@ -12,8 +12,8 @@ import numpy as np
 
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import locate
-from deepgen_jax.training.run_folder import is_run
+from deepgen_jax.stores.model_folder import locate
+from deepgen_jax.stores.run_folder import is_run
 
 from .conversion import DTYPES
 from .files import Spec, TensorWriter, TorchWriter, parse_size

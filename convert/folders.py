@@ -10,7 +10,7 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import FORMAT, VERSION
+from deepgen_jax.stores.model_folder import FORMAT, VERSION
 
 from .files import write_json
 from .leaves import Leaf

@@ -17,7 +17,7 @@ import numpy as np
 
 from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 from .keys import Role, parse_key, unused_reason
 from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
@@ -115,7 +115,7 @@ def _tell_of_parts(source: Source, names: set[str], inventory: Inventory) -> Non
         rest = [ref for name, ref in inventory.weights.items() if name.startswith(f"{part}.") and name not in names]
         if rest:
             count = sum(name.startswith(f"{part}.") for name in names)
-            notify(
+            warn_user(
                 f"{source.label} holds {count} of the tensors of {part} and lacks {len(rest)}, such as {rest[0].name}, "
                 f"which are taken from {rest[0].source.label}"
             )

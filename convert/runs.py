@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from deepgen_jax.config import LoRAConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import read_manifest
-from deepgen_jax.training.checkpoint import STATE, stored_weights
-from deepgen_jax.training.origin import ADAPTED, Origin, Saved, adapter_scale, read_origin, trained_until
-from deepgen_jax.training.run_folder import checkpoint_folder, newest_step, read_run
+from deepgen_jax.stores.checkpoint import STATE, stored_weights
+from deepgen_jax.stores.lineage import ADAPTED, Origin, Saved, adapter_scale, read_origin, trained_until
+from deepgen_jax.stores.model_folder import read_manifest
+from deepgen_jax.stores.run_folder import checkpoint_folder, newest_step, read_run
 
 from .stored import Stored, StoredModel, TreePath, Update, located, open_folder, pairs
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import read_manifest, read_scheduler, stored_tree
+from deepgen_jax.stores.model_folder import read_manifest, read_scheduler, stored_tree
 
 from .names import Weight, weights
 from .transforms import Shape

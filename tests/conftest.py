@@ -1,4 +1,4 @@
-"""Shared fixtures: the tiny checkpoints under ``tests/data`` and their golden arrays."""
+"""Shared fixtures: the tiny checkpoints under ``tests/fixtures`` and their golden arrays."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
 
-#: Stage checkpoints under ``tests/data`` by the name that ``goldens_checkpoints.npz`` gives them, with convert options.
+#: Stage checkpoints under ``tests/fixtures`` by their names in ``goldens_checkpoints.npz``, with convert options.
 LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "sft": ("deepgen_sft.pth", {}),
     "sft_adapters": ("deepgen_sft.pth", {"keep_lora": True}),
@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zip": ("DeepGen_CKPT.zip.part-aa", {}),
     "none": (None, {}),
 }
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 
 #: Model folder that `deepgen nano init` writes.
 MODEL = "out/nano/model"

@@ -5,9 +5,9 @@ Prompts: `deepgen data world --skills text,text,text,relation --out out/nano/pro
 
 from deepgen_jax.configs.nano import MODEL, world_data
 from deepgen_jax.rewards.registry import RewardConfig
-from deepgen_jax.rl.config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
-from deepgen_jax.training.config import CheckpointConfig
+from deepgen_jax.rl.rl_config import GRPOConfig, PolicyConfig, PromptsConfig, RolloutConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig
 
 
 def get_config() -> GRPOConfig:

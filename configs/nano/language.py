@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import MODEL, world, world_data
-from deepgen_jax.training.config import CheckpointConfig, LanguageConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig, LanguageConfig
 
 
 def get_config() -> LanguageConfig:

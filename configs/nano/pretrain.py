@@ -1,8 +1,8 @@
 """Stage 1 of DeepGen-nano, last round, of all skills: the DiT, which nobody trained before, learns with the bridge."""
 
 from deepgen_jax.configs.nano import MODEL, caption_data
-from deepgen_jax.training.config import CheckpointConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import CheckpointConfig, SampleConfig, SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import pretrain, world_data
-from deepgen_jax.training.config import AdapterConfig, SupervisedConfig
+from deepgen_jax.training.run_config import AdapterConfig, SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:

@@ -7,7 +7,7 @@ edits to one picture again.
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import sft_shapes, world_sources
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 _SOURCES = world_sources(
     ("words", "t2i", "text", 0.3),

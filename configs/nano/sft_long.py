@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import sft
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:

@@ -6,7 +6,7 @@ An edit that goes wrong mostly changes another thing than the one that was named
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import sft_scenes, world_sources
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 _SOURCES = world_sources(
     ("words", "t2i", "text", 0.3),

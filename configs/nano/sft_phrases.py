@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import sft_noise, world_sources
-from deepgen_jax.data.config import MixtureConfig
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.data.data_config import MixtureConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 _SOURCES = world_sources(
     ("words", "t2i", "text", 0.3),

@@ -6,7 +6,7 @@ The world says still more in other words, so that texts are longer, with the tok
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import sft_changes, world_sources
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 _SOURCES = world_sources(
     ("words", "t2i", "text", 0.3),

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import vae_small, world_data
-from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AutoencoderConfig, CheckpointConfig
 
 
 def get_config() -> AutoencoderConfig:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import vae_small, world_data
-from deepgen_jax.training.config import AutoencoderConfig
+from deepgen_jax.training.run_config import AutoencoderConfig
 
 
 def get_config() -> AutoencoderConfig:

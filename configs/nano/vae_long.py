@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import vae, world_data
-from deepgen_jax.training.config import AutoencoderConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AutoencoderConfig
 
 
 def get_config() -> AutoencoderConfig:

@@ -6,9 +6,9 @@ Latents stay as they are, so that this round may come at any time, also last.
 from dataclasses import replace
 
 from deepgen_jax.configs.nano import vae, world_sources
-from deepgen_jax.data.config import MixtureConfig
-from deepgen_jax.training.config import AutoencoderConfig
+from deepgen_jax.data.data_config import MixtureConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AutoencoderConfig
 
 _SOURCES = world_sources(
     ("words", "t2i", "text", 0.6),

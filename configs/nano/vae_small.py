@@ -1,8 +1,8 @@
 """The autoencoder of DeepGen-nano on small pictures first, where a step costs less; `nano/vae` goes on from it."""
 
 from deepgen_jax.configs.nano import MODEL, world_data
-from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import AutoencoderConfig, CheckpointConfig
 
 
 def get_config() -> AutoencoderConfig:

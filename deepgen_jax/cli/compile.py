@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from deepgen_jax.errors import DeepGenError
 
 if TYPE_CHECKING:
-    from deepgen_jax.parallel.report import Report
+    from deepgen_jax.aot.report import Report
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CompileCommand:
 
     def run(self) -> int:
         """Compiles and prints; 0 also where the program does not fit."""
-        from deepgen_jax.parallel import topology as topologies
+        from deepgen_jax.aot import topology as topologies
 
         if not self.topology:
             raise DeepGenError("--topology missing; name one, such as v6e:8x8 or h100:64")
@@ -64,9 +64,9 @@ class CompileCommand:
 
         config = overrides.apply(overrides.load_config(self.config), self.overrides)
 
-        from deepgen_jax.parallel import compile as compiling
-        from deepgen_jax.parallel import search as searching
-        from deepgen_jax.parallel.apart import compile_apart
+        from deepgen_jax.aot import compile as compiling
+        from deepgen_jax.aot import search as searching
+        from deepgen_jax.aot.compile_process import compile_apart
 
         mesh = self.mesh or config.mesh
         request = compiling.Request(

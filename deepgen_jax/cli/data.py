@@ -13,9 +13,9 @@ from tyro.conf import Positional, arg
 from deepgen_jax.errors import DeepGenError
 
 if TYPE_CHECKING:
-    from deepgen_jax.data.config import DataConfig
-    from deepgen_jax.training.config import RunConfig
-    from deepgen_jax.training.features import CachedSource
+    from deepgen_jax.data.data_config import DataConfig
+    from deepgen_jax.training.feature_cache import CachedSource
+    from deepgen_jax.training.run_config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class InspectCommand(RunArguments):
         config, data = self.load()
         model = config.model_folder
         from deepgen_jax.data.inspect import inspect
-        from deepgen_jax.model_folder import read_manifest
+        from deepgen_jax.stores.model_folder import read_manifest
         from deepgen_jax.training.encoders import digest_for
 
         manifest = read_manifest(model)
@@ -100,9 +100,9 @@ class CacheCommand(RunArguments):
         config, data = self.load()
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
+        from deepgen_jax.stores.run_folder import saved_steps
         from deepgen_jax.training.encoders import check_untrained
-        from deepgen_jax.training.features import cache_features
-        from deepgen_jax.training.run_folder import saved_steps
+        from deepgen_jax.training.feature_cache import cache_features
 
         if config.start and saved_steps(Path(config.start)):  # else training checks it, once the run has begun
             check_untrained(config)
@@ -163,9 +163,9 @@ class WorldCommand:
 
     def run(self) -> int:
         """Writes; returns the exit status."""
-        from deepgen_jax.data.synthetic import make_sample
-        from deepgen_jax.data.world.truth import PICTURE_SKILLS
-        from deepgen_jax.rewards.world import TRUTH
+        from deepgen_jax.nano.reward import TRUTH
+        from deepgen_jax.nano.samples import make_sample
+        from deepgen_jax.nano.world.truth import PICTURE_SKILLS
 
         skills = [name.strip() for name in self.skills.split(",") if name.strip()] or ["t2i"]
         if unknown := [name for name in skills if name not in (*PICTURE_SKILLS, "t2i")]:

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from deepgen_jax.errors import DeepGenError
 
 if TYPE_CHECKING:
-    from deepgen_jax.evaluation.nano import Maker
+    from deepgen_jax.nano.benchmark import Maker
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class NanoCommand(NanoArguments):
 
     def run(self) -> int:
         """Prints; returns the exit status."""
-        from deepgen_jax.data.world.truth import SKILLS
-        from deepgen_jax.evaluation import nano
-        from deepgen_jax.rewards.world import WorldReward
+        from deepgen_jax.nano import benchmark
+        from deepgen_jax.nano.reward import WorldReward
+        from deepgen_jax.nano.world.truth import SKILLS
 
         skills = tuple(name.strip() for name in self.skills.split(",") if name.strip()) or SKILLS
         if unknown := [name for name in skills if name not in SKILLS]:
@@ -65,9 +65,9 @@ class NanoCommand(NanoArguments):
                 raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
         if (self.model is None) == (self.renders is None):
             raise DeepGenError("give either a MODEL or --renders")
-        samples = nano.held_out_samples(self.prompts, self.seed, skills)
+        samples = benchmark.held_out_samples(self.prompts, self.seed, skills)
         make, size, guidance = self._maker()
-        rows = nano.evaluate(samples, make, WorldReward(workers=1).read)
+        rows = benchmark.evaluate(samples, make, WorldReward(workers=1).read)
         if self.json:
             settings = {
                 "model": str(self.model or f"{self.renders} renders"), "prompts": self.prompts, "seed": self.seed,
@@ -75,21 +75,21 @@ class NanoCommand(NanoArguments):
             }  # fmt: skip
             print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))
         else:
-            print("\n".join(nano.lines(rows)))
+            print("\n".join(benchmark.lines(rows)))
         return 0
 
     def _maker(self) -> tuple[Maker, int, float | None]:
         """What makes the pictures, their side, and the guidance that a model makes them with."""
         from deepgen_jax.data.transforms import UNIT
-        from deepgen_jax.evaluation import nano
+        from deepgen_jax.nano import benchmark
 
         if self.size is not None and (self.size < UNIT or self.size % UNIT):
             raise DeepGenError(f"--size is {self.size}; use a multiple of {UNIT}")
         if self.renders is not None:
             size = self.size or 96
-            return nano.renders(self.renders, size), size, None
+            return benchmark.renders(self.renders, size), size, None
         from deepgen_jax.cli.sampling import load_pipeline, open_model
-        from deepgen_jax.model_folder import locate
+        from deepgen_jax.stores.model_folder import locate
 
         assert self.model is not None
         folder = locate(self.model)
@@ -97,7 +97,7 @@ class NanoCommand(NanoArguments):
         size = self.size or config.default_side
         guidance = config.guidance(self.guidance)
         pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
-        make = nano.generated(
+        make = benchmark.generated(
             pipe, size, steps=self.steps, guidance=guidance, seed=self.seed, batch_size=self.batch_size
         )
         return make, size, guidance

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
-from deepgen_jax.model_folder import Manifest, PartSummary, locate, read_manifest, read_scheduler
-from deepgen_jax.training.origin import read_origin
-from deepgen_jax.training.run_folder import is_run, last_metrics, read_run, saved_steps
+from deepgen_jax.stores.lineage import read_origin
+from deepgen_jax.stores.model_folder import Manifest, PartSummary, locate, read_manifest, read_scheduler
+from deepgen_jax.stores.run_folder import is_run, last_metrics, read_run, saved_steps
 
 _TITLES = {
     "text": "language model",

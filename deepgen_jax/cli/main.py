@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepgen_jax import __version__
+from deepgen_jax.aot.topology import GPU_MEMORY_SHARE
 from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import collect_notices
-from deepgen_jax.parallel.topology import GPU_MEMORY_SHARE
+from deepgen_jax.user_warnings import collect_warnings
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        with collect_notices(lambda text: _say(f"note: {text}")), _sigterm_raises():
+        with collect_warnings(lambda text: _say(f"note: {text}")), _sigterm_raises():
             status = _dispatch(words)
             sys.stdout.flush()
         return status

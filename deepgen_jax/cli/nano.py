@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import UseAppendAction, arg
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.nano import Ablation, write_untrained
+from deepgen_jax.nano.model import Ablation, write_untrained
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ReportCommand:
         """Writes and prints the paths; returns the exit status."""
         # Nothing here computes on an accelerator, so none is taken.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from deepgen_jax.evaluation.nano_report import read_scores, write_report
+        from deepgen_jax.nano.report import read_scores, write_report
 
         columns = {}
         for word in self.scores:

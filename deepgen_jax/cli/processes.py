@@ -34,10 +34,10 @@ class ProcessOptions:
         return jax.process_index() == 0
 
     def lifeline(self) -> contextlib.AbstractContextManager[object]:
-        """What the work is done in, so that all end where one does; see `deepgen_jax.parallel.lifeline`."""
+        """What the work is done in, so that all end where one does; see `deepgen_jax.parallel.peer_watch`."""
         if self._alone:
             return contextlib.nullcontext()
-        from deepgen_jax.parallel.lifeline import Lifeline
+        from deepgen_jax.parallel.peer_watch import Lifeline
 
         return Lifeline()
 

@@ -36,9 +36,9 @@ from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
-from deepgen_jax.model_folder import locate
-from deepgen_jax.notices import notify
+from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.terminal import progress_bar
+from deepgen_jax.user_warnings import warn_user
 
 
 @dataclass
@@ -235,7 +235,7 @@ class SamplingCommand(PromptArguments):
     def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
         """Many images: what is finished is skipped, what fails is listed at the end."""
         if failures:
-            notify(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
+            warn_user(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
         model = Model.of(self.folder, _resolved_dtype(self.dtype))
         folder = Path(self.out or "")
         grids = plan_grids(requests) if self.grid else {}
@@ -337,7 +337,7 @@ def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:
     Raises:
       DeepGenError: no such folder, or no model folder.
     """
-    from deepgen_jax.model_folder import read_manifest
+    from deepgen_jax.stores.model_folder import read_manifest
 
     config = read_manifest(folder).config
     tokenizer = PromptTokenizer(folder / "tokenizer", config)

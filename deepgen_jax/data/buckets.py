@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.transforms import UNIT, target_size
 
 #: (width, height) of the target, then of each reference.

@@ -9,7 +9,7 @@ from PIL.Image import Image
 
 from deepgen_jax.data.files import Blob, open_blob
 from deepgen_jax.data.images import ImageError, decode_image, image_size
-from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.prompt_lengths import Prompts
 from deepgen_jax.data.sources import BadSample, Row, Source, read_row
 from deepgen_jax.data.sources.base import CachedImage, ImageData
 

@@ -1,4 +1,4 @@
-"""Writing what `deepgen_jax.data.features` describes: shards that are there whole or not at all."""
+"""Writing what `deepgen_jax.data.feature_files` describes: shards that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepgen_jax.data.features import LINES, RECORDS, write_features
+from deepgen_jax.data.feature_files import LINES, RECORDS, write_features
 from deepgen_jax.data.sources.base import BadSample, CachedImage
 
 #: Ending of files that are being written; what stands under such a name is left over.

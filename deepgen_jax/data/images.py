@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 #: Images of more pixels than this are refused before they are decoded.
 MAX_PIXELS = 64 * 10**6
@@ -67,7 +67,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     label = image_label(source)
     with _opened(source, label, max_pixels) as image:
         if _animated(image):
-            notify(f"{label} has more than one frame; the first is used")
+            warn_user(f"{label} has more than one frame; the first is used")
         # A plain image: an orientation left in its metadata would be applied a second time by others.
         return Image.fromarray(np.asarray(_decoded(image, label, max_pixels)))
 

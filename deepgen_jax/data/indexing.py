@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepgen_jax.data.checks import Facts, check_sample
-from deepgen_jax.data.config import DataConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.data.files import FileInfo, cache_folder, is_remote
 from deepgen_jax.data.index import VERSION, Index, IndexWriter
-from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.prompt_lengths import Prompts
 from deepgen_jax.data.sources import BadSample, Source, open_source
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -64,7 +64,7 @@ def _open(config: DataConfig, opened: Source, prompts: Prompts, files: Sequence[
         if reason in _DAMAGED:
             # Each counts as one bad sample, however many it holds.
             example = index.meta["examples"][reason]
-            notify(f"source {source.name}: {count} {reason}, left out from there on; such as {example}")
+            warn_user(f"source {source.name}: {count} {reason}, left out from there on; such as {example}")
     bad = sum(index.meta["counts"].values())
     if bad > config.max_bad_share * len(index):
         reasons = ", ".join(f"{count} {reason}" for reason, count in index.meta["counts"].items())

@@ -13,7 +13,7 @@ import numpy as np
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.buckets import Bucket
-from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.reader import Batch

@@ -16,10 +16,10 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.buckets import Bucket
-from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
-from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.prompt_lengths import Prompts
 from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
 from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
@@ -73,7 +73,7 @@ class Loader(Iterator[Batch]):
           once: end after every usable sample was read once; slots that remain in the last batch of a bucket hold copies
             with weight 0.
           weights: digest of the frozen encoders, which cached features must come from; what
-            `deepgen_jax.training.features.encoder_digest` gives. Needed with cached sources only.
+            `deepgen_jax.training.feature_cache.encoder_digest` gives. Needed with cached sources only.
 
         Raises:
           DeepGenError: a source cannot be used, or the micro-batch cannot be shared evenly.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepgen_jax.data.config import MixtureConfig
+from deepgen_jax.data.data_config import MixtureConfig
 
 #: Rates are integers that sum to about this, so that the arithmetic is exact: positions up to 2^33 fit into int64.
 _TOTAL = 2**30

@@ -9,7 +9,7 @@ import numpy as np
 
 from deepgen_jax.data.buckets import Bucket, Sizes
 from deepgen_jax.data.checks import load_pixels
-from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.sources import BadSample, Record
 from deepgen_jax.data.sources.base import CachedImage
 from deepgen_jax.data.transforms import resize

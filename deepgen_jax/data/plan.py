@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepgen_jax.data.buckets import Bucket, Sizes, choose_buckets, exact_sizes, list_buckets, pixel_difference
-from deepgen_jax.data.config import TASKS, DataConfig
+from deepgen_jax.data.data_config import TASKS, DataConfig
 from deepgen_jax.data.index import Index
 from deepgen_jax.data.mixture import integer_rates, interleave, task_at
-from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.prompt_lengths import Prompts
 from deepgen_jax.data.shuffle import generator, permuted
 from deepgen_jax.errors import DeepGenError
 

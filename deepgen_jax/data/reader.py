@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepgen_jax.data.buckets import Bucket
-from deepgen_jax.data.features import token_dtype
+from deepgen_jax.data.feature_files import token_dtype
 from deepgen_jax.data.payload import Cached, Layout, Payload, Pixels
 from deepgen_jax.data.plan import BatchPlan, Plan
-from deepgen_jax.data.prompts import Prompts
+from deepgen_jax.data.prompt_lengths import Prompts
 from deepgen_jax.data.sources import BadSample, Source, open_source, read_row
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.data.transforms import UNIT

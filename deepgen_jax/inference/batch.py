@@ -13,10 +13,10 @@ from PIL import Image
 from deepgen_jax.data.images import MAX_PIXELS, image_size, load_image
 from deepgen_jax.data.tokens import Padding
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
-from deepgen_jax.inference.images import fit_reference, reference_size, round_size
+from deepgen_jax.inference.image_inputs import fit_reference, reference_size, round_size
 from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 #: (width, height, steps, guidance, size of each reference): requests that agree in it share one compiled program.
 Layout = tuple[int, int, int, float, tuple[tuple[int, int], ...]]
@@ -188,7 +188,7 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
     guidance = settings.guidance if record.guidance is None else record.guidance
     negative = settings.negative_prompt if record.negative_prompt is None else record.negative_prompt
     if negative and guidance == 1:
-        notify("a negative prompt has no effect at guidance 1; give --guidance above 1")
+        warn_user("a negative prompt has no effect at guidance 1; give --guidance above 1")
         negative = ""
     check_prompt(record.prompt, reference_sizes or None)
     try:

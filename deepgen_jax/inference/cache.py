@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 #: Names the folder, or "off".
 ENVIRONMENT = "DEEPGEN_CACHE_DIR"
@@ -40,7 +40,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        notify(f"compiled programs are not kept: {path} cannot be used ({error.strerror or error})")
+        warn_user(f"compiled programs are not kept: {path} cannot be used ({error.strerror or error})")
         return None
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(path))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from deepgen_jax import model_folder
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
@@ -18,6 +17,7 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import make_mesh, replicated
+from deepgen_jax.stores import model_folder
 
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Parts on which adapters sit.

@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request, Settings
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 #: Image formats by suffix.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -116,7 +116,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
     else:
         text = json.dumps(metadata)
         if len(text) > _MOST_EXIF:
-            notify(f"{path} has no room for all that is known of its images; use .png to keep it")
+            warn_user(f"{path} has no room for all that is known of its images; use .png to keep it")
             text = json.dumps({name: metadata[name] for name in ("file", "fingerprint") if name in metadata})
         exif = Image.Exif()
         exif[_EXIF_DESCRIPTION] = text
@@ -222,7 +222,7 @@ class OutputFolder:
                 missing.append(file)
                 changed += other
         if changed:
-            notify(f"{changed} of the images in {self.path} are of other requests or another model; made again")
+            warn_user(f"{changed} of the images in {self.path} are of other requests or another model; made again")
         self._rewrite()
         return missing
 
@@ -249,7 +249,7 @@ class OutputFolder:
                 value = json.loads(raw)
             except ValueError:
                 if raw.strip():
-                    notify(f"{path} has a damaged line, left by a run that was cut off; dropped")
+                    warn_user(f"{path} has a damaged line, left by a run that was cut off; dropped")
                 continue
             if isinstance(value, dict) and isinstance(value.get("file"), str) and "fingerprint" in value:
                 self._lines[value["file"]] = raw.decode() + "\n"

@@ -22,12 +22,12 @@ from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
-from deepgen_jax.model_folder import locate
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
+from deepgen_jax.stores.model_folder import locate
 
 OutputType = Literal["pil", "np", "latent"]
 Posterior = Literal["mean", "sample"]

@@ -16,7 +16,7 @@ from deepgen_jax.flow.samplers import sample_ode
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
-from deepgen_jax.parallel.tuned_jit import tuned_jit
+from deepgen_jax.parallel.jit_options import tuned_jit
 
 Params = dict[str, Any]
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from deepgen_jax.aot.topology import GPUS_A_HOST
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.topology import GPUS_A_HOST
 
 AXES = ("data", "fsdp", "tensor")
 #: Axes over which a batch is split.

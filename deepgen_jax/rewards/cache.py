@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 
 def request_key(payload: Mapping[str, Any]) -> str:
@@ -88,5 +88,5 @@ class AnswerCache:
         if not line.endswith("\n"):
             file.write("\n")
         if bad:
-            notify(f"{path}: {bad} unreadable lines were left out; their requests are sent again")
+            warn_user(f"{path}: {bad} unreadable lines were left out; their requests are sent again")
         return file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import LocalReward, RewardSample
-from deepgen_jax.rewards.images import encode
+from deepgen_jax.rewards.image_codec import encode
 
 #: Kilobytes (of 1000 bytes) that count as 1.
 _UNIT = 500

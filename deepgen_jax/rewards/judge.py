@@ -11,7 +11,7 @@ import numpy as np
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.client import Client, ClientConfig
-from deepgen_jax.rewards.images import jpeg_data_url
+from deepgen_jax.rewards.image_codec import jpeg_data_url
 
 #: The answer in a judge's reply.
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)

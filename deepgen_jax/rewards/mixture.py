@@ -14,11 +14,11 @@ from types import TracebackType
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
 from deepgen_jax.rewards.background import BackgroundLoop
 from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores, failure_reason
 from deepgen_jax.rewards.registry import RewardConfig, canonical, make, suggestion
 from deepgen_jax.rewards.result import RewardResult, concatenate
+from deepgen_jax.user_warnings import warn_user
 
 
 class RewardMixture:
@@ -110,7 +110,7 @@ class RewardMixture:
             if not (short := self._short(result)):
                 return result
             wait = self._retry_seconds * 2**attempt
-            notify(f"too few rewards ({', '.join(short)}); asking again in {wait:g} s")
+            warn_user(f"too few rewards ({', '.join(short)}); asking again in {wait:g} s")
             time.sleep(wait)
             result = self._background.submit(self._retry(result)).result()
         if short := self._short(result):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
 from deepgen_jax.rewards.base import LocalReward, Missing, RewardSample
+from deepgen_jax.user_warnings import warn_user
 
 #: The reward does not apply to a prompt that asks for no text.
 NO_TEXT = Missing("the prompt quotes no text", permanent=True)
@@ -50,7 +50,7 @@ class OCRReward(LocalReward):
         if target_text(sample.prompt) is None:
             # Told once in the life of the reward: the lock is never released.
             if self._told.acquire(blocking=False):
-                notify(f"no OCR reward for prompts that quote no text, such as {sample.prompt[:80]!r}")
+                warn_user(f"no OCR reward for prompts that quote no text, such as {sample.prompt[:80]!r}")
             return NO_TEXT
         return text_accuracy(self.recognise(sample.image), sample.prompt)
 

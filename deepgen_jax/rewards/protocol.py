@@ -22,7 +22,7 @@ from typing import Any
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import Missing, RewardSample, Scores
-from deepgen_jax.rewards.images import decode_png_base64, png_base64
+from deepgen_jax.rewards.image_codec import decode_png_base64, png_base64
 
 _SAMPLE_FIELDS = {"image", "prompt", "group", "metadata"}
 

@@ -15,13 +15,13 @@ from deepgen_jax.rewards.base import Reward
 #: Kind -> module and class, imported on first use. The class's keyword arguments are the reward's options.
 KINDS = {
     "ocr": "deepgen_jax.rewards.ocr:OCRReward",
-    "clip": "deepgen_jax.rewards.clip:CLIPReward",
+    "clip": "deepgen_jax.rewards.clip_score:CLIPReward",
     "preference": "deepgen_jax.rewards.preference:PreferenceReward",
     "judge_score": "deepgen_jax.rewards.judge_score:JudgeScoreReward",
     "ocr_judge": "deepgen_jax.rewards.ocr_judge:OCRJudgeReward",
     "jpeg": "deepgen_jax.rewards.jpeg:JPEGReward",
     "color_target": "deepgen_jax.rewards.color:ColorTargetReward",
-    "world": "deepgen_jax.rewards.world:WorldReward",
+    "world": "deepgen_jax.nano.reward:WorldReward",
     "http": "deepgen_jax.rewards.http:HTTPReward",
 }
 

@@ -23,17 +23,17 @@ from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.jit_options import tuned_jit
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
-from deepgen_jax.parallel.tuned_jit import tuned_jit
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult, nothing
 from deepgen_jax.rl import advantages as advantage
 from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
-from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.rl.policy import policy_variables
 from deepgen_jax.rl.prompts import PromptSample, check_prompts, load_prompts
+from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import UPDATE, Trajectory, concatenated, image_keys, initial_noise, rollout
 from deepgen_jax.rl.step import (
     canvas_of,
@@ -45,8 +45,8 @@ from deepgen_jax.rl.step import (
     run_optimizer,
 )
 from deepgen_jax.rl.update import UpdateKeys
-from deepgen_jax.training.feed import Feed, StepBatch, open_loader
 from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
+from deepgen_jax.training.step_batches import Feed, StepBatch, open_loader
 from deepgen_jax.training.supervised import TrainState, parts
 from deepgen_jax.training.weights import load_start
 

@@ -21,8 +21,8 @@ from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.rl.advantages import CLIP
-from deepgen_jax.rl.config import NFTConfig
 from deepgen_jax.rl.losses import velocity_kl
+from deepgen_jax.rl.rl_config import NFTConfig
 from deepgen_jax.rl.update import (
     PolicyGradients,
     Problem,

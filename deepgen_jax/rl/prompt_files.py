@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
 from deepgen_jax.rewards.registry import canonical, suggestion
+from deepgen_jax.user_warnings import warn_user
 
 #: "sample_proportional": a data set's chance is its weight times its size; "weight_only": its weight alone.
 SamplingMode = Literal["sample_proportional", "weight_only"]
@@ -124,7 +124,7 @@ def read_prompt_config(
             "put them beside the YAML or take their data sets out"
         )
     if lost:
-        notify(f"{path}: {len(lost)} of {len(parsed)} prompt lists are not there and left out: {', '.join(lost)}")
+        warn_user(f"{path}: {len(lost)} of {len(parsed)} prompt lists are not there and left out: {', '.join(lost)}")
     datasets = [
         PromptDataset(entry.name, read_prompt_list(where), entry.rewards, entry.weight)
         for entry in parsed

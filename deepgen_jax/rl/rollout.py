@@ -20,7 +20,7 @@ from deepgen_jax.flow.samplers import sample_ode, sde_step
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.tuned_jit import tuned_jit
+from deepgen_jax.parallel.jit_options import tuned_jit
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
 from deepgen_jax.training.trees import Tree
 

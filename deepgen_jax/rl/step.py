@@ -15,9 +15,9 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import batch_sharding
 from deepgen_jax.rl.algorithms import ALGORITHMS
-from deepgen_jax.rl.config import GRPOConfig
 from deepgen_jax.rl.nft import nft_step
 from deepgen_jax.rl.policy import Canvas
+from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import RolloutSettings
 from deepgen_jax.rl.update import UpdateSettings, grpo_step, learned_steps
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer

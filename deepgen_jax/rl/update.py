@@ -17,9 +17,9 @@ import optax
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.rl.algorithms import ALGORITHMS
-from deepgen_jax.rl.config import PolicyConfig
 from deepgen_jax.rl.objective import RatioStatistics, penalty, step_of
 from deepgen_jax.rl.policy import Canvas, policy_variables, rows_of, velocity
+from deepgen_jax.rl.rl_config import PolicyConfig
 from deepgen_jax.rl.rollout import Trajectory
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.supervised import StepSettings, TrainState, apply_gradients, supervised_gradients

@@ -19,11 +19,11 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import autoencoder
 from deepgen_jax.training.autoencoder import Objective, Sums
-from deepgen_jax.training.config import AutoencoderConfig
-from deepgen_jax.training.feed import index_words, open_loader
 from deepgen_jax.training.inputs import REFERENCE_POSTERIOR, TARGET_POSTERIOR, sample_keys
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.run_config import AutoencoderConfig
 from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
+from deepgen_jax.training.step_batches import index_words, open_loader
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from deepgen_jax import model_folder
-from deepgen_jax.data.config import DataConfig
+from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import lora
@@ -19,8 +18,9 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import leaves
-from deepgen_jax.training.config import RunConfig
-from deepgen_jax.training.origin import origin_of
+from deepgen_jax.stores import model_folder
+from deepgen_jax.stores.lineage import origin_of
+from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.trees import Tree
 
 _ENCODERS = ("vae", "vision")

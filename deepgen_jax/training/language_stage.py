@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.data.vision_inputs import patch_grid
-from deepgen_jax.data.world.questions import MARK
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.nano.world.questions import MARK
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import language
-from deepgen_jax.training.config import LanguageConfig
-from deepgen_jax.training.feed import open_loader, widen
 from deepgen_jax.training.inputs import Text
 from deepgen_jax.training.language import Sums
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.run_config import LanguageConfig
 from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
+from deepgen_jax.training.step_batches import open_loader, widen
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start

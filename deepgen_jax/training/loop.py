@@ -17,14 +17,14 @@ from jax.sharding import Mesh
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.grids import tiled
-from deepgen_jax.parallel.devices import peak_flops, peak_memory
+from deepgen_jax.parallel.chips import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
+from deepgen_jax.stores.checkpoint import Checkpoints
+from deepgen_jax.stores.lineage import newest_origin, origin_of
+from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
 from deepgen_jax.training import overrides
-from deepgen_jax.training.checkpoint import Checkpoints
-from deepgen_jax.training.config import RunConfig
-from deepgen_jax.training.origin import newest_origin, origin_of
 from deepgen_jax.training.progress import Progress
-from deepgen_jax.training.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
+from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepgen_jax.config import to_dict
-from deepgen_jax.data.config import did_you_mean
+from deepgen_jax.data.data_config import did_you_mean
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.values import item_hint, parse
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training.config import SampleConfig
+from deepgen_jax.training.run_config import SampleConfig
 
 if TYPE_CHECKING:
     from deepgen_jax.inference.pipeline import DeepGenPipeline

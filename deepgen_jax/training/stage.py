@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
-from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.supervised import TrainState, init_state
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights, current_params
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 #: Name of a stage -> module and class of its config, module and class of the stage.
 STAGES = {
     "autoencoder": (
-        ("deepgen_jax.training.config", "AutoencoderConfig"),
+        ("deepgen_jax.training.run_config", "AutoencoderConfig"),
         ("deepgen_jax.training.autoencoder_stage", "AutoencoderStage"),
     ),
-    "grpo": (("deepgen_jax.rl.config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
+    "grpo": (("deepgen_jax.rl.rl_config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
     "language": (
-        ("deepgen_jax.training.config", "LanguageConfig"),
+        ("deepgen_jax.training.run_config", "LanguageConfig"),
         ("deepgen_jax.training.language_stage", "LanguageStage"),
     ),
     "supervised": (
-        ("deepgen_jax.training.config", "SupervisedConfig"),
+        ("deepgen_jax.training.run_config", "SupervisedConfig"),
         ("deepgen_jax.training.supervised_stage", "SupervisedStage"),
     ),
 }

@@ -15,13 +15,13 @@ from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.jit_options import tuned_jit
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import gathered_shardings
-from deepgen_jax.parallel.tuned_jit import tuned_jit
-from deepgen_jax.training.config import SupervisedConfig
-from deepgen_jax.training.feed import Feed, open_loader
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.run_config import SupervisedConfig
 from deepgen_jax.training.stage import LoaderStage, StepReport, check_micro_batch, shardings_of, start_state
+from deepgen_jax.training.step_batches import Feed, open_loader
 from deepgen_jax.training.supervised import StepSettings, TrainState, parts, train_step
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import load_start

@@ -17,13 +17,13 @@ import numpy as np
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.outputs import save_image
-from deepgen_jax.notices import notify
-from deepgen_jax.training.jsonl import LineWriter, plain, truncate
+from deepgen_jax.stores.jsonl import LineWriter, plain, truncate
+from deepgen_jax.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from deepgen_jax.training.config import LogConfig
+    from deepgen_jax.training.run_config import LogConfig
 
 #: A metric of one step: a number, or several such as one for each range of noise levels; None where there is none.
 Metric = float | Sequence[float | None] | None
@@ -101,7 +101,7 @@ class TensorBoard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            notify("no TensorBoard event files, tensorboardX is missing; pip install 'deepgen-jax[log]'")
+            warn_user("no TensorBoard event files, tensorboardX is missing; pip install 'deepgen-jax[log]'")
             return None
         # A folder may hold steps of an attempt that ended before its first checkpoint; they are hidden as well.
         writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.start_step + 1)

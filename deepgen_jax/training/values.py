@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepgen_jax.data.config import did_you_mean
+from deepgen_jax.data.data_config import did_you_mean
 from deepgen_jax.errors import DeepGenError
 
 

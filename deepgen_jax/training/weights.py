@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from deepgen_jax import model_folder
 from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import ADAPTED_PARTS, part_dtypes
@@ -20,10 +19,11 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import replicated
-from deepgen_jax.training.checkpoint import load_weights, stored_weights
-from deepgen_jax.training.config import RunConfig
+from deepgen_jax.stores import model_folder
+from deepgen_jax.stores.checkpoint import load_weights, stored_weights
+from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, origin_of
 from deepgen_jax.training.inputs import sample_keys
-from deepgen_jax.training.origin import ADAPTED, Saved, adapter_scale, origin_of
+from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree, init_lora, join, split
 
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
 def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """Reads the weights straight to their devices and dtypes.
 
-    What earlier runs trained replaces the model folder's; `deepgen_jax.training.origin` tells what comes from where.
+    What earlier runs trained replaces the model folder's; `deepgen_jax.stores.lineage` tells what comes from where.
     Adapters are merged, except those that go on training.
 
     Raises:

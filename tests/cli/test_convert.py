@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepgen_jax.cli.main import main
-from deepgen_jax.model_folder import read_manifest
+from deepgen_jax.stores.model_folder import read_manifest
 
 
 def test_convert_and_export(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from deepgen_jax.data.example import write_example_data
 GROUP = COMMANDS["data"].commands
 
 CONFIG = """
-from deepgen_jax.data.config import DataConfig, SourceConfig
-from deepgen_jax.training.config import SupervisedConfig
+from deepgen_jax.data.data_config import DataConfig, SourceConfig
+from deepgen_jax.training.run_config import SupervisedConfig
 
 def get_config():
     sources = (

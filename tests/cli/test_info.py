@@ -14,7 +14,7 @@ import pytest
 from deepgen_jax.cli.info import lines
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig
-from deepgen_jax.model_folder import Manifest, PartSummary
+from deepgen_jax.stores.model_folder import Manifest, PartSummary
 
 
 def test_a_converted_folder(folders, capsys: pytest.CaptureFixture):

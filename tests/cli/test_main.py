@@ -14,7 +14,7 @@ from deepgen_jax import __version__
 from deepgen_jax.cli import main as cli
 from deepgen_jax.cli.main import COMMANDS, main, one_line
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 
 class Command:
@@ -122,7 +122,7 @@ def test_bugs(act, capsys: pytest.CaptureFixture):
 def test_notices_are_told_once(act, capsys: pytest.CaptureFixture):
     def told() -> int:
         for text in ("one", "two", "one"):
-            notify(text)
+            warn_user(text)
         warnings.warn("not ours", UserWarning, stacklevel=1)
         return 0
 

@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from deepgen_jax.cli.main import main
+from deepgen_jax.stores.jsonl import LineWriter
 from deepgen_jax.training.curves import DATA_WAIT, choose_panels, over_steps, read_curves, series_label, smoothed
-from deepgen_jax.training.jsonl import LineWriter
 from deepgen_jax.training.plot import draw
 
 STEPS = 40

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_pipeline import FakePipeline, check_prompt
 from PIL import Image
+from support.fake_pipeline import FakePipeline, check_prompt
 
-from deepgen_jax import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.edit import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig
 from deepgen_jax.inference.outputs import read_metadata
+from deepgen_jax.stores import model_folder
 
 TESTS = Path(__file__).parents[1]
 CONFIG = DeepGenConfig(mmdit=MMDiTConfig(sample_size=8))  # images of 64 pixels by default
@@ -345,8 +345,8 @@ def test_nothing_usable_in_a_prompt_file(pipe: FakePipeline, capsys: pytest.Capt
 
 SCRIPT = """
 import sys
-from fake_pipeline import FakePipeline, check_prompt
-from deepgen_jax import model_folder
+from support.fake_pipeline import FakePipeline, check_prompt
+from deepgen_jax.stores import model_folder
 from deepgen_jax.cli import sampling
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig

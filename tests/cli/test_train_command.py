@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-import runs
+from support import runs
 
 from deepgen_jax.cli.main import main
 from deepgen_jax.training import loop

@@ -37,7 +37,7 @@ def release(data_dir: Path, tmp_path: Path) -> Path:
 def read_flat() -> Callable[..., Flat]:
     """``read_flat(folder, "params")`` -> every stored array by path, the unused ones too."""
     from deepgen_jax.convert.stored import flatten
-    from deepgen_jax.model_folder import PARTS, load_lora, load_params
+    from deepgen_jax.stores.model_folder import PARTS, load_lora, load_params
 
     def read(folder: Path, name: str = "params") -> Flat:
         tree = (load_params if name == "params" else load_lora)(folder, (*PARTS, "unused"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from deepgen_jax.convert import convert, export
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import load_lora, read_manifest, read_scheduler
+from deepgen_jax.stores.model_folder import load_lora, read_manifest, read_scheduler
 
 Flat = dict[str, np.ndarray]
 

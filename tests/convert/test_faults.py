@@ -19,8 +19,8 @@ from deepgen_jax.convert import convert
 from deepgen_jax.convert.detect import open_checkpoint
 from deepgen_jax.convert.sources import WEIGHT_DTYPES
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.model_folder import read_manifest
-from deepgen_jax.notices import DeepGenNotice
+from deepgen_jax.stores.model_folder import read_manifest
+from deepgen_jax.user_warnings import DeepGenWarning
 
 Stage = dict[str, torch.Tensor]
 
@@ -366,12 +366,12 @@ def test_a_checkpoint_of_part_of_the_mmdit_is_told_of(
     stage |= {f"transformer.{name}": transformer[name] for name in sorted(transformer)[:2]}
     torch.save({"state_dict": stage}, tmp_path / "stage.pth")
     lacks = rf"stage\.pth holds 2 of the tensors of transformer and lacks {len(transformer) - 2}, such as .* taken from"
-    with pytest.warns(DeepGenNotice, match=lacks):
+    with pytest.warns(DeepGenWarning, match=lacks):
         convert(checkpoint=tmp_path / "stage.pth", out=tmp_path / "m", **bases)
 
 
 def test_a_damaged_checkpoint_beside_a_whole_one_is_told_of(data_dir: Path, tmp_path: Path) -> None:
     shutil.copy(data_dir / "deepgen_pretrain.pth", tmp_path / "iter_1.pth")
     (tmp_path / "iter_2.pth").write_bytes((tmp_path / "iter_1.pth").read_bytes()[:-5000])
-    with pytest.warns(DeepGenNotice, match=r"iter_2\.pth is left out: "):
+    with pytest.warns(DeepGenWarning, match=r"iter_2\.pth is left out: "):
         open_checkpoint(tmp_path).close()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from deepgen_jax.config import LoRAConfig
 from deepgen_jax.convert import convert
-from deepgen_jax.model_folder import PARTS, load_params, read_manifest, read_scheduler
+from deepgen_jax.stores.model_folder import PARTS, load_params, read_manifest, read_scheduler
 
 Flat = dict[str, np.ndarray]
 LAYOUT_NAMES = ("sft", "pretrain", "rl", "ds", "model_pt", "zip", "none", "diffusers")

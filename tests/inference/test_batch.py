@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_pipeline import FakePipeline, check_prompt
 from PIL import Image
+from support.fake_pipeline import FakePipeline, check_prompt
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request, Settings, batch_sizes, plan, render
 from deepgen_jax.inference.prompts import Record
-from deepgen_jax.notices import DeepGenNotice
+from deepgen_jax.user_warnings import DeepGenWarning
 
 SETTINGS = Settings(side=64, max_reference_pixels=64 * 64, steps=3)
 
@@ -41,7 +41,7 @@ def test_plan_names_seeds_and_sizes():
     assert requests[4].layout == (32, 96, 9, 1.5, ())
     assert {r.negative_prompt for r in requests} == {"ugly"}
     assert plan([record(0, negative_prompt="")], SETTINGS, check_prompt)[0][0].negative_prompt == ""
-    with pytest.warns(DeepGenNotice, match="a negative prompt has no effect at guidance 1"):
+    with pytest.warns(DeepGenWarning, match="a negative prompt has no effect at guidance 1"):
         (request,), _ = plan([record(0, guidance=1, negative_prompt="word " * 31)], SETTINGS, check_prompt)
     assert request.negative_prompt == ""
 
@@ -131,7 +131,7 @@ def test_references_are_read_and_fitted_once_a_batch(tmp_path: Path, pictures: l
     records = [record(i, images=(large, pictures[0])) for i in range(2)] + [record(2, images=(pictures[1],))]
     requests, _ = plan(records, SETTINGS, check_prompt)
     pipe = FakePipeline()
-    with pytest.warns(DeepGenNotice, match=r"large.png is resized from 256x256 to 64x64"):
+    with pytest.warns(DeepGenWarning, match=r"large.png is resized from 256x256 to 64x64"):
         rendered(pipe, requests, batch_size=4)
     assert [[[ref.size for ref in refs] for refs in call["image"]] for call in pipe.calls] == [
         [[(64, 64), (64, 32)]] * 2,

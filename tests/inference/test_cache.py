@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from deepgen_jax.inference.cache import enable_compilation_cache
-from deepgen_jax.notices import DeepGenNotice
+from deepgen_jax.user_warnings import DeepGenWarning
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -68,7 +68,7 @@ def test_where(
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(DeepGenNotice, match=r"programs are not kept: .*file/x cannot be used \(Not a directory\)"):
+    with pytest.warns(DeepGenWarning, match=r"programs are not kept: .*file/x cannot be used \(Not a directory\)"):
         assert enable_compilation_cache(tmp_path / "file/x") is None
 
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageCms
 
 from deepgen_jax.data.images import image_size, load_image
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.images import fit_reference, reference_size, round_size
-from deepgen_jax.notices import DeepGenNotice
+from deepgen_jax.inference.image_inputs import fit_reference, reference_size, round_size
+from deepgen_jax.user_warnings import DeepGenWarning
 
 
 def corners(image: Image.Image) -> list[list[int]]:
@@ -172,7 +172,7 @@ def test_first_frame_with_a_notice(tmp_path: Path, suffix: str):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     path = tmp_path / f"film{suffix}"
     frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == ".webp" else {}))
-    with pytest.warns(DeepGenNotice, match=f"film{suffix} has more than one frame"):
+    with pytest.warns(DeepGenWarning, match=f"film{suffix} has more than one frame"):
         image = load_image(path)
     assert corners(image)[0] == pytest.approx(R, abs=2)
 
@@ -274,17 +274,17 @@ def test_fit_reference_tells_only_what_it_changes():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fit_reference(small) is small
-    with pytest.warns(DeepGenNotice, match=r"a.png is resized from 70x40 to 64x32: sides are multiples of 32$"):
+    with pytest.warns(DeepGenWarning, match=r"a.png is resized from 70x40 to 64x32: sides are multiples of 32$"):
         assert fit_reference(quadrants(70, 40), name="a.png").size == (64, 32)
-    with pytest.warns(DeepGenNotice, match="the area is at most about 2048 pixels"):
+    with pytest.warns(DeepGenWarning, match="the area is at most about 2048 pixels"):
         assert fit_reference(quadrants(128, 64), max_pixels=2048).size == (64, 32)
 
 
 def test_round_size():
     assert round_size(512, 768) == (512, 768)
-    with pytest.warns(DeepGenNotice, match="500x770 is rounded to 512x768"):
+    with pytest.warns(DeepGenWarning, match="500x770 is rounded to 512x768"):
         assert round_size(500, 770) == (512, 768)
-    with pytest.warns(DeepGenNotice):
+    with pytest.warns(DeepGenWarning):
         assert round_size(1, 48) == (32, 64)
     with pytest.raises(DeepGenError, match="500x770 is not made of multiples of 32; the nearest is 512x768"):
         round_size(500, 770, strict=True)

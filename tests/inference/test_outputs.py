@@ -19,7 +19,7 @@ import deepgen_jax
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request, Settings
 from deepgen_jax.inference.outputs import METADATA_FILE, Model, OutputFolder, describe, read_metadata, save_image
-from deepgen_jax.notices import collect_notices
+from deepgen_jax.user_warnings import collect_warnings
 
 REQUEST = Request("00000.png", "p.txt:1", "a café 日本", "", 3, 64, 32, 5, 4.0)
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
@@ -114,7 +114,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 @contextlib.contextmanager
 def notices() -> Iterator[list[str]]:
     said: list[str] = []
-    with collect_notices(said.append):
+    with collect_warnings(said.append):
         yield said
 
 

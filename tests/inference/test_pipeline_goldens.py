@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "fixtures"
 CASES = json.loads((DATA / "cases.json").read_text(encoding="utf-8"))
 BASE = {"sft": "sft", "base": "pretrain"}
 LAYOUT_OF = {"deepgen_sft.pth": "sft", "deepgen_pretrain.pth": "pretrain"}

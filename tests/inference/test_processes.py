@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-import runs
 from PIL import Image
+from support import runs
 
 MAKE = """
 import sys

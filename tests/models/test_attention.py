@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from flax import linen as nn
 from jax.extend.core import Primitive
+from support import runs
 
 from deepgen_jax.models.attention import attention, choose_implementation
 from deepgen_jax.models.splash import block_and_length, splash_attention

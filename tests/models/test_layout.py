@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
+from support import runs
 
 from deepgen_jax.models.layout import head_rows, laid_out_in_rows, token_rows
 

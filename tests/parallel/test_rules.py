@@ -6,12 +6,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from deepgen_jax import model_folder
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import AXES, make_mesh, parse_mesh
+from deepgen_jax.stores import model_folder
 from deepgen_jax.training.trees import init_lora
 
 

@@ -6,11 +6,11 @@ import asyncio
 import time
 
 import pytest
-from judge_server import JudgeServer, Reply
+from support.judge_server import JudgeServer, Reply
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards.client import Client, ClientConfig, RequestFailed, _retry_after
+from deepgen_jax.user_warnings import DeepGenWarning
 
 FAST = {"backoff_seconds": 0.01, "max_backoff_seconds": 0.02, "read_seconds": 0.3, "concurrency": 4}
 
@@ -135,11 +135,11 @@ def test_cut_off_line_of_the_cache_is_dropped(tmp_path):
     with JudgeServer(lambda number, body: Reply(f"answer {number}")) as server:
         ask(Client({**FAST, "cache": str(path)}), server, {"q": 1}, {"q": 2})
         path.write_text(path.read_text()[:-7])
-        with pytest.warns(DeepGenNotice, match="1 unreadable"):
+        with pytest.warns(DeepGenWarning, match="1 unreadable"):
             client = Client({**FAST, "cache": str(path)})
         ask(client, server, {"q": 1}, {"q": 2}, {"q": 3})
         assert client.counts["cached"] == 1
-        with pytest.warns(DeepGenNotice, match="1 unreadable"):
+        with pytest.warns(DeepGenWarning, match="1 unreadable"):
             again = Client({**FAST, "cache": str(path)})
         ask(again, server, {"q": 1}, {"q": 2}, {"q": 3})
         assert again.counts["cached"] == 3

@@ -13,11 +13,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 from transformers import CLIPConfig as PeerConfig
 
-from deepgen_jax.convert.clip import clip_config, clip_params, load_clip
+from deepgen_jax.convert.clip_weights import clip_config, clip_params, load_clip
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.clip import CLIP, CLIPConfig
 from deepgen_jax.rewards import RewardConfig, RewardSample, make
-from deepgen_jax.rewards.clip import preprocess
+from deepgen_jax.rewards.clip_score import preprocess
 
 torch = pytest.importorskip("torch")
 

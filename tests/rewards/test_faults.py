@@ -9,12 +9,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from judge_server import JudgeServer, Reply
+from support.judge_server import JudgeServer, Reply
 
-from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards import RewardConfig, RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rl import advantages
+from deepgen_jax.user_warnings import DeepGenWarning
 
 GROUP, GROUPS_A_STEP, STEPS = 4, 16, 3
 RESTART_AT = 150
@@ -77,7 +77,7 @@ def test_run_completes_with_a_faulty_judge(judge):
         RewardMixture(configs, group_size=GROUP, required_share=0.5, retries=5, retry_seconds=0.05) as mixture,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", DeepGenNotice)
+        warnings.simplefilter("ignore", DeepGenWarning)
         for step in range(STEPS):
             samples, weights = step_samples(step), [{"preference": 0.7, "jpeg": 0.3}] * (GROUPS_A_STEP * GROUP)
             half = len(samples) // 2

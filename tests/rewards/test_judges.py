@@ -8,8 +8,8 @@ import io
 
 import numpy as np
 import pytest
-from judge_server import JudgeServer, Reply
 from PIL import Image
+from support.judge_server import JudgeServer, Reply
 
 from deepgen_jax.rewards import Missing, RewardConfig, RewardSample, make
 from deepgen_jax.rewards.judge import answer_of

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards import Missing, Reward, RewardConfig, RewardSample, Scores, registry
 from deepgen_jax.rewards.mixture import RewardMixture
+from deepgen_jax.user_warnings import DeepGenWarning
 
 
 class Flaky(Reward):
@@ -98,7 +98,7 @@ def test_few_missing_rewards_are_let_be():
 def test_too_many_missing_rewards_are_asked_for_again():
     with mixture(RewardConfig("flaky", options={"fails": [0, 1]}), JPEG) as rewards:
         wanted = [{"flaky": 1.0, "jpeg": 1.0}] * 4
-        with pytest.warns(DeepGenNotice, match="too few rewards"):
+        with pytest.warns(DeepGenWarning, match="too few rewards"):
             result = rewards.collect([rewards.submit(samples(4), wanted)])
     assert np.isfinite(result.rewards).all()
     assert not result.failures
@@ -108,7 +108,7 @@ def test_too_many_missing_rewards_are_asked_for_again():
 def test_retry_asks_for_whole_groups_where_they_are_compared():
     config = RewardConfig("flaky", options={"fails": [3], "group": True})
     with mixture(config, required_share=1.0, group_size=2) as rewards, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeepGenNotice)
+        warnings.simplefilter("ignore", DeepGenWarning)
         rewards.collect([rewards.submit(samples(6), [{"flaky": 1.0}] * 6)])
     assert Flaky.made.seen == [[0, 0, 1, 1, 2, 2], [1, 1]]
 
@@ -116,7 +116,7 @@ def test_retry_asks_for_whole_groups_where_they_are_compared():
 def test_stops_saying_which_reward_failed_how_often_and_why():
     config = RewardConfig("flaky", options={"fails": range(9), "calls": 9})
     with mixture(config, JPEG) as rewards, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeepGenNotice)
+        warnings.simplefilter("ignore", DeepGenWarning)
         futures = [rewards.submit(samples(3), [{"flaky": 1.0, "jpeg": 1.0}] * 3)]
         with pytest.raises(DeepGenError, match=r"2 retries: flaky has 0% of its rewards \(3 x no luck\)"):
             rewards.collect(futures)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards import RewardConfig, RewardSample, make
+from deepgen_jax.user_warnings import DeepGenWarning
 
 pytest.importorskip("rapidocr")
 
@@ -42,7 +42,7 @@ def test_recognised_text_is_compared_with_the_quoted_one():
         warnings.simplefilter("always")
         scores = asyncio.run(score())
     # Of the prompts without text, one is told about, once.
-    assert [str(w.message).startswith("no OCR reward") for w in told if w.category is DeepGenNotice] == [True]
+    assert [str(w.message).startswith("no OCR reward") for w in told if w.category is DeepGenWarning] == [True]
     np.testing.assert_allclose(scores.values, [1, 7 / 8, 0, np.nan, np.nan, 0], atol=1e-6)
     assert scores.failures == {"the prompt quotes no text": 2}
     assert all(entry.permanent for entry in scores.missing.values())

@@ -17,7 +17,7 @@ import pytest
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import Missing, Reward, RewardConfig, RewardSample, Scores, make
-from deepgen_jax.rewards.images import decode_png_base64, png_base64
+from deepgen_jax.rewards.image_codec import decode_png_base64, png_base64
 from deepgen_jax.rewards.protocol import read_answer, read_request, write_answer, write_request
 from deepgen_jax.rewards.server import RewardServer
 

@@ -11,8 +11,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import runs
-from judge_server import JudgeServer, Reply
+from support import runs
+from support.judge_server import JudgeServer, Reply
 
 # The runs share their reference and compiled programs.
 pytestmark = pytest.mark.xdist_group("grpo_runs")

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_rl as tiny
+from support import tiny_rl as tiny
 
 from deepgen_jax.flow.samplers import transition
 from deepgen_jax.rl.algorithms import ALGORITHMS
-from deepgen_jax.rl.config import NFTConfig
 from deepgen_jax.rl.guard import guarded_surrogate, mean_gain, normalised_log_ratio
 from deepgen_jax.rl.nft import contrastive_losses, nft_step, optimality, updated_old_policy
 from deepgen_jax.rl.objective import step_of
+from deepgen_jax.rl.rl_config import NFTConfig
 from deepgen_jax.rl.rollout import Trajectory, image_keys, step_noise
 from deepgen_jax.rl.update import UpdateKeys
 from deepgen_jax.training.supervised import init_state

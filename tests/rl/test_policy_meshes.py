@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import jax, jax.numpy as jnp, numpy as np
-import tiny_rl as tiny
+from support import tiny_rl as tiny
 from deepgen_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from deepgen_jax.parallel.rules import shardings
 from deepgen_jax.rl.update import draw_images, policy_gradients

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_rl as tiny
+from support import tiny_rl as tiny
 
 from deepgen_jax.rl.objective import KL_KINDS, clipped_surrogate, penalty, step_of
 from deepgen_jax.rl.policy import policy_variables, rows_of, velocity

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import DeepGenNotice
 from deepgen_jax.rewards.ocr import target_text
 from deepgen_jax.rl.prompt_files import Prompt, PromptDataset, read_prompt_config, read_prompt_list
 from deepgen_jax.rl.prompts import PromptSampler, check_prompts, load_prompts
+from deepgen_jax.user_warnings import DeepGenWarning
 
 
 def dataset(name, size, weight=1.0, rewards=None):
@@ -87,7 +87,7 @@ def test_released_configuration_loads_as_it_is(data_dir):
         load_prompts(path, 8)
     for name in ("qwenimage_textrender.txt", "text_render_less.txt", "blip3o_60k.txt", "share_4o_img.txt"):
         assert name in str(error.value)
-    with pytest.warns(DeepGenNotice, match="4 of 7 prompt lists are not there"):
+    with pytest.warns(DeepGenWarning, match="4 of 7 prompt lists are not there"):
         sampler = load_prompts(path, 8, absent="skip")
     text, general, bench = sampler.datasets
     assert [len(s.prompts) for s in sampler.datasets] == [40, 60, 12]
@@ -96,7 +96,7 @@ def test_released_configuration_loads_as_it_is(data_dir):
     assert sampler.rewards == ("preference", "clip", "ocr")
     assert sampler.shares.tolist() == pytest.approx([120 / 192, 60 / 192, 12 / 192])
     assert all(target_text(prompt.text) for prompt in text.prompts[:3])
-    with pytest.warns(DeepGenNotice):
+    with pytest.warns(DeepGenWarning):
         alone = load_prompts(path, 8, absent="skip", mode="weight_only")
     assert alone.shares.tolist() == pytest.approx([0.6, 0.2, 0.2])
 

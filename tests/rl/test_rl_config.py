@@ -8,7 +8,7 @@ import pytest
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import RewardConfig
-from deepgen_jax.rl.config import GRPOConfig, NFTConfig, PolicyConfig, PromptsConfig, RolloutConfig
+from deepgen_jax.rl.rl_config import GRPOConfig, NFTConfig, PolicyConfig, PromptsConfig, RolloutConfig
 
 RUN = GRPOConfig(model="m", out="o", prompts=PromptsConfig("p.txt"), rewards=(RewardConfig("jpeg"),))
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_rl as tiny
+from support import tiny_rl as tiny
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.samplers import sample_ode, sde_step

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.convert.synthetic import tiny_config
+from deepgen_jax.convert.random_release import tiny_config
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import VAE, normalise
@@ -24,8 +24,8 @@ from deepgen_jax.training.autoencoder import (
     start_sums,
     update,
 )
-from deepgen_jax.training.config import AutoencoderConfig
 from deepgen_jax.training.inputs import Moments
+from deepgen_jax.training.run_config import AutoencoderConfig
 from deepgen_jax.training.supervised import init_state
 
 SIZE = 8

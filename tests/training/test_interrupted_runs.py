@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-import runs
+from support import runs
 
 # The runs share their reference and compiled programs.
 pytestmark = pytest.mark.xdist_group("interrupted")

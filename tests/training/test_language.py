@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runs import write_model
+from support.runs import write_model
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.sources import open_source
-from deepgen_jax.data.synthetic import make_sample
-from deepgen_jax.data.world.questions import MARK, ask
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.nano.samples import make_sample
+from deepgen_jax.nano.world.questions import MARK, ask
 from deepgen_jax.parallel.mesh import make_mesh
-from deepgen_jax.training.config import LanguageConfig, SupervisedConfig
 from deepgen_jax.training.inputs import Text
 from deepgen_jax.training.language import Sums, _measure, update
 from deepgen_jax.training.optimizer import OptimizerConfig
+from deepgen_jax.training.run_config import LanguageConfig, SupervisedConfig
 from deepgen_jax.training.stage import make_stage
 from deepgen_jax.training.supervised import init_state
 

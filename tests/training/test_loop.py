@@ -11,13 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.stores.run_folder import read_run
 from deepgen_jax.training import loop
-from deepgen_jax.training.config import AutoencoderConfig, CheckpointConfig, LogConfig, SampleConfig, SupervisedConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
-from deepgen_jax.training.run_folder import read_run
+from deepgen_jax.training.run_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    LogConfig,
+    SampleConfig,
+    SupervisedConfig,
+)
 from deepgen_jax.training.stage import StepReport
 from deepgen_jax.training.supervised import TrainState
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepgen_jax.data.config import DataConfig, MixtureConfig, SourceConfig
+from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training import overrides
-from deepgen_jax.training.config import SupervisedConfig
 from deepgen_jax.training.overrides import apply, load_config, to_json
+from deepgen_jax.training.run_config import SupervisedConfig
 from deepgen_jax.training.values import parse
 
 CONFIG = SupervisedConfig(
@@ -203,7 +203,7 @@ def test_json_round_trip(values: Values):
 GOOD = """
 from __future__ import annotations
 from dataclasses import dataclass, field
-from deepgen_jax.training.config import RunConfig
+from deepgen_jax.training.run_config import RunConfig
 
 @dataclass(frozen=True)
 class Extra:

@@ -20,18 +20,18 @@ from jax.sharding import Mesh
 
 from deepgen_jax.cli.main import main
 from deepgen_jax.convert import convert, export
-from deepgen_jax.convert.synthetic import tiny_config, write_release
-from deepgen_jax.data.config import DataConfig, SourceConfig
+from deepgen_jax.convert.random_release import tiny_config, write_release
+from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import load_model
-from deepgen_jax.model_folder import read_manifest
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.parallel.rules import leaves
-from deepgen_jax.training.checkpoint import Checkpoints
-from deepgen_jax.training.config import AdapterConfig, CheckpointConfig, SupervisedConfig
+from deepgen_jax.stores.checkpoint import Checkpoints
+from deepgen_jax.stores.lineage import Saved, origin_of, trained_until
+from deepgen_jax.stores.model_folder import read_manifest
+from deepgen_jax.stores.run_folder import saved_steps
 from deepgen_jax.training.loop import describe
-from deepgen_jax.training.origin import Saved, origin_of, trained_until
-from deepgen_jax.training.run_folder import saved_steps
+from deepgen_jax.training.run_config import AdapterConfig, CheckpointConfig, SupervisedConfig
 from deepgen_jax.training.supervised import TrainState
 from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights, current_params, load_start

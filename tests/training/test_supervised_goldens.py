@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepgen_jax import model_folder
 from deepgen_jax.convert import names, transforms
 from deepgen_jax.data.tokens import PromptTokenizer, pad_prompts
 from deepgen_jax.flow.schedule import sigma_from_u
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.stores import model_folder
 from deepgen_jax.training.inputs import MicroBatch, Moments, Text, TokenBudget, assemble, encode
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from deepgen_jax.training.supervised import (

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.notices import DeepGenNotice
+from deepgen_jax.stores.jsonl import LineWriter, read_lines, truncate
 from deepgen_jax.training import tracking
-from deepgen_jax.training.config import LogConfig
-from deepgen_jax.training.jsonl import LineWriter, read_lines, truncate
 from deepgen_jax.training.progress import Progress
+from deepgen_jax.training.run_config import LogConfig
 from deepgen_jax.training.tracking import SINKS, Tracker
+from deepgen_jax.user_warnings import DeepGenWarning
 
 FILES_ONLY = LogConfig(tensorboard=False)
 
@@ -130,7 +130,7 @@ def test_tensorboard(tmp_path: Path):
 
 def test_tensorboard_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.warns(DeepGenNotice, match=r"pip install 'deepgen-jax\[log\]'"):
+    with pytest.warns(DeepGenWarning, match=r"pip install 'deepgen-jax\[log\]'"):
         tracker = Tracker(tmp_path, LogConfig(), {})
     with tracker:
         tracker.log(1, {"loss": 1.0})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-from deepgen_jax.data.config import KINDS, SourceConfig
+from deepgen_jax.data.data_config import KINDS, SourceConfig
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, read_row
 
 __all__ = ["BadSample", "Record", "Row", "Source", "open_source", "read_row"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepgen_jax.data import files
-from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged
 from deepgen_jax.data.sources.columns import columns_of
 from deepgen_jax.data.sources.example import parse_example

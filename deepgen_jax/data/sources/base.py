@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from deepgen_jax.data import files
-from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.files import Blob, FileInfo
 
 

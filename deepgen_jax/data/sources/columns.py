@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from deepgen_jax.data.config import SourceConfig, did_you_mean
+from deepgen_jax.data.data_config import SourceConfig, did_you_mean
 from deepgen_jax.data.sources.base import BadSample
 from deepgen_jax.errors import DeepGenError
 

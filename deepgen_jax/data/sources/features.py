@@ -1,4 +1,4 @@
-"""Features that `deepgen data cache` wrote, a folder a source; see `deepgen_jax.data.features`."""
+"""Features that `deepgen data cache` wrote, a folder a source; see `deepgen_jax.data.feature_files`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 from collections.abc import Iterator
 
 from deepgen_jax.data import files
-from deepgen_jax.data.config import SourceConfig
-from deepgen_jax.data.features import LINES, MANIFEST, RECORDS, FeatureManifest, read_features
+from deepgen_jax.data.data_config import SourceConfig
+from deepgen_jax.data.feature_files import LINES, MANIFEST, RECORDS, FeatureManifest, read_features
 from deepgen_jax.data.files import FileInfo, join
 from deepgen_jax.data.sources.array_record import ShardReaders
 from deepgen_jax.data.sources.base import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.files import Blob
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, read_file
 from deepgen_jax.errors import DeepGenError

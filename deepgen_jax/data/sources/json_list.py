@@ -13,7 +13,7 @@ from typing import Any
 from deepgen_jax.data.files import Blob, join, parent
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, bad_row, load_json, read_file
 from deepgen_jax.data.sources.columns import columns_of
-from deepgen_jax.notices import notify
+from deepgen_jax.user_warnings import warn_user
 
 
 class JsonList(Source):
@@ -56,7 +56,7 @@ def list_items(path: str) -> Iterator[Any]:
             return
         parsed = load_json(data, path)
     except BadSample as bad:
-        notify(f"{path} is left out: {bad.reason} ({bad.detail})")
+        warn_user(f"{path} is left out: {bad.reason} ({bad.detail})")
         yield bad
         return
     # A file with a single sample need not wrap it into a list.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepgen_jax.data import files
-from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.files import Blob, join, parent
 from deepgen_jax.data.sources.base import BadSample, ImageData, Record, Row, Source, bad_row, damaged
 from deepgen_jax.data.sources.columns import Columns, columns_of

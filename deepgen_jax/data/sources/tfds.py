@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepgen_jax.data import files
-from deepgen_jax.data.config import SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.files import FileInfo
 from deepgen_jax.data.sources.array_record import ShardReaders, check_columns, example_record
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged, read_file

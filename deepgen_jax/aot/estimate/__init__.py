@@ -1,0 +1,1 @@
+"""Time and memory of a compiled program, estimated from its HLO."""

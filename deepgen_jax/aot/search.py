@@ -1,0 +1,119 @@
+"""Tries meshes and rematerialisation for a topology and a batch, and ranks those that fit by their estimated time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from deepgen_jax.aot.compile import Request
+from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.topology import GIB, GPUS_A_HOST, Topology
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models.stack import Remat
+
+#: What the backward pass computes again, most first. On GPUs "flash" is the same as "full".
+REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
+
+
+def meshes(topology: Topology) -> Iterator[str]:
+    """Sensible meshes as text.
+
+    Weights are split over 8, 16 or all chips of a slice, or over the GPUs of a host, of four and of all; heads at most
+    over four neighbours. "data" is across slices.
+    """
+    size, slices = topology.size // topology.slices, topology.slices
+    usual = (GPUS_A_HOST, 4 * GPUS_A_HOST) if topology.gpu else (8, 16)
+    spans = {min(size, span) for span in (*usual, size)}
+    for fsdp in sorted(span for span in spans if size % span == 0):
+        yield _text(slices * size // fsdp, fsdp, 1)
+    tensor = min(4, size)
+    fsdp = min(spans) // tensor
+    if fsdp > 1:
+        yield _text(slices * size // fsdp // tensor, fsdp, tensor)
+
+
+def search(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> list[Report]:
+    """All reports, best first: those that fit by estimated time, then the others by what they need.
+
+    Every mesh is tried with every rematerialisation, and the best choice with the language model whole on every device,
+    too.
+
+    Args:
+      request: its mesh, if it has one, is the only one that is tried.
+      run: compiles a request.
+      say: is told of every try.
+
+    Raises:
+      DeepGenError: no choice can be compiled at all.
+    """
+    found: list[_Choice] = []
+    problems: list[str] = []
+
+    def attempt(mesh: str, **settings: Any) -> Report | None:
+        words = tuple(f"{name}={str(value).lower()}" for name, value in settings.items())
+        config = dataclasses.replace(request.config, **settings)
+        command = _command(request.command, mesh, words)
+        try:
+            report = run(dataclasses.replace(request, config=config, mesh=mesh, command=command))
+        except DeepGenError as error:
+            problems.append(f"{mesh}: {error}")
+            say(problems[-1])
+            return None
+        report.choice = " ".join((mesh, *words)) if report.trains else mesh
+        found.append(_Choice(report, mesh, settings))
+        time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
+        say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
+        return report
+
+    for mesh in [request.mesh] if request.mesh else list(meshes(request.topology)):
+        for remat in REMAT:
+            if remat == "flash" and request.topology.gpu:
+                continue
+            report = attempt(mesh, remat=remat)
+            if report is None or not report.trains:
+                break
+    if not found:
+        raise DeepGenError(f"no mesh of {request.topology} takes this: {problems[0]}")
+    best = min(found, key=lambda choice: _rank(choice.report))
+    split = best.report.program == "step" and best.report.mesh["fsdp"] > 1
+    if split and best.report.fits and not getattr(request.config, "gather_frozen", True):
+        attempt(best.mesh, **best.settings, gather_frozen=True)
+    return sorted((choice.report for choice in found), key=_rank)
+
+
+class _Choice(NamedTuple):
+    """What was compiled with which settings of the run."""
+
+    report: Report
+    mesh: str
+    settings: dict[str, Any]
+
+
+def ranking(reports: list[Report]) -> str:
+    """A line a choice."""
+    lines = [f"{'choice':<48}{'GiB':>8}{'fits':>6}{'seconds':>10}{'MFU':>7}"]
+    for report in reports:
+        seconds = f"{report.estimate.seconds:.3f}" if report.estimate else "-"
+        mfu = f"{report.mfu:.3f}" if report.mfu else "-"
+        fits = "yes" if report.fits else "no"
+        lines.append(f"{report.choice:<48}{report.needed / GIB:>8.2f}{fits:>6}{seconds:>10}{mfu:>7}")
+    return "\n".join(lines)
+
+
+def _command(command: str, mesh: str, settings: tuple[str, ...]) -> str:
+    """The command that compiles one choice alone."""
+    words = [word for word in shlex.split(command) if word != "--search"]
+    words[3:3] = settings
+    return shlex.join(words if "--mesh" in words else [*words, "--mesh", mesh])
+
+
+def _rank(report: Report) -> tuple[bool, float]:
+    if report.fits and report.estimate:
+        return False, report.estimate.seconds
+    return True, report.needed
+
+
+def _text(data: int, fsdp: int, tensor: int) -> str:
+    return f"data={data},fsdp={fsdp}" + (f",tensor={tensor}" if tensor > 1 else "")

@@ -1,0 +1,1 @@
+"""The embedded model: its sizes, its procedural world, its benchmark."""

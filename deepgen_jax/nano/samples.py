@@ -1,0 +1,134 @@
+"""A procedural world without end: coloured shapes and short words, captions and edits, each with its ground truth.
+
+Sample ``index`` of a seed is always the same, on any machine, and costs about a millisecond. What a program needs in
+order to score a picture exactly comes with every sample (`deepgen_jax.nano.world.truth`). Combinations of words that
+are held out (`deepgen_jax.nano.world.scene.held_out`) never occur in training; every held-out sample has at least one.
+
+    sample = make_sample("train", "t2i", seed=0, index=17)
+    render(sample.scene, 96).save("17.png")
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.nano.world import captions, edits, pictures
+from deepgen_jax.nano.world.pictures import Sample
+from deepgen_jax.nano.world.render import render
+from deepgen_jax.nano.world.scene import held_out
+from deepgen_jax.nano.world.truth import EDIT_SKILLS, PICTURE_SKILLS
+from deepgen_jax.nano.world.vocabulary import BACKGROUNDS
+
+__all__ = ["NAMES", "SPLITS", "TASK_SKILLS", "VERSION", "Only", "Sample", "make_sample", "render"]
+
+#: Changes when samples do.
+VERSION = 6
+#: What trains, and what tests.
+SPLITS = ("train", "held_out")
+#: Skills of a task; sample i is of the skill that its random stream draws, all alike.
+TASK_SKILLS: Mapping[str, tuple[str, ...]] = {"t2i": PICTURE_SKILLS, "edit": EDIT_SKILLS}
+
+_MAKERS: dict[str, Callable[[random.Random], Sample]] = {
+    "single": pictures.single,
+    "two": pictures.two,
+    "relation": pictures.relation,
+    "count": pictures.count,
+    "reasoning": pictures.reasoning,
+    "text": pictures.text,
+    "recolour": edits.recolour,
+    "move": edits.move,
+    "remove": edits.remove,
+    "add": edits.add,
+    "replace_word": edits.replace_word,
+    "multi_step": edits.multi_step,
+    "reference": edits.reference,
+}
+
+#: By what alone an instruction may name the thing that it changes, and edits that have one such thing.
+NAMES = ("shape", "colour")
+_NAMING_SKILLS = ("recolour", "move", "remove")
+#: Things in the first source, for skills that do not have 1 to 3 of them.
+_THINGS: Mapping[str, range] = {
+    **dict.fromkeys(PICTURE_SKILLS, range(0)),
+    "multi_step": range(2, edits.MOST_THINGS + 1),
+    "replace_word": range(1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Only:
+    """Some samples alone, to practise what is hard; those of other kinds are passed over.
+
+    Attributes:
+      background: of the target, one of `BACKGROUNDS`; "" for any.
+      named: "shape" for instructions like "remove the square", "colour" for "remove the red shape"; "" for any.
+      things: how many stand in the picture that is edited; 0 for any number.
+
+    Raises:
+      DeepGenError: there is no such background, name or number of things.
+    """
+
+    background: str = ""
+    named: str = ""
+    things: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("background", self.background, BACKGROUNDS), ("named", self.named, NAMES)):
+            if value and value not in known:
+                raise DeepGenError(f"{name} is {value!r}; use one of {', '.join(known)}")
+        if not 0 <= self.things <= edits.MOST_THINGS:
+            raise DeepGenError(f"things is {self.things}; use 1 to {edits.MOST_THINGS}, or 0 for any number")
+
+    def __contains__(self, sample: Sample) -> bool:
+        if self.background and sample.scene.background != self.background:
+            return False
+        if self.things and len(sample.references[0].things) != self.things:
+            return False
+        if not self.named:
+            return True
+        (gone,) = sample.truth.gone
+        if self.named == "shape":
+            return gone.colour not in sample.text
+        return f"{gone.colour} shape" in sample.text
+
+    def check(self, skills: tuple[str, ...]) -> None:
+        """Raises `DeepGenError` unless all these skills have samples that are so."""
+        if self.named and (others := [skill for skill in skills if skill not in _NAMING_SKILLS]):
+            raise DeepGenError(
+                f"named is {self.named!r}, which says nothing of {others[0]}; use it with {', '.join(_NAMING_SKILLS)}"
+            )
+        numbers = {skill: _THINGS.get(skill, range(1, edits.MOST_THINGS + 1)) for skill in skills}
+        if self.things and (others := [skill for skill in skills if self.things not in numbers[skill]]):
+            known = f"use {numbers[others[0]][0]} to {numbers[others[0]][-1]}" if numbers[others[0]] else "leave it out"
+            raise DeepGenError(f"things is {self.things}, but no {others[0]} begins with so many; {known}")
+
+
+def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = Only()) -> Sample:
+    """One sample of the world.
+
+    Args:
+      split: one of `SPLITS`.
+      kind: a task, "t2i" or "edit", or a single skill.
+      seed: of the world.
+      index: which sample, from 0 on without end.
+      only: what it must be like.
+
+    Raises:
+      DeepGenError: split or kind is unknown, or ``only`` asks for names in skills that have none.
+    """
+    skills = TASK_SKILLS.get(kind, (kind,))
+    if split not in SPLITS or skills[0] not in _MAKERS:
+        known = (*TASK_SKILLS, *_MAKERS)
+        raise DeepGenError(f"{kind!r} of split {split!r} is not known; use {' or '.join(SPLITS)}, {', '.join(known)}")
+    only.check(skills)
+    # A text as seed gives the same stream in every version of Python.
+    rng = random.Random(f"{VERSION}/{seed}/{split}/{kind}/{index}")
+    make = _MAKERS[rng.choice(skills)]
+    while True:
+        sample = make(rng)
+        is_held_out = any(held_out(*combination) for combination in sample.combinations)
+        if is_held_out == (split == "held_out") and sample in only:
+            return replace(sample, text=captions.typed(rng, sample.text))

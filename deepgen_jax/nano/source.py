@@ -1,0 +1,125 @@
+"""The procedural world as a data set: rows are numbers, pictures are drawn when they are read.
+
+The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
+pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
+of those skills in turn, and none gives all of the task, mixed. ``background=grey`` gives samples of that background
+alone, ``named=shape`` (or colour) edits that name what they change by that alone, ``things=3`` edits of pictures with
+so many things. ``split`` is "train" or "held_out". With ``questions=1``, and task "edit", the text of a sample is a
+question about its reference and the answer, for the language model to learn to see.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+
+from PIL import Image
+
+from deepgen_jax.data.data_config import SourceConfig
+from deepgen_jax.data.files import FileInfo
+from deepgen_jax.data.sources.base import CachedImage, Record, Row, Source
+from deepgen_jax.data.transforms import UNIT
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.nano import samples
+from deepgen_jax.nano.world.questions import ask
+from deepgen_jax.nano.world.scene import Scene
+from deepgen_jax.nano.world.truth import EDIT_SKILLS, PICTURE_SKILLS
+
+_DEFAULTS = {"size": 96, "samples": 200_000, "seed": 0, "questions": 0}
+
+
+class Synthetic(Source):
+    """See `deepgen_jax.nano.samples`."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        super().__init__(config)
+        values, self._skills, self._only = _parse(config)
+        self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
+        self._asks = bool(questions)
+        if self._asks and config.task != "edit":
+            raise DeepGenError(f"source {config.name}: questions are asked about references; set task=edit")
+        if config.split not in samples.SPLITS:
+            raise DeepGenError(
+                f"source {config.name}: split is {config.split!r}; use {' or '.join(samples.SPLITS)}"
+            )
+
+    def files(self) -> list[FileInfo]:
+        """A single one that does not exist; its stamp is the version of the world."""
+        return [FileInfo(self.config.path, self._samples, f"world {samples.VERSION}")]
+
+    def scan(self, path: str) -> Iterator[Row]:
+        yield from range(self._samples)
+
+    def read(self, row: Row) -> Record:
+        text, scenes = self._sample(row)
+        return Record(text, tuple(_encoded(samples.render(scene, self._size)) for scene in scenes))
+
+    def look(self, row: Row) -> Record:
+        text, scenes = self._sample(row)
+        return Record(text, (CachedImage((self._size, self._size)),) * len(scenes))
+
+    def _sample(self, row: Row) -> tuple[str, tuple[Scene, ...]]:
+        """Text, and scenes of the target and the references."""
+        index, kind = int(row), "t2i" if self._asks else self.config.task
+        if self._skills:
+            index, place = divmod(index, len(self._skills))
+            kind = self._skills[place]
+        sample = samples.make_sample(self.config.split, kind, seed=self._seed, index=index, only=self._only)
+        if self._asks:
+            return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
+        return sample.text, (sample.scene, *sample.references)
+
+
+def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], samples.Only]:
+    """Numbers by name, the skills, none where the path does not say, and what samples must be like."""
+    values: dict[str, int] = dict(_DEFAULTS)
+    skills: tuple[str, ...] = ()
+    wanted: dict[str, str] = {}
+    things = 0
+    for part in config.path.split(","):
+        name, equals, text = part.strip().partition("=")
+        if name == "skills":
+            skills = tuple(text.strip().split("+"))
+            continue
+        if name in ("background", "named") and text.strip():
+            wanted[name] = text.strip()
+            continue
+        if name == "things" and text.strip().isdecimal():
+            things = int(text)
+            continue
+        if name not in values or not equals or not text.strip().isdecimal():
+            raise DeepGenError(
+                f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
+                "it, skills=single+two for some skills alone, background=grey, named=shape or things=3 for such "
+                "samples alone"
+            )
+        values[name] = int(text)
+    if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
+        raise DeepGenError(
+            f"source {config.name}: size is {values['size']} and samples {values['samples']}; sizes are multiples of "
+            f"{UNIT} from {2 * UNIT} on, and there must be samples"
+        )
+    # Questions are asked about pictures of all kinds.
+    known = EDIT_SKILLS if config.task == "edit" and not values["questions"] else PICTURE_SKILLS
+    if unknown := [skill for skill in skills if skill not in known]:
+        raise DeepGenError(
+            f"source {config.name}: skill {unknown[0]!r} is none of task {config.task}; use some of {', '.join(known)}"
+        )
+    if len(set(skills)) < len(skills):
+        raise DeepGenError(
+            f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
+        )
+    try:
+        only = samples.Only(**wanted, things=things)
+        only.check(skills or known)
+    except DeepGenError as error:
+        raise DeepGenError(f"source {config.name}: {error}") from None
+    return values, skills, only
+
+
+def _encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    # Hardly compressed: it is read again at once.
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Folders on disk: model folders, run folders, their lineage and checkpoints."""

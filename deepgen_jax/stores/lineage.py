@@ -1,0 +1,142 @@
+"""Where a run's starting weights come from, pinned when it is first launched.
+
+A run starts from a model folder, perhaps with what earlier runs trained on top. The latest values of one thing that
+trains may lie several runs back: reinforcement learning goes on from a run that trained bridge, MMDiT and adapters, and
+trains the MMDiT alone. So a run's description lists, for everything that was ever trained, the run and the step that
+hold it. An earlier run that trains on later does not change what its successors started from.
+
+Importing this module is light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.stores import model_folder
+from deepgen_jax.stores.run_folder import RUN_FILE, newest_step, read_run
+
+if TYPE_CHECKING:
+    from deepgen_jax.training.run_config import RunConfig
+
+#: Adapters that train, by their name in ``RunConfig.trains`` -> the part on which they sit.
+ADAPTED = {"lora": "text", "mmdit_lora": "mmdit"}
+
+
+class Saved(NamedTuple):
+    """A run and the step of one of its checkpoints."""
+
+    run: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run starts from, all paths absolute.
+
+    Attributes:
+      model: the model folder.
+      start: the earlier run that the config names, or None.
+      inherited: names as in ``RunConfig.trains`` -> the checkpoint with their latest values; what is not named is the
+        model folder's.
+    """
+
+    model: Path
+    start: Path | None
+    inherited: Mapping[str, Saved]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a run's description holds it."""
+        return {
+            "model": str(self.model),
+            "start": str(self.start or ""),
+            "inherited": {name: {"run": str(at.run), "step": at.step} for name, at in self.inherited.items()},
+        }
+
+    def moved(self, model: Path | None, start: Path | None) -> Origin:
+        """The same with the model folder, and the run it started from, in other places."""
+        model = self.model if model is None else model.absolute()
+        if start is None:
+            return replace(self, model=model)
+        start = start.absolute()
+        inherited = {
+            name: at._replace(run=start) if at.run == self.start else at for name, at in self.inherited.items()
+        }
+        return Origin(model, start, inherited)
+
+
+def read_origin(run: Path) -> Origin:
+    """The origin in a run's description.
+
+    Raises:
+      DeepGenError: the folder is none of a training run, or its description is damaged.
+    """
+    description = read_run(run)
+    try:
+        values = description["origin"]
+        inherited = {name: Saved(Path(at["run"]), int(at["step"])) for name, at in values["inherited"].items()}
+        return Origin(Path(values["model"]), Path(values["start"]) if values["start"] else None, inherited)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DeepGenError(f"{run / RUN_FILE} is damaged ({error!r}); give another run") from None
+
+
+def origin_of(config: RunConfig) -> Origin:
+    """What a run starts from: as its folder pins it, or, before its first launch, what is newest now.
+
+    Raises:
+      DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model, or the folder is damaged.
+    """
+    if (Path(config.out) / RUN_FILE).is_file():
+        return read_origin(Path(config.out)).moved(config.model_folder, Path(config.start) if config.start else None)
+    return newest_origin(config)
+
+
+def newest_origin(config: RunConfig) -> Origin:
+    """What a run would start from now.
+
+    Raises:
+      DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model.
+    """
+    model, start = config.model_folder, Path(config.start) if config.start else None
+    if start is None:
+        return Origin(model.absolute(), None, {})
+    base = read_origin(start).model
+    if not _same_model(base, model):
+        raise DeepGenError(f"{start} was trained on {base}, another model than {model}; give model={base}")
+    return Origin(model.absolute(), start.absolute(), trained_until(start, newest_step(start)))
+
+
+def trained_until(run: Path, step: int, origin: Origin | None = None) -> dict[str, Saved]:
+    """Names as in ``RunConfig.trains`` -> the checkpoint with the latest values, at a step of a run.
+
+    Args:
+      run: folder of the run.
+      step: of its checkpoint.
+      origin: of the run; by default the one in its description.
+
+    Raises:
+      DeepGenError: the folder is none of a training run, or its description is damaged.
+    """
+    trains = read_run(run)["config"]["trains"]
+    kept = dict((read_origin(run) if origin is None else origin).inherited)
+    for adapters, part in ADAPTED.items():
+        if part in trains:  # they were merged into what has trained since
+            kept.pop(adapters, None)
+    return kept | dict.fromkeys(trains, Saved(run.absolute(), step))
+
+
+def adapter_scale(run: Path) -> float:
+    """Alpha over rank of a run's adapters."""
+    settings = read_run(run)["config"]["lora"]
+    return settings["alpha"] / settings["rank"]
+
+
+def _same_model(one: Path, other: Path) -> bool:
+    """Folders of the same model: the same place, or the same weights in another."""
+    if one.absolute() == other.absolute() or not (one / "config.json").is_file():
+        return True
+    first, second = model_folder.read_manifest(one), model_folder.read_manifest(other)
+    return first.config == second.config and first.files == second.files

@@ -1,0 +1,314 @@
+"""The compile report, on programs of a tiny model and eight simulated devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from support import runs
+
+from deepgen_jax.aot import compile as compiling
+from deepgen_jax.aot import search
+from deepgen_jax.aot.estimate.roofline import Estimate
+from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.topology import GIB, parse_topology
+from deepgen_jax.cli.main import main
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.training import overrides
+
+PROGRAM = """
+import json, sys
+import jax
+from deepgen_jax.aot import compile as compiling
+from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.estimate.roofline import Estimate
+from deepgen_jax.aot.topology import GIB, parse_topology
+from deepgen_jax.training import overrides
+
+found = {}
+for line in json.loads(sys.argv[1]):
+    config = overrides.apply(overrides.load_config(line["config"]), [f"model={sys.argv[2]}", *line["words"]])
+    shape = (line["mesh"], line["program"], line["batch"])
+    request = compiling.Request(config, parse_topology("h100:8"), *shape)
+    found[line["name"]] = compiling.Job(request, jax.devices()).compile({}).to_json()
+print(json.dumps(found))
+"""
+SIZES = ["data.micro_batch=8", "accumulation=1", "remat=full", "trains=mmdit"]
+STEP = {"name": "step", "config": "tiny_sft", "words": SIZES, "program": "step"}
+OTHERS = [
+    {"name": "more", "config": "tiny_sft", "words": ["data.micro_batch=16", *SIZES[1:]], "program": "step"},
+    {"name": "encoders", "config": "tiny_sft", "words": SIZES, "program": "encoders"},
+    {"name": "inference", "config": "tiny_sft", "words": SIZES, "program": "inference", "batch": 16},
+    {"name": "rollout", "config": "tiny_grpo", "words": ["rollout.micro_batch=8"], "program": "rollout"},
+    {"name": "update", "config": "tiny_grpo", "words": ["data.micro_batch=8"], "program": "update"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return runs.write_model(tmp_path_factory.mktemp("model"))
+
+
+def compiled(cases, model):
+    lines = [{"mesh": "data=2,fsdp=4", "batch": None, **case} for case in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(lines), str(model)],
+        check=True, timeout=900, capture_output=True, text=True, env=runs.environment(8),
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    return compiled([STEP], model)["step"]
+
+
+@pytest.fixture(scope="module")
+def reports(model, step):
+    return compiled(OTHERS, model) | {"step": step}
+
+
+def assert_sound(report):
+    assert report["fits"]
+    assert report["estimate"]["unknown_loops"] == 0
+    kinds = [size for kind, size in report["memory"].items() if kind not in ("total", "limit")]
+    assert report["memory"]["total"] == sum(kinds)
+    # What the model needs, and what is computed again.
+    assert report["estimate"]["operations"] * 8 > 0.9 * report["model_flops"]
+    assert 0 < report["mfu"] <= report["mfu_bound"] < 1
+
+
+def test_a_step_is_told_of(step):
+    assert_sound(step)
+    assert step["estimate"]["collectives"]["all-gather"]["count"] > 0
+    memory = step["memory"]
+    assert set(memory) == {
+        "trainable weights", "frozen weights", "optimiser", "batch", "gradients", "activations and work space",
+        "total", "limit",
+    }  # fmt: skip
+    # Two moments and some counters for each float32 weight.
+    assert memory["optimiser"] == pytest.approx(2 * memory["trainable weights"], abs=64)
+    assert memory["gradients"] == memory["trainable weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [case["name"] for case in OTHERS])
+def test_every_program_is_told_of(name, reports):
+    assert_sound(reports[name])
+
+
+@pytest.mark.slow
+def test_memory_is_of_the_kinds_that_a_program_has(reports):
+    assert "optimiser" not in reports["inference"]["memory"]
+    # What the others of a run use stays on the devices.
+    for kind in ("trainable weights", "frozen weights", "optimiser"):
+        assert reports["rollout"]["memory"][kind] == reports["update"]["memory"][kind]
+        assert reports["encoders"]["memory"][kind] == reports["more"]["memory"][kind]
+
+
+@pytest.mark.slow
+def test_frozen_layers_that_lie_whole_are_not_sent(model):
+    words = ["data.micro_batch=8", "accumulation=3", "remat=full", "trains=mmdit"]
+    settings = {"split": words, "whole": [*words, "gather_frozen=true"]}
+    reports = compiled([{**STEP, "name": name, "words": words} for name, words in settings.items()], model)
+    gathered = {name: report["estimate"]["collectives"]["all-gather"] for name, report in reports.items()}
+    assert gathered["whole"]["bytes"] < gathered["split"]["bytes"]
+    frozen = {name: report["memory"]["frozen weights"] for name, report in reports.items()}
+    assert frozen["whole"] > frozen["split"]
+
+
+@pytest.mark.slow
+def test_twice_the_batch_is_twice_the_arithmetic_and_the_same_weights(reports):
+    one, two = reports["step"], reports["more"]
+    assert two["batch"]["size"] == 2 * one["batch"]["size"]
+    assert two["model_flops"] == 2 * one["model_flops"]
+    assert two["estimate"]["operations"] == pytest.approx(2 * one["estimate"]["operations"], rel=0.05)
+    assert two["memory"]["trainable weights"] == one["memory"]["trainable weights"]
+    assert two["memory"]["activations and work space"] > one["memory"]["activations and work space"]
+
+
+def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
+    from deepgen_jax.aot.abstract import model_sizes
+    from deepgen_jax.parallel.mesh import make_mesh
+    from deepgen_jax.training.step_batches import abstract_micro_batches, token_budget
+    from deepgen_jax.training.supervised_stage import SupervisedStage, step_model
+
+    runs.write_data(tmp_path)
+    path = runs.write_config(tmp_path, model, trains=("bridge",))
+    config = overrides.load_config(str(path))
+    mesh = make_mesh(None)
+    stage = SupervisedStage(config, mesh)
+    batch = next(stage._feed)
+    stage.close()
+    network = step_model(config, model_sizes(config)[0], mesh)
+    for task, real in batch.micro_batches.items():
+        count, size, tokens = real.target_ids.shape
+        budget = token_budget(network.config, tokens, real.reference_ids.shape[2])
+        found = abstract_micro_batches(network, mesh, count, size, real.text.real.shape[-1], budget)
+        expected = (real, batch.keys[task])
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+
+
+def test_the_largest_that_fits_is_found_with_few_tries():
+    for most in (0, 1, 2, 5, 8, 23, 256):
+        tried = []
+        assert compiling.bisect(lambda n, most=most, tried=tried: tried.append(n) or n <= most) == most
+        assert len(tried) == len(set(tried)) <= 17
+
+
+@pytest.mark.parametrize(
+    ("config", "program", "mesh", "unit"),
+    [
+        ("sft", "", "", 3 * 8),
+        ("sft", "inference", "fsdp=2,tensor=4", 2),
+        ("grpo", "rollout", "", 8),
+        ("grpo", "", "", 4 * 8),
+    ],
+)
+def test_the_largest_batch_goes_up_by_a_sample_a_device(config, program, mesh, unit):
+    """GRPO's published update takes 4 micro-batches; whole groups of 8 images."""
+    topology, said = parse_topology("h100:8"), []
+
+    def run(request):
+        needed, batch = 10 * GIB * request.batch // unit, request.batch
+        return Report("", program, "samples", batch, 8, (), topology, {}, {}, needed, 1.0, None, 1.0, advice=["x"])
+
+    request = compiling.Request(overrides.load_config(config), topology, mesh, program)
+    assert compiling.largest(request, run, said.append).batch == 7 * unit
+    assert any("80.0 GiB, does not fit" in line for line in said)
+    with pytest.raises(DeepGenError, match="not even one sample a device fits"):
+        compiling.largest(request, lambda request: dataclasses.replace(run(request), needed=100 * GIB), said.append)
+
+
+def test_search_splits_weights_over_neighbours_and_hosts():
+    assert list(search.meshes(parse_topology("v6e:8x8"))) == [
+        "data=8,fsdp=8", "data=4,fsdp=16", "data=1,fsdp=64", "data=8,fsdp=2,tensor=4"
+    ]  # fmt: skip
+    assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=64,fsdp=8"
+    assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
+    config = overrides.load_config("sft")
+    assert compiling.Request(config, parse_topology("v6e:16x16", 2)).mesh_text == "data=32,fsdp=16"
+    assert compiling.Request(config, parse_topology("h100:64")).mesh_text == "data=8,fsdp=8"
+
+
+def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
+    """Whole meshes need more; "dots" is faster and too large on the first."""
+    topology = parse_topology("h100:8")
+    config = overrides.load_config("tiny_sft")
+    said = []
+
+    def run(request):
+        assert request.config.remat != "flash"  # the same as "full" on GPUs
+        seconds, needed = {"full": (3.0, 1), "dots": (2.0, 2), "none": (1.0, 100)}[request.config.remat]
+        if "tensor" in request.mesh:
+            raise DeepGenError("no such mesh")
+        if request.config.gather_frozen:
+            assert request.config.remat == "dots"  # the best of the others
+            seconds += 0.5
+        return Report(
+            request.command, "step", "samples", 8, 8, (), topology, {"fsdp": 8}, {}, needed * GIB, 1e12,
+            Estimate(seconds=seconds, arithmetic_seconds=seconds), 1.0, trains=True,
+        )  # fmt: skip
+
+    request = compiling.Request(config, topology, command="deepgen compile tiny_sft --topology h100:8 --search")
+    reports = search.search(request, run, said.append)
+    assert [report.choice for report in reports] == [
+        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "dots gather_frozen=true", "full", "none")
+    ]
+    assert reports[0].command == "deepgen compile tiny_sft remat=dots --topology h100:8 --mesh data=1,fsdp=8"
+    assert " remat=dots gather_frozen=true --topology" in reports[1].command
+    assert len(said) == 5
+    assert "data=1,fsdp=2,tensor=4: no such mesh" in said
+    assert search.ranking(reports).splitlines()[4].split()[-3:] == ["no", "1.000", "0.000"]
+
+
+def test_what_does_not_fit_is_told_with_a_mend(model):
+    words = [f"model={model}", *SIZES[:2], "remat=dots", "gather_frozen=true"]
+    config = overrides.apply(overrides.load_config("tiny_sft"), words)
+    request = compiling.Request(config, parse_topology("h100:1"))
+    report = compiling.Job(request, jax.devices()).report(None, 100 * GIB)
+    assert not report.fits
+    assert "DOES NOT FIT" in report.table()
+    assert report.advice[1].startswith("remat=full")
+    assert report.advice[2].startswith("gather_frozen=false")
+    assert report.advice[3].startswith("accumulation=2 data.micro_batch=4, the same batch: 4 instead of 8")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft"], "--topology missing"),
+        (["sft", "--topology", "v9:8x8"], "'v9' is unknown; choose one of v5e"),
+        (["sft", "--topology", "v6e:8"], "2 dimensions, as in v6e:4x4"),
+        (["sft", "--topology", "v5p:4x4"], "3 dimensions"),
+        (["sft", "--topology", "h100:12"], "multiple of 8"),
+        (["sft", "--topology", "h100:8", "--slices", "2"], "name all GPUs at once, as in h100:16"),
+        (["sft", "--topology", "v6e:8x8", "--slices", "0"], "it must be at least 1"),
+        (["sft", "--topology", "v6e:8x8", "--largest-batch", "--search"], "leave --batch and --search out"),
+        (["sft", "--topology", "v6e:8x8", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(words, message, capsys):
+    assert main(["compile", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v6e:8x8", "[tpu]"), ("h100:8", "[cuda]")])
+def test_a_missing_compiler_is_told_with_what_to_install(topology, extra, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(["compile", "sft", "--topology", topology]) == 2
+    assert f"run pip install 'deepgen-jax{extra}'" in capsys.readouterr().err
+
+
+def test_batches_that_do_not_divide_are_refused(model):
+    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={model}"])
+    request = compiling.Request(config, parse_topology("h100:1"), "data=1", batch=7)
+    with pytest.raises(DeepGenError, match="does not divide into accumulation=4"):
+        compiling.Job(request, jax.devices())
+    with pytest.raises(DeepGenError, match="choose one of step, encoders, inference"):
+        compiling.Job(dataclasses.replace(request, batch=8, program="rollout"), jax.devices())
+
+
+def test_the_compilers_complaint_tells_what_is_needed():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.25G of 31.24G hbm. Exceeded by 9.01G."
+    assert compiling.needed_bytes(message, 2**30) == 40.25 * 2**30
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (75.75G) exceeds available HBM (31.24G). HLO module: jit_step."
+    )
+    assert compiling.needed_bytes(message, 2**30) == 76.75 * 2**30
+    with pytest.raises(DeepGenError, match="the compiler failed: INTERNAL: no"):
+        compiling.needed_bytes("INTERNAL: no", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_tpu_slice_is_compiled_for(model):
+    done = subprocess.run(
+        [sys.executable, "-m", "deepgen_jax.cli.main", "compile", "tiny_sft", f"model={model}", *SIZES,
+         "--topology", "v5e:2x4", "--mesh", "data=2,fsdp=4"],
+        check=True, timeout=1800, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ": fits" in done.stdout
+    assert "reduce-scatter" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12]")
+def test_a_gpu_host_is_compiled_for(model):
+    done = subprocess.run(
+        [sys.executable, "-m", "deepgen_jax.cli.main", "compile", "tiny_sft", f"model={model}", *SIZES,
+         "dtype=bfloat16", "--topology", "h100:8", "--mesh", "data=2,fsdp=4"],
+        check=True, timeout=1800, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ": fits" in done.stdout
+    assert "nvlink" in done.stdout

@@ -1,0 +1,444 @@
+"""Reading optimised programs: loops, device groups, operations and bytes, counted by hand."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from deepgen_jax.aot.estimate import costs, hlo, roofline
+from deepgen_jax.aot.topology import parse_topology
+
+TPU = """\
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%reads_a_slice (p: bf16[10,64,128], i: s32[]) -> bf16[64,128] {
+  %p = bf16[10,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %slice = bf16[1,64,128]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %view = bf16[64,128]{1,0} bitcast(%slice)
+}
+
+%all-reduce-scatter (q: bf16[64,128]) -> bf16[16,128] {
+  %q = bf16[64,128]{1,0} parameter(0)
+  %reduced = bf16[64,128]{1,0} all-reduce(%q), channel_id=3, replica_groups=[4,4]<=[4,4]T(1,0), to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %piece = bf16[16,128]{1,0} dynamic-slice(%reduced, %zero, %zero), dynamic_slice_sizes={16,128}
+}
+
+%body (state: (s32[], bf16[10,64,128])) -> (s32[], bf16[10,64,128]) {
+  %state = (s32[], bf16[10,64,128]) parameter(0)
+  %turn = s32[] get-tuple-element(%state), index=0
+  %stack = bf16[10,64,128]{2,1,0} get-tuple-element(%state), index=1
+  %layer = bf16[64,128]{1,0} fusion(%stack, %turn), kind=kLoop, calls=%reads_a_slice
+  %gather-start = (bf16[64,128], bf16[256,128]) all-gather-start(%layer), channel_id=1, replica_groups=[4,4]<=[16], \
+dimensions={0}
+  %product = f32[64,64]{1,0} convolution(%layer, %layer), dim_labels=bf_oi->bf
+  %gather-done = bf16[256,128]{1,0} all-gather-done(%gather-start)
+  %scattered = bf16[16,128]{1,0} fusion(%layer), kind=kCustom, calls=%all-reduce-scatter
+  ROOT %next = (s32[], bf16[10,64,128]) tuple(%turn, %stack)
+}
+
+%condition (state: (s32[], bf16[10,64,128])) -> pred[] {
+  %state = (s32[], bf16[10,64,128]) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[10,64,128], w: bf16[128,32]) -> f32[64,32] {
+  %x = bf16[10,64,128]{2,1,0} parameter(0)
+  %w = bf16[128,32]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[10,64,128]) tuple(%zero, %x)
+  %loop = (s32[], bf16[10,64,128]) while(%start), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"10"}}
+  %last = bf16[64,128]{1,0} slice(%x), slice={[0:1], [0:64], [0:128]}
+  ROOT %out = f32[64,32]{1,0} dot(%last, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+LAYER = 64 * 128 * 2
+
+
+def chips(topology):
+    """Devices as libtpu describes them."""
+    return [SimpleNamespace(coords=coords) for coords in itertools.product(*map(range, topology.shape))]
+
+
+@pytest.fixture(scope="module")
+def module():
+    return hlo.parse(TPU)
+
+
+@pytest.fixture(scope="module")
+def estimated(module):
+    topology = parse_topology("v5e:4x4")
+    return roofline.estimate(module, topology, chips(topology))
+
+
+def test_loops_are_followed_as_often_as_they_run(module):
+    times = {one.name: count for _, one, count in module.executed()}
+    assert times["product"] == times["gather-start"] == 10
+    assert times["out"] == 1
+    assert module.unknown_loops() == 0
+    assert hlo.parse(TPU.replace("known_trip_count", "unheard_of")).unknown_loops() == 1
+
+
+def test_collectives_are_counted_by_kind_in_every_turn(estimated):
+    """An all-gather sends its piece to the 3 others; the fused reduce-scatter 3/4 of its operand."""
+    found = {kind: (traffic.count, traffic.bytes) for kind, traffic in estimated.collectives.items()}
+    assert found == {"all-gather": (10, 10 * 3 * LAYER), "reduce-scatter": (10, 10 * LAYER * 3 / 4)}
+
+
+def test_operations_are_those_of_products(estimated):
+    assert estimated.operations == 10 * 2 * 64 * 64 * 128 + 2 * 64 * 32 * 128
+
+
+def test_memory_counts_slices_as_slices_and_leaves_on_chip_memory_out(module):
+    moved = {one.name: costs.memory_bytes(module, computation, one) for computation, one, _ in module.executed()}
+    # One layer of the stack and the number of the turn are read, one layer is written.
+    assert moved["layer"] == 2 * LAYER + 4
+    assert moved["last"] == 2 * LAYER
+    # The kernel lies on the chip.
+    assert moved["out"] == LAYER + 64 * 32 * 4
+    assert moved["loop"] == moved["start"] == 0
+
+
+def test_a_collective_runs_beside_what_stands_before_its_end(estimated):
+    assert estimated.seconds < estimated.device_seconds + estimated.network_seconds
+    assert estimated.seconds >= max(estimated.device_seconds, estimated.network_seconds)
+
+
+def test_times_are_those_of_the_rates(estimated):
+    chip = parse_topology("v5e:4x4").chip
+    assert estimated.arithmetic_seconds == pytest.approx(estimated.operations / chip.peak_flops)
+    assert estimated.memory_seconds == pytest.approx(estimated.memory / chip.memory_bandwidth)
+    # Groups of 4 neighbours in a row of 4, which is no ring.
+    gather = estimated.collectives["all-gather"]
+    assert gather.seconds == pytest.approx(gather.bytes / chip.link_bandwidth)
+
+
+def test_window_of_a_convolution_meets_only_what_is_there():
+    """3x3, same padding, on 5x4: the corners see 4 of 9 places."""
+    text = """\
+ENTRY %main (x: f32[2,5,4,6], k: f32[3,3,6,7]) -> f32[2,5,4,7] {
+  %x = f32[2,5,4,6] parameter(0)
+  %k = f32[3,3,6,7] parameter(1)
+  ROOT %y = f32[2,5,4,7] convolution(%x, %k), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+operand_precision={highest,highest}
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    expected = 2 * 2 * 7 * 6 * (3 * 5 - 2) * (3 * 4 - 2)
+    assert costs.operations(module, main, main.root) == (expected, expected)
+
+
+def test_operations_of_gpu_libraries():
+    text = """\
+ENTRY %main (x: bf16[64,32], k: bf16[32,16]) -> bf16[64,16] {
+  %x = bf16[64,32] parameter(0)
+  %k = bf16[32,16] parameter(1)
+  %y = (bf16[64,16], s8[4096]) custom-call(%x, %k), custom_call_target="__cublas$lt$matmul", backend_config=\
+{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %a = (bf16[2,4,8,16], u8[0]) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaScaleBiasSoftmax", \
+operand_layout_constraints={bf16[2,8,4,16]{3,2,1,0}}, backend_config={"cudnn_fmha_backend_config": \
+{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "8", "8"]}}}
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    assert costs.operations(module, main, main.by_name["y"]) == (2 * 64 * 16 * 32, 0)
+    assert costs.operations(module, main, main.by_name["a"]) == (4 * 2 * 4 * 8 * 8 * 16, 0)
+    # Their scratch memory is not traffic.
+    assert costs.memory_bytes(module, main, main.by_name["y"]) == 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert costs.memory_bytes(module, main, main.by_name["a"]) == 2 * (3 * 64 * 32 + 2 * 4 * 8 * 16)
+
+
+def test_collectives_on_sparse_cores_begin_with_their_update():
+    """The program is started before its operands are there; attributes of a Pallas kernel run over three lines."""
+    text = """\
+%gathers (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128] parameter(0)
+  ROOT %gathered = bf16[256,128] all-gather(%p), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+}, execution_thread="sparsecore"
+
+%wrapped (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128] parameter(0)
+  ROOT %call = bf16[256,128] custom-call(%p), custom_call_target="on_sparse_core", called_computations={%gathers}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[64,128], q: bf16[2,4,8,16], k: bf16[2,2,24,16]) -> bf16[256,128] {
+  %x = bf16[64,128] parameter(0)
+  %q = bf16[2,4,8,16] parameter(1)
+  %k = bf16[2,2,24,16] parameter(2)
+  %start = ((), (), s32[128]{0:S(4)}) async-start(), async_execution_thread="sparsecore", calls=%wrapped
+  %splash_mha_fwd_no_residuals.1 = bf16[2,4,8,16] custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="attention"}
+  %update = (bf16[64,128], bf16[256,128], s32[128]{0:S(4)}) async-update(%start, %x), calls=%wrapped
+  ROOT %done = bf16[256,128] async-done(%update)
+}
+"""
+    module, topology = hlo.parse(text), parse_topology("v5e:4x4")
+    main = module.computations[module.entry]
+    assert [one.name for one in main.instructions][-3:] == ["splash_mha_fwd_no_residuals.1", "update", "done"]
+    attention = main.by_name["splash_mha_fwd_no_residuals.1"]
+    assert attention.attribute('op_name="([^"]*)"') == "attention"
+    assert costs.operations(module, main, attention) == (4 * 2 * 4 * 8 * 24 * 16, 0)
+    found = roofline.estimate(module, topology, chips(topology))
+    assert found.collectives["all-gather"].bytes == 3 * LAYER
+    # It cannot begin before the kernel ends, which hands nothing over.
+    assert found.seconds == pytest.approx(found.device_seconds + found.network_seconds)
+
+
+@pytest.mark.parametrize("batch", ["", "1,", "2,"])
+@pytest.mark.parametrize(
+    ("kernel", "results", "products"),
+    [
+        ("fwd", "f32[{batch}8,128], bf16[{batch}4,8,16]", 2),
+        ("dkv", "f32[{batch}24,16], bf16[{batch}2,24,16], bf16[{batch}2,24,16]", 4),
+        ("dkv", "f32[{batch}24,16], bf16[{batch}1,4,8,16], bf16[{batch}2,24,16], bf16[{batch}2,24,16]", 5),
+        ("dq", "f32[{batch}8,16], bf16[{batch}4,8,16]", 3),
+    ],
+)
+def test_attention_of_one_sample_counts_like_that_of_many(kernel, results, products, batch):
+    """The compiler drops a batch of one; masks and segment ids are no queries, sums of a kernel no gradients."""
+    text = f"""HloModule attention
+
+ENTRY %main (m: s8[1,1,1], q: bf16[{batch}4,8,16], k: bf16[{batch}2,24,16]) -> ({results.format(batch=batch)}) {{
+  %m = s8[1,1,1] parameter(0)
+  %q = bf16[{batch}4,8,16] parameter(1)
+  %k = bf16[{batch}2,24,16] parameter(2)
+  ROOT %splash_mha_{kernel}.1 = ({results.format(batch=batch)}) custom-call(%m, %m, %q, %k, %k), \
+custom_call_target="tpu_custom_call"
+}}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    samples = int(batch.strip(",") or 1)
+    assert costs.operations(module, main, main.root) == (2 * products * samples * 4 * 8 * 24 * 16, 0)
+
+
+def test_collectives_in_pieces_count_once_and_run_beside_the_fusions_between():
+    """A v5e program gathers in three fusions: one begins, one holds a product and a piece, one ends."""
+
+    def gather(start: str) -> str:
+        flags = f'{{"async_collective_fusion_config":{{"flag_end":"8","flag_start":"{start}"}}}}'
+        return (
+            "%gather = bf16[4,256]{1,0} all-gather(%own), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}, "
+            f"backend_config={flags}"
+        )
+
+    text = f"""HloModule pieces
+
+%begin (own: bf16[1,256]) -> (bf16[1,256], bf16[4,256]) {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  {gather("-1")}
+  ROOT %begun = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}}
+
+%layer (stack: bf16[6,64,64], i: s32[]) -> bf16[64,64] {{
+  %stack = bf16[6,64,64]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,64,64]{{2,1,0}} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={{1,64,64}}
+  ROOT %flat = bf16[64,64]{{1,0}} bitcast(%one)
+}}
+
+%async_collective_fusion (own: bf16[1,256], all: bf16[4,256], layers: bf16[6,64,64], i: s32[]) -> (bf16[64,64], bf16[1,256], bf16[4,256]) {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  %all = bf16[4,256]{{1,0}} parameter(1)
+  %layers = bf16[6,64,64]{{2,1,0}} parameter(2)
+  %i = s32[] parameter(3)
+  %a = bf16[64,64]{{1,0}} fusion(%layers, %i), kind=kLoop, calls=%layer
+  %product = bf16[64,64]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  {gather("2")}
+  ROOT %both = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) tuple(%product, %own, %gather)
+}}
+
+%end (own: bf16[1,256], all: bf16[4,256]) -> bf16[4,256] {{
+  %own = bf16[1,256]{{1,0}} parameter(0)
+  %all = bf16[4,256]{{1,0}} parameter(1)
+  {gather("2")}
+  ROOT %ended = bf16[4,256]{{1,0}} custom-call(%own, %all, %gather), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: bf16[1,256], layers: bf16[6,64,64], i: s32[]) -> bf16[4,256] {{
+  %x = bf16[1,256]{{1,0}} parameter(0)
+  %layers = bf16[6,64,64]{{2,1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %start = (bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%x), kind=kCustom, calls=%begin
+  %own = bf16[1,256]{{1,0}} get-tuple-element(%start), index=0
+  %all = bf16[4,256]{{1,0}} get-tuple-element(%start), index=1
+  %work = (bf16[64,64]{{1,0}}, bf16[1,256]{{1,0}}, bf16[4,256]{{1,0}}) fusion(%own, %all, %layers, %i), kind=kCustom, calls=%async_collective_fusion
+  %still = bf16[1,256]{{1,0}} get-tuple-element(%work), index=1
+  %more = bf16[4,256]{{1,0}} get-tuple-element(%work), index=2
+  ROOT %done = bf16[4,256]{{1,0}} fusion(%still, %more), kind=kCustom, calls=%end
+}}
+"""  # noqa: E501 - one instruction a line
+    topology = parse_topology("v5e:2x2")
+    found = roofline.estimate(hlo.parse(text), topology, chips(topology))
+    chip, row = topology.chip, 2 * 256
+    assert (found.collectives["all-gather"].count, found.collectives["all-gather"].bytes) == (1, 3 * row)
+    assert found.operations == 2 * 64**3
+    # The gathered array is written once; the product reads one layer of six and its index, and writes its own.
+    assert found.memory == 4 * row + 2 * 2 * 64**2 + 4
+    assert found.network_seconds == pytest.approx(3 * row / (2 * chip.link_bandwidth))
+    # All of it is beside the product.
+    assert found.seconds == pytest.approx(found.memory_seconds)
+
+
+def test_collectives_between_slices_run_beside_what_follows():
+    """Each of two slices sends half of what it reduces, twice, and the result is there when both have."""
+    names = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+    both = f'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.1_0",{names}}}'
+    text = f"""HloModule slices
+
+ENTRY %main (x: f32[1024], a: bf16[64,64]) -> f32[1024] {{
+  %x = f32[1024]{{0}} parameter(0)
+  %a = bf16[64,64]{{1,0}} parameter(1)
+  %start = token[] after-all()
+  %send = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) send(%x, %start), channel_id=2, {both}
+  %recv = (f32[1024]{{0}}, u32[]{{:S(2)}}, token[]) recv(%start), channel_id=1, {both}
+  %product = bf16[64,64]{{1,0}} dot(%a, %a), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %received = (f32[1024]{{0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = f32[1024]{{0}} get-tuple-element(%received), index=0
+}}
+"""
+    topology = parse_topology("v6e:2x2", slices=2)
+    devices = [
+        SimpleNamespace(id=number, slice_index=number // 4, coords=(number % 2, number // 2 % 2, 0))
+        for number in range(8)
+    ]
+    found = roofline.estimate(hlo.parse(text), topology, devices)
+    sent = 2 * 4096 / 2
+    assert (found.links["dcn"].count, found.links["dcn"].bytes) == (1, sent)
+    assert found.collectives["all-reduce"].bytes == sent
+    crossing = sent / topology.chip.network_bandwidth
+    assert found.network_seconds == pytest.approx(crossing)
+    # The product is over before what was sent is back.
+    assert found.device_seconds < crossing
+    assert found.seconds == pytest.approx(crossing)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("channel_id=1", None),
+    ],
+)
+def test_device_groups(text, expected):
+    found = hlo.device_groups(text)
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("HloModule empty\n")
+
+
+@pytest.mark.parametrize(("groups", "spanned"), [([[0, 1, 2, 3]], 1), ([list(range(16))], 2)])
+def test_links_of_a_slice_add_up_over_its_dimensions(groups, spanned):
+    topology = parse_topology("v6e:4x4")
+    network = roofline.Network(topology, chips(topology))
+    operand, members = 1000, len(groups[0])
+    seconds, link, found = network.seconds("all-gather", operand, np.array(groups))
+    assert (link, found) == ("ici", members)
+    assert seconds == pytest.approx(operand * (members - 1) / (spanned * topology.chip.link_bandwidth))
+
+
+def test_whole_dimensions_of_sixteen_are_rings():
+    topology = parse_topology("v6e:16x16")
+    network = roofline.Network(topology, chips(topology))
+    seconds, _, _ = network.seconds("reduce-scatter", 1600, np.arange(16)[None])
+    assert seconds == pytest.approx(1500 / (2 * topology.chip.link_bandwidth))
+
+
+def test_gpus_of_a_host_share_what_crosses_hosts():
+    topology = parse_topology("h100:64")
+    network = roofline.Network(topology, [SimpleNamespace(id=number) for number in range(64)])
+    chip = topology.chip
+    inside = network.seconds("all-reduce", 800, np.arange(8)[None])
+    assert inside == (pytest.approx(2 * 700 / chip.link_bandwidth), "nvlink", 8)
+    across = network.seconds("all-reduce", 800, np.arange(0, 64, 8)[None])
+    assert across == (pytest.approx(2 * 700 / chip.network_bandwidth), "infiniband", 8)
+    everywhere = network.seconds("all-reduce", 800, None)
+    assert everywhere == (pytest.approx(2 * 700 / 8 / chip.network_bandwidth), "infiniband", 64)
+
+
+def test_all_to_all_has_a_piece_for_every_other_device():
+    topology = parse_topology("h100:64")
+    network = roofline.Network(topology, [SimpleNamespace(id=number) for number in range(64)])
+    chip = topology.chip
+    assert network.seconds("all-to-all", 800, np.arange(8)[None]) == (700 / chip.link_bandwidth, "nvlink", 8)
+    # 56 of the 64 pieces are for other hosts, and each device sends its own.
+    assert network.seconds("all-to-all", 6400, None) == (5600 / chip.network_bandwidth, "infiniband", 64)
+
+
+def test_a_fusion_within_a_fusion_reads_and_writes_parts_alone():
+    """TPU programs slice a layer's activations out of those of all layers where a product reads them."""
+    text = """HloModule nested
+
+%slice (all: f32[13,8,16], layer: s32[]) -> f32[8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,16] dynamic-slice(%all, %layer, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %flat = f32[8,16] bitcast(%one)
+}
+
+%keep (all: f32[13,8,16], layer: s32[], new: f32[8,16]) -> f32[13,8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %new = f32[8,16] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,8,16] bitcast(%new)
+  ROOT %put = f32[13,8,16] dynamic-update-slice(%all, %row, %layer, %zero, %zero)
+}
+
+%product (all: f32[13,8,16], layer: s32[], weights: f32[16,32]) -> f32[8,32] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %weights = f32[16,32] parameter(2)
+  %x = f32[8,16] fusion(%all, %layer), kind=kLoop, calls=%slice
+  ROOT %y = f32[8,32] dot(%x, %weights), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%store (all: f32[13,8,16], layer: s32[], new: f32[8,16]) -> f32[13,8,16] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %new = f32[8,16] parameter(2)
+  ROOT %kept = f32[13,8,16] fusion(%all, %layer, %new), kind=kLoop, calls=%keep
+}
+
+ENTRY %main (all: f32[13,8,16], layer: s32[], weights: f32[16,32], new: f32[8,16]) -> f32[8,32] {
+  %all = f32[13,8,16] parameter(0)
+  %layer = s32[] parameter(1)
+  %weights = f32[16,32] parameter(2)
+  %new = f32[8,16] parameter(3)
+  %stored = f32[13,8,16] fusion(%all, %layer, %new), kind=kLoop, calls=%store
+  ROOT %read = f32[8,32] fusion(%stored, %layer, %weights), kind=kOutput, calls=%product
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    row, index = 4 * 8 * 16, 4
+    assert costs.memory_bytes(module, main, main.by_name["read"]) == row + index + 4 * 16 * 32 + 4 * 8 * 32
+    # The new row is read and written; the others stay where they are.
+    assert costs.memory_bytes(module, main, main.by_name["stored"]) == 2 * row + index
