@@ -67,8 +67,8 @@ class Bridge(nn.Module):
         super().__init__()
         bridge, width = config.bridge, config.bridge.hidden_size
         states = len(selected_layers(config.text.num_layers, bridge.selection_stride))
-        self.meta_queries = nn.Parameter(torch.zeros(bridge.num_queries, width))
-        self.projector_1 = nn.Linear(states * width, width)
+        self.meta_queries = nn.Parameter(torch.zeros(bridge.num_queries, config.text.hidden_size))
+        self.projector_1 = nn.Linear(states * config.text.hidden_size, width)
         self.projector_2 = nn.Linear(width, config.mmdit.pooled_projection_dim)
         self.projector_3 = nn.Linear(width, config.mmdit.joint_attention_dim)
         self.connector = Connector(bridge)

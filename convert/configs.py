@@ -292,7 +292,7 @@ def bridge_config(
       connector: num_queries, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads and
         selection_stride, as far as known.
       where: name of the file that ``connector`` comes from.
-      hidden_size: that of the language model, which the connector shares where nothing else is said.
+      hidden_size: of the language model; the connector has the same unless the tensors or the file say otherwise.
 
     Raises:
       DeepGenError: the file contradicts the shapes.
@@ -303,9 +303,10 @@ def bridge_config(
     numbers = [int(match[1]) for match in map(re.compile(r"connector\.layers\.(\d+)\.").match, shapes) if match]
     queries = shapes.get("meta_queries", ())
     intermediate = shapes.get("connector.layers.0.mlp.fc1.bias", ())
+    projector = shapes.get("projector_1.weight", ())
     inferred = {
         "num_queries": queries[0] if len(queries) == 2 else None,
-        "hidden_size": queries[1] if len(queries) == 2 else None,
+        "hidden_size": projector[0] if len(projector) == 2 else None,
         "intermediate_size": intermediate[0] if len(intermediate) == 1 else None,
         "num_hidden_layers": max(numbers) + 1 if numbers else None,
     }

@@ -116,7 +116,7 @@ _VISION = (
     Layer("merger.mlp.2", "merger/fc2", Kind.LINEAR, "OUT M"),
 )
 _BRIDGE = (
-    Layer("meta_queries", "meta_queries", Kind.ARRAY, "Q D"),
+    Layer("meta_queries", "meta_queries", Kind.ARRAY, "Q TEXT"),
     Layer("projector_1", "projector_in", Kind.LINEAR, "D S"),
     Layer("projector_2", "projector_pooled", Kind.LINEAR, "POOLED D"),
     Layer("projector_3", "projector_sequence", Kind.LINEAR, "SEQUENCE D"),
@@ -282,13 +282,15 @@ def vision_weights(config: VisionConfig) -> Iterator[Weight]:
         yield from _expand(_VISION_BLOCK, f"{VISION}blocks.{block}.", place, sizes, adaptable=True)
 
 
-def bridge_weights(config: BridgeConfig, num_states: int, pooled_dim: int, sequence_dim: int) -> Iterator[Weight]:
-    """Think tokens, projectors and connector; ``num_states``: number of selected hidden states."""
+def bridge_weights(config: BridgeConfig, text: TextConfig, pooled_dim: int, sequence_dim: int) -> Iterator[Weight]:
+    """Think tokens, projectors and connector, on the selected hidden states of the language model."""
+    num_states = len(selected_layers(text.num_layers, config.selection_stride))
     sizes = {
         "D": config.hidden_size,
         "F": config.intermediate_size,
         "Q": config.num_queries,
-        "S": num_states * config.hidden_size,
+        "TEXT": text.hidden_size,
+        "S": num_states * text.hidden_size,
         "POOLED": pooled_dim,
         "SEQUENCE": sequence_dim,
     }
@@ -372,14 +374,12 @@ def vae_weights(config: VAEConfig) -> Iterator[Weight]:
 
 def weights(config: DeepGenConfig, *, lm_head: bool | None = None) -> dict[str, Weight]:
     """All tensors of a model by key. ``lm_head`` defaults to the configuration's ``not tie_word_embeddings``."""
-    stride = config.bridge.selection_stride
-    states = len(selected_layers(config.text.num_layers, stride))
     mmdit = config.mmdit
     lm_head = not config.text.tie_word_embeddings if lm_head is None else lm_head
     rows = (
-        *text_weights(config.text, stride, lm_head=lm_head),
+        *text_weights(config.text, config.bridge.selection_stride, lm_head=lm_head),
         *vision_weights(config.vision),
-        *bridge_weights(config.bridge, states, mmdit.pooled_projection_dim, mmdit.joint_attention_dim),
+        *bridge_weights(config.bridge, config.text, mmdit.pooled_projection_dim, mmdit.joint_attention_dim),
         *mmdit_weights(mmdit),
         *vae_weights(config.vae),
     )

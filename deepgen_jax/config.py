@@ -77,7 +77,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Think tokens, stacked-channel projector, connector encoder and the two output heads."""
+    """Think tokens, stacked-channel projector, connector encoder and the two output heads.
+
+    ``hidden_size`` is the connector's; think tokens and selected hidden states have the language model's width.
+    """
 
     #: Think tokens; 0 for a model without.
     num_queries: int = 128
@@ -174,7 +177,6 @@ class DeepGenConfig:
 
     def __post_init__(self) -> None:
         checks = [
-            ("bridge.hidden_size", self.bridge.hidden_size, "text.hidden_size", self.text.hidden_size),
             ("vision.out_hidden_size", self.vision.out_hidden_size, "text.hidden_size", self.text.hidden_size),
             (
                 "mmdit.hidden_size",

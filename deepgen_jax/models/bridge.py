@@ -46,9 +46,17 @@ class Bridge(nn.Module):
     """Selected hidden states of the VLM -> pooled and sequence condition of the MMDiT.
 
     Both output heads start at zero, so training starts from the unconditional MMDiT.
+
+    Attributes:
+      config: sizes of the connector, whose width need not be the language model's.
+      text_dim: hidden size of the language model, which is the width of think tokens and of each selected state.
+      pooled_dim: width of the pooled condition.
+      sequence_dim: width of the sequence condition.
+      dtype: of the computation.
     """
 
     config: BridgeConfig
+    text_dim: int
     pooled_dim: int
     sequence_dim: int
     dtype: DTypeLike = jnp.float32
@@ -58,8 +66,8 @@ class Bridge(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         if cfg.num_queries:
-            init = nn.initializers.normal(cfg.hidden_size**-0.5)
-            self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, cfg.hidden_size))
+            init = nn.initializers.normal(self.text_dim**-0.5)
+            self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, self.text_dim))
         self.projector_in = Linear(cfg.hidden_size, dtype=self.dtype)
         zeros = nn.initializers.zeros
         self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
@@ -68,7 +76,7 @@ class Bridge(nn.Module):
         self.layers = layers(cfg, self.dtype, self.attention)
 
     def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:
-        """[B, L, hidden] -> [B, L + num_queries, hidden]."""
+        """[B, L, text_dim] -> [B, L + num_queries, text_dim]."""
         if not self.config.num_queries:
             return embeddings
         shape = (embeddings.shape[0], *self.meta_queries.shape)
@@ -76,7 +84,7 @@ class Bridge(nn.Module):
         return jnp.concatenate([embeddings, think], axis=1)
 
     def connect(self, hidden_states: jax.Array, visible: jax.Array) -> jax.Array:
-        """Stacks the selected states [n, B, L, hidden] on channels, projects and encodes them: [B, L, hidden]."""
+        """Stacks selected states [n, B, L, text_dim] on channels, projects and encodes them: [B, L, hidden_size]."""
         stacked = rearrange(hidden_states, "n b l d -> b l (n d)")
         x, _ = self.layers(self.projector_in(stacked), visible)
         return x
@@ -85,8 +93,8 @@ class Bridge(nn.Module):
         """Condition of a batch of prompts.
 
         Args:
-          hidden_states: [n, B, L, hidden], deepest first.
-          visible: [B, L] bool, True on tokens (pads among them, if they are to be seen) that the result may depend on.
+          hidden_states: [n, B, L, text_dim], deepest first.
+          visible: [B, L] bool, True on tokens that the result may depend on (padding included where it is visible).
 
         Returns:
           pooled [B, pooled_dim], the mean over visible tokens projected, and sequence [B, L, sequence_dim].

@@ -38,7 +38,8 @@ class DeepGen(nn.Module):
         options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
         self.vision = QwenVision(cfg.vision, **options)
         self.text = QwenText(cfg.text, cfg.bridge.selection_stride, lora_dropout=self.lora_dropout, **options)
-        self.bridge = Bridge(cfg.bridge, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim, **options)
+        widths = cfg.text.hidden_size, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim
+        self.bridge = Bridge(cfg.bridge, *widths, **options)
         self.mmdit = MMDiT(cfg.mmdit, **options)
         self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype, self.attention)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
+from deepgen_jax.config import DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.models.mmdit import TIMESTEP_CHANNELS, block_runs
 from deepgen_jax.models.qwen_text import selected_layers
 
@@ -77,20 +77,20 @@ def vision(config: VisionConfig, patches: int) -> int:
     return linear(patches, config.patch_dim, width) + config.depth * layer + patches // merge * merged
 
 
-def bridge(config: BridgeConfig, length: int, num_states: int, pooled_dim: int, sequence_dim: int) -> int:
-    """Projector, connector and both output heads over ``num_states`` hidden states of ``length`` tokens."""
-    width = config.hidden_size
+def bridge(config: DeepGenConfig, length: int) -> int:
+    """Projector, connector and both output heads over the selected hidden states of ``length`` tokens."""
+    connector, width = config.bridge, config.bridge.hidden_size
+    stacked = len(selected_layers(config.text.num_layers, connector.selection_stride)) * config.text.hidden_size
     layer = 4 * linear(length, width, width) + attention(length, length, width)
-    layer += 2 * linear(length, width, config.intermediate_size)
-    heads = linear(1, width, pooled_dim) + linear(length, width, sequence_dim)
-    return linear(length, num_states * width, width) + config.num_layers * layer + heads
+    layer += 2 * linear(length, width, connector.intermediate_size)
+    heads = linear(1, width, config.mmdit.pooled_projection_dim)
+    heads += linear(length, width, config.mmdit.joint_attention_dim)
+    return linear(length, stacked, width) + connector.num_layers * layer + heads
 
 
 def condition(config: DeepGenConfig, length: int) -> int:
     """Language model and bridge for one sequence of ``length`` prompt and think tokens."""
-    states = len(selected_layers(config.text.num_layers, config.bridge.selection_stride))
-    dims = (config.mmdit.pooled_projection_dim, config.mmdit.joint_attention_dim)
-    return text(config.text, length) + bridge(config.bridge, length, states, *dims)
+    return text(config.text, length) + bridge(config, length)
 
 
 def _convolution(pixels: int, width_in: int, width_out: int, size: int = 3) -> int:
@@ -174,10 +174,8 @@ def training(
       targets, references: image tokens.
       context: prompt and think tokens.
     """
-    states = len(selected_layers(config.text.num_layers, config.bridge.selection_stride))
-    dims = (config.mmdit.pooled_projection_dim, config.mmdit.joint_attention_dim)
     before = {"text": "lora" in trains, "bridge": bool({"lora", "bridge"} & set(trains))}
     total = (2 if before["text"] else 1) * text(config.text, context)
     passes = 3 if "bridge" in trains else 2 if before["bridge"] else 1
-    total += passes * bridge(config.bridge, context, states, *dims)
+    total += passes * bridge(config, context)
     return total + (3 if "mmdit" in trains else 2) * mmdit(config.mmdit, targets, context, references)

@@ -127,13 +127,14 @@ def test_a_rope_that_does_not_fit_the_heads() -> None:
 
 def test_bridge_sizes_come_from_the_shapes() -> None:
     shapes = {
-        "meta_queries": (7, 64),
+        "meta_queries": (7, 48),
+        "projector_1.weight": (64, 288),
         "connector.layers.0.mlp.fc1.bias": (96,),
         "connector.layers.2.layer_norm1.bias": (64,),
     }
-    config = configs.bridge_config(shapes, {}, "the defaults", 64)
+    config = configs.bridge_config(shapes, {}, "the defaults", 48)
     assert config == BridgeConfig(num_queries=7, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=32)
-    config = configs.bridge_config(shapes, {"num_attention_heads": 2, "layer_norm_eps": 1e-5}, "h.json", 64)
+    config = configs.bridge_config(shapes, {"num_attention_heads": 2, "layer_norm_eps": 1e-5}, "h.json", 48)
     assert (config.num_heads, config.layer_norm_eps) == (2, 1e-5)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deepgen_jax.config import SchedulerConfig, TextConfig
-from deepgen_jax.convert import convert
+from deepgen_jax.convert import convert, export
 from deepgen_jax.convert.random_release import tiny_config, write_release, write_tokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.model_folder import read_manifest, read_scheduler
@@ -39,6 +39,32 @@ def test_a_release_converts(dtype: str, tmp_path: Path, read_flat: Callable[...,
             inputs = np.prod(value.shape[-4:-1] if "vae" in name and value.ndim == 4 else value.shape[-2:-1])
             gain = 0.25 if name == "vae/decoder/conv_out/kernel" else 0.1 if ends_a_branch(name) else 1
             np.testing.assert_allclose(value.astype(np.float32).std() * inputs**0.5, gain, rtol=0.15, err_msg=name)
+
+
+@pytest.mark.parametrize(("hidden", "heads", "stride"), [(48, 3, 6), (24, 4, 2), (80, 2, 11)])
+def test_the_width_of_the_bridge_is_independent(
+    hidden: int, heads: int, stride: int, tmp_path: Path, read_flat: Callable[..., Flat],
+    assert_same: Callable[[Flat, Flat], None],
+) -> None:  # fmt: skip
+    bridge = dataclasses.replace(
+        tiny_config().bridge, hidden_size=hidden, num_heads=heads, selection_stride=stride
+    )
+    config = dataclasses.replace(tiny_config(), bridge=bridge)
+    write_release(tmp_path / "r", config)
+    # The width comes from projector_1 where no file states it; tensors cannot tell heads and stride.
+    (tmp_path / "r" / "connector" / "config.json").unlink()
+    hparams = tmp_path / "r" / "deepgen_config.json"
+    hparams.write_text(json.dumps({"connector": {"num_attention_heads": heads, "selection_stride": stride}}))
+    convert(out=tmp_path / "m", diffusers=tmp_path / "r")
+    assert read_manifest(tmp_path / "m").config == config
+    arrays = read_flat(tmp_path / "m")
+    assert arrays["bridge/meta_queries"].shape == (16, 32)
+    states = len(range(config.text.num_layers - 1, 0, -stride))
+    assert arrays["bridge/projector_in/kernel"].shape == (states * 32, hidden)
+    export(tmp_path / "m", "diffusers", tmp_path / "again")
+    convert(out=tmp_path / "n", diffusers=tmp_path / "again")
+    assert read_manifest(tmp_path / "n").config == config
+    assert_same(read_flat(tmp_path / "n"), arrays)
 
 
 def test_the_seed_decides(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CONFIG = DeepGenConfig(
         depth=3, hidden_size=64, intermediate_size=100, num_heads=2, full_attention_blocks=(1,), out_hidden_size=128
     ),
     bridge=BridgeConfig(
-        num_queries=5, hidden_size=128, intermediate_size=200, num_layers=2, num_heads=2, selection_stride=3
+        num_queries=5, hidden_size=96, intermediate_size=200, num_layers=2, num_heads=2, selection_stride=3
     ),
     mmdit=MMDiTConfig(
         num_layers=6, num_heads=2, joint_attention_dim=96, caption_projection_dim=128, pooled_projection_dim=80,

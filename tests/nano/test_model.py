@@ -132,7 +132,7 @@ def test_ablations_lack_what_they_are_without(tmp_path: Path):
     assert selected_layers(config.text.num_layers, config.bridge.selection_stride) == (6,)
     # The rest is as it was, and the connector still sees whatever the prompt has.
     assert replace(config, bridge=nano_config().bridge) == nano_config()
-    model = Bridge(config.bridge, pooled_dim=128, sequence_dim=128)
+    model = Bridge(config.bridge, text_dim=128, pooled_dim=128, sequence_dim=128)
     states = np.random.default_rng(0).normal(size=(1, 2, 5, 128)).astype(np.float32)
     assert model.apply({"params": bridge}, states[0], method=model.append_think_tokens).shape == (2, 5, 128)
     pooled, sequence = model.apply({"params": bridge}, states, np.ones((2, 5), bool))
