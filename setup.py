@@ -70,5 +70,10 @@ setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["deepgen = deepgen_jax.cli.main:main"]},
+    # The embedded model adds to the registries as any other package does.
+    entry_points={
+        "console_scripts": ["deepgen = deepgen_jax.cli.main:main"],
+        "deepgen_jax.data_sources": ["synthetic = deepgen_jax.nano.source:Synthetic"],
+        "deepgen_jax.rewards": ["world = deepgen_jax.nano.reward:WorldReward"],
+    },
 )

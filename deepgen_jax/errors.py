@@ -1,14 +1,24 @@
-"""The one exception whose text is meant for the person at the keyboard, and what others mean."""
+"""User-facing error type, and what goes into its messages."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DeepGenError(ValueError):
-    """Input that cannot be used: one line that names the thing and the mend.
+    """Unusable input: one line that names the problem, the place and the fix.
 
     The command line prints the message after ``deepgen: error:`` and exits with status 2; library users see an
     ordinary ``ValueError``.
     """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Ends an error about an unknown name: the closest known one, and all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {close[0]}?" if close else ";") + f" known: {', '.join(known) or 'none'}"
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from deepgen_jax.data.images import MAX_PIXELS
+from deepgen_jax.data.source_kinds import SOURCE_KINDS
 from deepgen_jax.data.transforms import MODES, target_size
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 
 T = TypeVar("T")
 
 TASKS = ("t2i", "edit")
-#: Formats of data sets; `deepgen_jax.data.sources` holds one file for each.
-KINDS = ("json", "captions", "webdataset", "parquet", "array_record", "tfds", "image_folder", "features", "synthetic")
 #: What `SourceConfig.fields` may rename.
 FIELDS = ("text", "image", "references", "annotation")
 #: Which left pads of a micro-batch the model sees: none, or those up to its longest prompt, as in the released system.
@@ -30,7 +28,7 @@ class SourceConfig:
 
     Attributes:
       name: short and unique; it stands in sample ids, counts and messages.
-      kind: its format, one of `KINDS`.
+      kind: its format, a name in `deepgen_jax.data.source_kinds.SOURCE_KINDS`, ``module:Class`` or ``file.py:Class``.
       path: a file, a folder, or a pattern with ``*`` or ``{000..123}``; local or an fsspec address (``gs://...``). Of a
         synthetic source, what it draws: ``size=96,samples=200000,seed=0``.
       task: "t2i" (text, image) or "edit" (instruction, reference images, image).
@@ -55,7 +53,7 @@ class SourceConfig:
         if not self.name or set(self.name) & set("/@\\"):
             raise DeepGenError(f"source name {self.name!r} must be a word without / \\ or @")
         where = f"source {self.name}"
-        _one_of(self.kind, KINDS, f"{where}: kind")
+        SOURCE_KINDS.target(self.kind, f"{where}: kind")
         _one_of(self.task, TASKS, f"{where}: task")
         if not self.path:
             raise DeepGenError(f"{where}: path is empty; name a file, a folder or a pattern")
@@ -209,13 +207,6 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "data") -
     if missing := [name for name in required if name not in parsed]:
         raise DeepGenError(f"{where}: {', '.join(missing)} must be given")
     return cls(**parsed)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What was perhaps meant, and all that could have been: the end of an error about an unknown name."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return (f"; did you mean {close[0]}?" if close else ";") + f" known: {', '.join(known)}"
 
 
 def _one_of(name: str, known: Iterable[str], where: str) -> None:

@@ -15,7 +15,7 @@ from deepgen_jax.data.feature_files import token_dtype
 from deepgen_jax.data.payload import Cached, Layout, Payload, Pixels
 from deepgen_jax.data.plan import BatchPlan, Plan
 from deepgen_jax.data.prompt_lengths import Prompts
-from deepgen_jax.data.sources import BadSample, Source, open_source, read_row
+from deepgen_jax.data.sources import BadSample, open_source, read_row
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
@@ -62,10 +62,11 @@ class Reader:
           token_dtypes: of cached VLM tokens, by task.
         """
         self._plan, self._prompts, self._token_dtypes = plan, prompts, token_dtypes
+        self._sources = [open_source(source) for source in plan.config.sources]
         self._start, self._length, self._share, self._threads = start, length, share, threads
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pool", "_sources")}
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
 
     def __len__(self) -> int:
         return self._length
@@ -111,10 +112,6 @@ class Reader:
     @functools.cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._threads, "deepgen-data")
-
-    @functools.cached_property
-    def _sources(self) -> Sequence[Source]:
-        return [open_source(source) for source in self._plan.config.sources]
 
     def _payload(self, bucket: Bucket, count: int) -> Payload:
         if bucket.task not in self._token_dtypes:

@@ -14,6 +14,9 @@ from deepgen_jax.errors import DeepGenError
 
 Padding = Literal["reference", "batch", "masked"]
 
+#: Ends a question in the text of a sample; what follows is the answer (`deepgen_jax.training.language`).
+QUESTION_END = "?"
+
 _TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _GENERATE = "Generate an image: {}"
 _IMAGE = "<|vision_start|>{}<|vision_end|>"

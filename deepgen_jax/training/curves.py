@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from deepgen_jax.data.data_config import did_you_mean
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 from deepgen_jax.stores.jsonl import read_lines
 
 #: Share of a step's time spent waiting for data, in per cent; made from the logged seconds.

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from deepgen_jax.data.reader import Batch
-from deepgen_jax.data.tokens import PromptTokenizer
+from deepgen_jax.data.tokens import QUESTION_END, PromptTokenizer
 from deepgen_jax.data.vision_inputs import patch_grid
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.nano.world.questions import MARK
 from deepgen_jax.parallel.mesh import replicated, to_global
 from deepgen_jax.training import language
 from deepgen_jax.training.inputs import Text
@@ -62,7 +61,7 @@ class LanguageStage(LoaderStage):
             attention=choose_kernel(mesh, config.dtype, gradients=True),
         )
         self._frozen = {"bridge": self._weights.frozen["bridge"]}
-        (mark,) = PromptTokenizer(self._weights.tokenizer, model_config).encode(MARK)
+        (mark,) = PromptTokenizer(self._weights.tokenizer, model_config).encode(QUESTION_END)
         rate = learning_rate(config.optimizer, config.steps)
         everywhere = replicated(mesh)
         layout = shardings_of(self.state)

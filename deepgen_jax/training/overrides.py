@@ -8,17 +8,16 @@ import json
 import os
 import pkgutil
 import sys
-import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from deepgen_jax.config import to_dict
-from deepgen_jax.data.data_config import did_you_mean
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
+from deepgen_jax.registry import errors_of
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.values import item_hint, parse
 
@@ -81,11 +80,13 @@ def load_config(path_or_name: str) -> RunConfig:
     module.__file__ = str(path)
     # Dataclasses that the file defines look their annotations up in the module of their name.
     sys.modules[module.__name__] = module
-    _told(path, lambda: exec(compile(code, str(path), "exec"), module.__dict__))
+    with errors_of(path):
+        exec(compile(code, str(path), "exec"), module.__dict__)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise DeepGenError(f"{path} has no function get_config(); define one that returns a RunConfig")
-    config = _told(path, get_config)
+    with errors_of(path):
+        config = get_config()
     if not isinstance(config, RunConfig):
         raise DeepGenError(f"{path}: get_config() returned a {type(config).__name__}; return a RunConfig")
     return config
@@ -116,19 +117,6 @@ def _config_file(path_or_name: str) -> Path:
         raise DeepGenError(f"{path} is no Python file; name one that ends with .py and defines get_config()")
     what = "no such file" if path.suffix == ".py" or os.sep in path_or_name else "no configuration of that name"
     raise DeepGenError(f"{path_or_name}: {what}{did_you_mean(path.stem, packaged)}")
-
-
-def _told(path: Path, run: Callable[[], T]) -> T:
-    """``run()``, with an exception out of ``path`` as one line that names where it was raised."""
-    try:
-        return run()
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-        if not isinstance(error, DeepGenError):
-            text = f"{type(error).__name__}: {text}"
-        raise DeepGenError(f"{path}{f', line {line}' if line else ''}: {text}") from error
 
 
 def _insert(tree: _Tree, change: _Change) -> None:

@@ -10,8 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deepgen_jax.data.data_config import did_you_mean
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 
 
 def parse(hint: Any, value: Any, where: str) -> Any:

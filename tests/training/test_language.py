@@ -13,9 +13,10 @@ from support.runs import write_model
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.sources import open_source
+from deepgen_jax.data.tokens import QUESTION_END
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.nano.samples import make_sample
-from deepgen_jax.nano.world.questions import MARK, ask
+from deepgen_jax.nano.world.questions import ask
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training.inputs import Text
 from deepgen_jax.training.language import Sums, _measure, update
@@ -101,7 +102,7 @@ def test_questions_are_about_what_is_there():
         record = source.read(row)
         assert len(record.images) == 2
         assert record.images[0] == record.images[1]
-        question, _, answer = record.text.partition(MARK)
+        question, _, answer = record.text.partition(QUESTION_END)
         things = make_sample("train", "t2i", seed=0, index=row).scene.things
         kinds.add(question.split()[1])
         if question.startswith("what colour"):
@@ -113,7 +114,7 @@ def test_questions_are_about_what_is_there():
     assert {"colour", "shape", "many", "is"} <= kinds
     sample = make_sample("train", "text", seed=0, index=0)
     asked = {ask(random.Random(i), sample) for i in range(40)}
-    assert f"what does the sign say{MARK} {sample.truth.word}" in asked
+    assert f"what does the sign say{QUESTION_END} {sample.truth.word}" in asked
 
 
 def test_parts_belong_to_their_stages(config: LanguageConfig):

@@ -1,30 +1,26 @@
-"""Data sets by format; `open_source` is the registry."""
+"""Data sets by format. Adding one: a `Source` in a file, and its name in the registry.
+
+    register("my_format", "my_package.my_module:MySource")
+
+or an entry point of the group ``deepgen_jax.data_sources`` in an installed package; or, without a name,
+``data.sources.NAME.kind=my_module:MySource`` or ``kind=path/to/my_source.py:MySource`` on the command line.
+"""
 
 from __future__ import annotations
 
-import importlib
-
-from deepgen_jax.data.data_config import KINDS, SourceConfig
+from deepgen_jax.data.data_config import SourceConfig
+from deepgen_jax.data.source_kinds import SOURCE_KINDS
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, read_row
 
-__all__ = ["BadSample", "Record", "Row", "Source", "open_source", "read_row"]
+__all__ = ["BadSample", "Record", "Row", "Source", "open_source", "read_row", "register"]
 
-# Kind -> module and class; a module is imported when a source of its kind is opened.
-_SOURCES = {
-    "json": ("json_list", "JsonList"),
-    "captions": ("captions", "Captions"),
-    "webdataset": ("webdataset", "WebDataset"),
-    "parquet": ("parquet", "Parquet"),
-    "array_record": ("array_record", "ArrayRecord"),
-    "tfds": ("tfds", "TensorFlowDataset"),
-    "image_folder": ("image_folder", "ImageFolder"),
-    "features": ("features", "Features"),
-    "synthetic": ("synthetic", "Synthetic"),
-}
-assert set(_SOURCES) == set(KINDS)
+register = SOURCE_KINDS.register
 
 
 def open_source(config: SourceConfig) -> Source:
-    """The data set that ``config`` describes; nothing is read yet."""
-    module, name = _SOURCES[config.kind]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
+    """The data set that ``config`` describes; nothing is read yet.
+
+    Raises:
+      DeepGenError: its kind is unknown or cannot be imported, or its settings do not fit the kind.
+    """
+    return SOURCE_KINDS.load(config.kind, f"source {config.name}: kind")(config)

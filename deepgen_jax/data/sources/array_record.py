@@ -23,9 +23,6 @@ class ArrayRecord(Source):
         super().__init__(config)
         self._readers = ShardReaders()
 
-    def __reduce__(self) -> tuple[type[ArrayRecord], tuple[SourceConfig]]:
-        return ArrayRecord, (self.config,)
-
     def scan(self, path: str) -> Iterator[Row]:
         try:
             count = self._readers.open(path).num_records()

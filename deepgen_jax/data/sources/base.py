@@ -12,6 +12,7 @@ import numpy as np
 from deepgen_jax.data import files
 from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.files import Blob, FileInfo
+from deepgen_jax.data.source_kinds import SOURCE_KINDS
 
 
 class CachedImage(NamedTuple):
@@ -76,6 +77,10 @@ class Source(abc.ABC):
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes open it anew: open files stay here, and classes of a user's file are found again.
+        return _reopen, (SOURCE_KINDS.target(self.config.kind), self.config)
+
     def files(self) -> list[FileInfo]:
         """The files that hold or list the samples; a change of one makes the index stale.
 
@@ -103,6 +108,11 @@ class Source(abc.ABC):
     def look(self, row: Row) -> Record:
         """`read`, for who wants the text and can do with images that tell their sizes."""
         return self.read(row)
+
+
+def _reopen(target: str, config: SourceConfig) -> Source:
+    # By its class, not its kind: what `register` added is not known in a new process.
+    return SOURCE_KINDS.load(target, f"source {config.name}: kind")(config)
 
 
 def bad_row(reason: str, detail: str = "") -> Row:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from deepgen_jax.data.data_config import SourceConfig, did_you_mean
+from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.sources.base import BadSample
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 
 # Usual names, best first.
 _TEXT = {

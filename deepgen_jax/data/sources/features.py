@@ -32,9 +32,6 @@ class Features(Source):
         super().__init__(config)
         self._readers = ShardReaders()
 
-    def __reduce__(self) -> tuple[type[Features], tuple[SourceConfig]]:
-        return Features, (self.config,)
-
     @functools.cached_property
     def manifest(self) -> FeatureManifest:
         """What made the features.

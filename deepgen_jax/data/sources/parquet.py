@@ -32,9 +32,6 @@ class Parquet(Source):
         self._groups: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[Parquet], tuple[SourceConfig]]:
-        return Parquet, (self.config,)
-
     def scan(self, path: str) -> Iterator[Row]:
         import pyarrow
 

@@ -26,9 +26,6 @@ class TensorFlowDataset(Source):
         super().__init__(config)
         self._readers = ShardReaders()
 
-    def __reduce__(self) -> tuple[type[TensorFlowDataset], tuple[SourceConfig]]:
-        return TensorFlowDataset, (self.config,)
-
     def files(self) -> list[FileInfo]:
         where = f"source {self.config.name}"
         return [info for path in self._shards() for info in files.list_files(glob.escape(path), ("",), where)]

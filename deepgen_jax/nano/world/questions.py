@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 
+from deepgen_jax.data.tokens import QUESTION_END
 from deepgen_jax.nano.world import captions
 from deepgen_jax.nano.world.pictures import Sample
 from deepgen_jax.nano.world.scene import Thing
 from deepgen_jax.nano.world.vocabulary import NUMBERS, PLACES
-
-#: Ends a question; what follows is the answer.
-MARK = "?"
 
 
 def ask(rng: random.Random, sample: Sample) -> str:
@@ -30,7 +28,7 @@ def ask(rng: random.Random, sample: Sample) -> str:
         if len(same) == 1:
             choices.append((f"which shape is {thing.colour}", thing.shape))
     question, answer = rng.choice(choices)
-    return f"{question}{MARK} {answer}"
+    return f"{question}{QUESTION_END} {answer}"
 
 
 def _place(thing: Thing) -> str:
