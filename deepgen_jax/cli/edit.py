@@ -12,14 +12,7 @@ from tyro.conf import UseAppendAction, arg
 from deepgen_jax.cli.sampling import PromptArguments, SamplingCommand
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.batch import Settings
-
-#: Negative prompt of the published editing scores.
-EDIT_NEGATIVE_PROMPT = (
-    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, "
-    "artifacts, glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, "
-    "incomplete editing, unfinished, unedited areas."
-)
+from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT, Settings
 
 
 @dataclass

@@ -88,7 +88,8 @@ class NanoCommand(NanoArguments):
         if self.renders is not None:
             size = self.size or 96
             return benchmark.renders(self.renders, size), size, None
-        from deepgen_jax.cli.sampling import load_pipeline, open_model
+        from deepgen_jax.cli.image_run import load_pipeline
+        from deepgen_jax.cli.sampling import open_model
         from deepgen_jax.stores.model_folder import locate
 
         assert self.model is not None

@@ -5,40 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Collection, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from PIL import Image
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from deepgen_jax.cli.image_run import ImageRun, resolved_dtype
 from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
-from deepgen_jax.errors import DeepGenError, is_out_of_memory
-from deepgen_jax.inference.batch import (
-    Failure,
-    PromptCheck,
-    Request,
-    Settings,
-    batch_sizes,
-    plan,
-    render,
-)
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import locate
-from deepgen_jax.terminal import progress_bar
-from deepgen_jax.user_warnings import warn_user
 
 
 @dataclass
@@ -152,11 +140,12 @@ class SamplingCommand(PromptArguments):
         with self.processes.lifeline():
             if not self.processes.same((requests, settings, self.batch_size, self.mesh, self.dtype)):
                 raise DeepGenError("processes were asked for different images; give all the same words and files")
+            run = self._run(settings)
             if not first:
-                return self._follow(requests, settings, into_folder)
+                return run.follow(requests, into_folder)
             if into_folder:
-                return self._fill_folder(requests, failures, settings)
-            return self._write_files(requests, settings)
+                return self._fill_folder(run, requests, failures)
+            return self._write_files(run, requests)
 
     def _records(self) -> tuple[list[Record], list[Failure]]:
         if self.prompts is None:
@@ -202,7 +191,7 @@ class SamplingCommand(PromptArguments):
         if not self.max_image_megapixels > 0 or math.isinf(self.max_image_megapixels):
             raise DeepGenError(f"--max-image-megapixels is {self.max_image_megapixels}; use a number above 0")
 
-    def _write_files(self, requests: list[Request], settings: Settings) -> int:
+    def _write_files(self, run: ImageRun, requests: list[Request]) -> int:
         """One prompt, named files: everything or an error."""
         out = Path(self.out or "image.png")
         names = [out.name] if len(requests) == 1 else [f"{out.stem}_{k}{out.suffix}" for k in range(len(requests))]
@@ -215,9 +204,8 @@ class SamplingCommand(PromptArguments):
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DeepGenError(f"folder {out.parent} cannot be made: {error.strerror or error}") from error
-        model = Model.of(self.folder, _resolved_dtype(self.dtype))
-
-        metadata = {request.file: describe(request, settings, model) for request in requests}
+        model = Model.of(self.folder, resolved_dtype(self.dtype))
+        metadata = {request.file: describe(request, run.settings, model) for request in requests}
 
         def save(request: Request, image: Image.Image) -> None:
             path = out.with_name(request.file)
@@ -225,110 +213,33 @@ class SamplingCommand(PromptArguments):
             tqdm.write(str(path), file=sys.stdout)
 
         with Stop(graceful=False):
-            failures = self._make(requests, requests, settings, model.dtype, save, lambda: False)
+            failures = run.make(requests, requests, save, lambda: False)
         if failures:
             raise DeepGenError(failures[0].reason)
         for path in write_grids(out.parent, grids, metadata):
             print(path)
         return 0
 
-    def _fill_folder(self, requests: list[Request], failures: list[Failure], settings: Settings) -> int:
+    def _fill_folder(self, run: ImageRun, requests: list[Request], failures: list[Failure]) -> int:
         """Many images: what is finished is skipped, what fails is listed at the end."""
-        if failures:
-            warn_user(f"{_counted(failures, 'line')} cannot be used; the others go on and a list follows at the end")
-        model = Model.of(self.folder, _resolved_dtype(self.dtype))
         folder = Path(self.out or "")
         grids = plan_grids(requests) if self.grid else {}
         if not self.overwrite:
             check_free(folder, grids)
-        with OutputFolder(folder) as output, Stop(graceful=True) as stop:
-            metadata = {request.file: describe(request, settings, model) for request in requests}
-            alone = self.prompts is None
-            missing = set(output.missing(metadata.values(), self.overwrite, keep_others=alone))
-            todo = self._missing(requests, missing)
-            made: list[str] = []
+        return run.fill_folder(
+            OutputFolder(folder),
+            requests,
+            failures,
+            overwrite=self.overwrite,
+            keep_others=self.prompts is None,
+            finish=lambda finished: write_grids(folder, grids, finished),
+            derived="grid" if self.grid else "",
+        ).status
 
-            def save(request: Request, image: Image.Image) -> None:
-                output.save(image, metadata[request.file])
-                made.append(request.file)
-
-            cut_short = False
-            if todo:
-                failed = self._make(todo, requests, settings, model.dtype, save, lambda: stop.signum is not None)
-                failures += failed
-                cut_short = len(made) + len(failed) < len(todo)
-            unfinished = missing.difference(made)
-            finished = {file: told for file, told in metadata.items() if file not in unfinished}
-            shown = write_grids(folder, grids, finished)
-        ready = len(requests) - len(missing)
-        already = f" ({ready} there already)" if ready else ""
-        beside = f", and {_counted(shown, 'grid')}" if self.grid else ""
-        print(f"{_counted(made, 'image')} written to {folder}{already}{beside}")
-        if failures:
-            reasons = list(dict.fromkeys(map(str, failures)))
-            text = "\n  ".join([f"deepgen: error: {_counted(reasons, 'prompt')} gave no image:", *reasons])
-            print(text, file=sys.stderr)
-        if cut_short:
-            text = f"{len(made) + ready} of {len(requests)} images are in {folder}; run the same command for the rest"
-            print(f"deepgen: stopped by {stop.name or 'another process'}: {text}", file=sys.stderr)
-            return 128 + (stop.signum or signal.SIGTERM)
-        return 1 if failures else 0
-
-    def _follow(self, requests: list[Request], settings: Settings, into_folder: bool) -> int:
-        """Computes with the first of several processes, which writes and speaks for all."""
-        todo = self._missing(requests, set()) if into_folder else requests
-        with Stop(graceful=into_folder) as stop:
-            if todo:
-                dtype = _resolved_dtype(self.dtype)
-                self._make(todo, requests, settings, dtype, lambda *_: None, lambda: stop.signum is not None)
-        return 0
-
-    def _missing(self, requests: list[Request], missing: Collection[str]) -> list[Request]:
-        """Those whose files the first process counts among ``missing``."""
-        chosen = self.processes.of_first([request.file in missing for request in requests])
-        return [request for request, wanted in zip(requests, chosen, strict=True) if wanted]
-
-    def _make(
-        self,
-        todo: list[Request],
-        planned: list[Request],
-        settings: Settings,
-        dtype: str,
-        save: Callable[[Request, Image.Image], None],
-        stopped: Callable[[], bool],
-    ) -> list[Failure]:
-        """Loads the model and makes ``todo``, saving image by image, until done or ``stopped`` (any process)."""
-        pipe = load_pipeline(self.folder, dtype, self._mesh, self.compilation_cache)
-        if self.processes.of_any(stopped()):
-            return []
-        sizes = batch_sizes(planned, self._batch_size())
-        failures: list[Failure] = []
-        with progress_bar(len(planned), len(planned) - len(todo), "images") as bar:
-            for batch in render(pipe, todo, sizes, settings):
-                for request, result in batch:
-                    if isinstance(result, DeepGenError):
-                        failures.append(Failure(request.source, str(result)))
-                    else:
-                        save(request, result)
-                bar.set_description_str("", refresh=False)
-                bar.update(len(batch))
-                if self.processes.of_any(stopped()):
-                    break
-        return failures
-
-    def _batch_size(self) -> int:
-        """The batch size, rounded up to what the mesh splits evenly: the rows are computed in any case."""
-        if self._mesh is None:
-            return self.batch_size
-        from deepgen_jax.parallel.mesh import BATCH_AXES, parse_mesh
-
-        sizes = parse_mesh(self._mesh)
-        unit = math.prod(sizes[axis] for axis in BATCH_AXES)
-        return -(-self.batch_size // unit) * unit
-
-    @property
-    def _mesh(self) -> str | None:
-        return self.mesh or self.processes.mesh
+    def _run(self, settings: Settings) -> ImageRun:
+        return ImageRun(
+            self.folder, settings, self.batch_size, self.dtype, self.mesh, self.compilation_cache, self.processes
+        )
 
 
 def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:
@@ -342,37 +253,6 @@ def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:
     config = read_manifest(folder).config
     tokenizer = PromptTokenizer(folder / "tokenizer", config)
     return config, partial(tokenizer, max_tokens=config.max_prompt_tokens)
-
-
-def load_pipeline(folder: Path, dtype: str, mesh: str | None, compilation_cache: str | None) -> Callable[..., Any]:
-    """The pipeline, with compiled programs kept on disk."""
-    from deepgen_jax.inference.cache import enable_compilation_cache
-    from deepgen_jax.inference.pipeline import DeepGenPipeline
-
-    enable_compilation_cache(compilation_cache)
-    start = time.monotonic()
-    try:
-        pipe = DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        mend = "split the model over devices with --mesh" if dtype != "float32" else "use --dtype bfloat16 or --mesh"
-        raise DeepGenError(f"out of memory while loading {folder}; {mend}") from error
-    if sys.stderr.isatty():
-        print(f"deepgen: loaded {folder} in {dtype}, {time.monotonic() - start:.0f} s", file=sys.stderr)
-    return pipe
-
-
-def _resolved_dtype(dtype: str) -> str:
-    if dtype != "auto":
-        return dtype
-    import jax
-
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def _counted(items: Sized, name: str) -> str:
-    return f"{len(items)} {name}{'' if len(items) == 1 else 's'}"
 
 
 def _is_folder(out: str | None) -> bool:

@@ -18,6 +18,13 @@ from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.user_warnings import warn_user
 
+#: Negative prompt of the published editing scores.
+EDIT_NEGATIVE_PROMPT = (
+    "blurry, low quality, low resolution, distorted, deformed, broken content, missing parts, damaged details, "
+    "artifacts, glitch, noise, pixelated, grainy, compression artifacts, bad composition, wrong proportion, "
+    "incomplete editing, unfinished, unedited areas."
+)
+
 #: (width, height, steps, guidance, size of each reference): requests that agree in it share one compiled program.
 Layout = tuple[int, int, int, float, tuple[tuple[int, int], ...]]
 
@@ -37,6 +44,7 @@ class Settings:
       multiple: image sides are multiples of this.
       strict_size: other sizes are refused, not rounded.
       max_reference_pixels: larger references are reduced to about this area.
+      exact_reference_size: (width, height) that every reference is resized to, its aspect lost, as benchmarks ask.
       max_image_pixels: image files of more pixels are not decoded.
     """
 
@@ -55,6 +63,7 @@ class Settings:
     multiple: int = 32
     strict_size: bool = False
     max_reference_pixels: int = 512 * 512
+    exact_reference_size: tuple[int, int] | None = None
     max_image_pixels: int = MAX_PIXELS
 
 
@@ -179,7 +188,9 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
         raise DeepGenError("there is no image to edit; name it in the field 'image' or with --image")
     sizes = [image_size(path, settings.max_image_pixels) for path in images]
     reference_sizes = tuple(
-        reference_size(*size, multiple=settings.multiple, max_pixels=settings.max_reference_pixels) for size in sizes
+        settings.exact_reference_size
+        or reference_size(*size, multiple=settings.multiple, max_pixels=settings.max_reference_pixels)
+        for size in sizes
     )
     width, height = record.width or settings.width, record.height or settings.height
     if width is None or height is None:
@@ -222,7 +233,10 @@ def _reference(path: Path, settings: Settings, loaded: dict[Path, Image.Image]) 
     """The fitted image; the same object for the same path within a batch, so that the model encodes it once."""
     if path not in loaded:
         image = load_image(path, settings.max_image_pixels)
-        loaded[path] = fit_reference(image, settings.multiple, settings.max_reference_pixels, name=str(path))
+        if settings.exact_reference_size is not None:
+            loaded[path] = image.resize(settings.exact_reference_size, Image.Resampling.BICUBIC)
+        else:
+            loaded[path] = fit_reference(image, settings.multiple, settings.max_reference_pixels, name=str(path))
     return loaded[path]
 
 

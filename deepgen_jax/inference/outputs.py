@@ -81,6 +81,8 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
             "reference_posterior": settings.reference_posterior,
             "max_reference_pixels": settings.max_reference_pixels,
         }
+        if settings.exact_reference_size is not None:
+            what["exact_reference_size"] = list(settings.exact_reference_size)
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
     return {
         "file": request.file,
@@ -152,14 +154,19 @@ class OutputFolder:
     """A folder of images and its ``metadata.jsonl``, held by one run at a time; a context manager.
 
     On entry the folder is made, leftovers of a killed run are removed and a torn last line of ``metadata.jsonl`` is
-    dropped.
+    dropped. Image files may lie in subfolders, which are made as needed.
+
+    Args:
+      path: the folder.
+      records: where ``metadata.jsonl`` lies, for trees that may hold nothing but images; by default ``path``.
 
     Raises:
       DeepGenError: on entry, where the folder cannot be used or another run holds it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, records: Path | None = None) -> None:
         self.path = path
+        self._metadata_path = (records or path) / METADATA_FILE
         self._lines: dict[str, str] = {}
         self._others: list[str] = []
         self._handle: int | None = None
@@ -168,6 +175,7 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.path)
+            self._metadata_path.parent.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob(f"{_TEMPORARY}*"):
                 leftover.unlink(missing_ok=True)
             self._read()
@@ -200,6 +208,10 @@ class OutputFolder:
         """
         missing: list[str] = []
         changed = 0
+        wanted = list(wanted)
+        for folder in {(self.path / metadata["file"]).parent for metadata in wanted} - {self.path}:
+            for leftover in folder.glob(f"{_TEMPORARY}*"):
+                leftover.unlink(missing_ok=True)
         for metadata in wanted:
             file = metadata["file"]
             path = self.path / file
@@ -229,18 +241,22 @@ class OutputFolder:
     def save(self, image: Image.Image, metadata: dict[str, Any]) -> Path:
         """Writes the image, then its line of ``metadata.jsonl`` in one write."""
         path = self.path / metadata["file"]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DeepGenError(f"folder {path.parent} cannot be made: {error.strerror or error}") from error
         save_image(image, path, metadata)
         try:
             if self._handle is None:
-                self._handle = os.open(self.path / METADATA_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                self._handle = os.open(self._metadata_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(self._handle, _line(metadata).encode())
         except OSError as error:
-            raise DeepGenError(f"{self.path / METADATA_FILE} cannot be written: {error.strerror or error}") from error
+            raise DeepGenError(f"{self._metadata_path} cannot be written: {error.strerror or error}") from error
         return path
 
     def _read(self) -> None:
         """Lines of images by file, and whatever else a person keeps there."""
-        path = self.path / METADATA_FILE
+        path = self._metadata_path
         self._lines, self._others = {}, []
         if not path.exists():
             return
@@ -258,7 +274,7 @@ class OutputFolder:
 
     def _rewrite(self) -> None:
         """Brings ``metadata.jsonl`` to what is known now; untouched when it says that already."""
-        path = self.path / METADATA_FILE
+        path = self._metadata_path
         content = "".join([*self._others, *self._lines.values()]).encode()
         before = path.read_bytes() if path.exists() else b""
         if content != before:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepgen_jax.cli import sampling
+from deepgen_jax.cli import image_run
 from deepgen_jax.cli.main import main
 from deepgen_jax.inference.outputs import read_metadata
 
@@ -21,7 +21,7 @@ from deepgen_jax.inference.outputs import read_metadata
 def model(folders, pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A model folder whose pipeline is loaded already; the working folder is empty."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "load_pipeline", lambda *args: pipelines("sft"))
+    monkeypatch.setattr(image_run, "load_pipeline", lambda *args: pipelines("sft"))
     return str(folders("sft"))
 
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from support.fake_pipeline import FakePipeline, check_prompt
 
-from deepgen_jax.cli import sampling
-from deepgen_jax.cli.edit import EDIT_NEGATIVE_PROMPT
+from deepgen_jax.cli import image_run, sampling
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig
+from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.inference.outputs import read_metadata
 from deepgen_jax.stores import model_folder
 
@@ -32,7 +32,7 @@ def pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
     fake = FakePipeline()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sampling, "open_model", lambda folder: (CONFIG, check_prompt))
-    monkeypatch.setattr(sampling, "load_pipeline", lambda *args: fake)
+    monkeypatch.setattr(image_run, "load_pipeline", lambda *args: fake)
     return fake
 
 
@@ -81,7 +81,7 @@ def opened(pipe: FakePipeline, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
     monkeypatch.setattr(model_folder, "PACKAGED", Path("weights"))
     monkeypatch.setattr(sampling, "open_model", lambda folder: folders.append(folder) or (CONFIG, check_prompt))
-    monkeypatch.setattr(sampling, "load_pipeline", lambda folder, *args: folders.append(folder) or pipe)
+    monkeypatch.setattr(image_run, "load_pipeline", lambda folder, *args: folders.append(folder) or pipe)
     Path("weights/nano").mkdir(parents=True)
     Path("model").mkdir()
     Path("p.txt").write_text("a cat\n")
@@ -347,11 +347,11 @@ SCRIPT = """
 import sys
 from support.fake_pipeline import FakePipeline, check_prompt
 from deepgen_jax.stores import model_folder
-from deepgen_jax.cli import sampling
+from deepgen_jax.cli import image_run, sampling
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig, MMDiTConfig
 sampling.open_model = lambda folder: (DeepGenConfig(mmdit=MMDiTConfig(sample_size=8)), check_prompt)
-sampling.load_pipeline = lambda *args: FakePipeline(seconds=float(sys.argv[1]))
+image_run.load_pipeline = lambda *args: FakePipeline(seconds=float(sys.argv[1]))
 sys.exit(main(sys.argv[2:]))
 """
 

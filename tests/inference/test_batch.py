@@ -172,3 +172,15 @@ def test_out_of_memory_names_the_mend():
 
     with pytest.raises(RuntimeError, match="something else"):
         rendered(broken, requests, batch_size=1)  # type: ignore[arg-type]
+
+
+def test_references_of_an_exact_size_are_resized_bicubically(tmp_path: Path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    exact = dataclasses.replace(SETTINGS, exact_reference_size=(64, 64), images=(tmp_path / "a.png",))
+    requests, _ = plan([record(0)], exact, check_prompt)
+    assert requests[0].layout == (64, 64, 3, 4.0, ((64, 64),))
+    fake = FakePipeline()
+    list(render(fake, requests, batch_sizes(requests, 1), exact))
+    wanted = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(np.asarray(fake.calls[0]["image"][0][0]), wanted)

@@ -225,3 +225,20 @@ def test_one_run_at_a_time(tmp_path: Path):
     other.wait()
     with OutputFolder(tmp_path):
         pass
+
+
+def test_trees_of_folders_with_their_records_elsewhere(tmp_path: Path, model: Model):
+    names = ("a/samples/0000.png", "a/samples/0001.png", "b.png")
+    wanted = [describe(dataclasses.replace(REQUEST, file=name), SETTINGS, model) for name in names]
+    folder, records = tmp_path / "out", tmp_path / "out/.records"
+    with OutputFolder(folder, records) as output:
+        assert output.missing(wanted) == list(names)
+        for metadata in wanted[:2]:
+            output.save(IMAGE, metadata)
+    leftover = folder / "a/samples/.deepgen-tmp-1-0001.png.tmp"
+    leftover.write_bytes(b"half")
+    with OutputFolder(folder, records) as output:
+        assert output.missing(wanted) == ["b.png"]
+    assert not leftover.exists()
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == {"0000.png", "0001.png", METADATA_FILE}
+    assert (records / METADATA_FILE).is_file()
