@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig
+from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.convert.names import MMDIT, TEXT, VAE, weights
 from deepgen_jax.convert.transforms import to_source
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
@@ -79,11 +79,11 @@ class Bridge(nn.Module):
         return self.projector_2(x.mean(dim=1)), self.projector_3(x)
 
 
-def _text_model(config: TextConfig) -> Any:
+def text_model(config: TextConfig) -> Any:
+    """transformers' language model without its last decoder layer and final norm, which nothing reads."""
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-    # The last decoder layer and the final norm change nothing that is read.
     names = Qwen2_5_VLTextConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -106,7 +106,26 @@ def _text_model(config: TextConfig) -> Any:
     return model
 
 
-def _mmdit(config: MMDiTConfig) -> Any:
+def vision_tower(config: VisionConfig) -> Any:
+    """transformers' vision tower."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    names = Qwen2_5_VLVisionConfig(
+        depth=config.depth,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        out_hidden_size=config.out_hidden_size,
+        window_size=config.window_size,
+        fullatt_block_indexes=list(config.full_attention_blocks),
+        attn_implementation="sdpa",
+    )
+    return Qwen2_5_VisionTransformerPretrainedModel(names)
+
+
+def mmdit(config: MMDiTConfig) -> Any:
+    """diffusers' MMDiT."""
     from diffusers import SD3Transformer2DModel
 
     names = dataclasses.asdict(config)
@@ -114,7 +133,8 @@ def _mmdit(config: MMDiTConfig) -> Any:
     return SD3Transformer2DModel(**names, qk_norm="rms_norm")
 
 
-def _vae(config: VAEConfig) -> Any:
+def autoencoder(config: VAEConfig) -> Any:
+    """diffusers' autoencoder."""
     from diffusers import AutoencoderKL
 
     count = len(config.block_out_channels)
@@ -155,11 +175,11 @@ class TorchPeer:
         self.config = config
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
-        self.text = self._filled(_text_model, config.text, params, TEXT, self.dtype)
+        self.text = self._filled(text_model, config.text, params, TEXT, self.dtype)
         self.bridge = self._filled(Bridge, config, params, _BRIDGE, self.dtype)
-        self.mmdit = self._filled(_mmdit, config.mmdit, params, MMDIT, self.dtype)
+        self.mmdit = self._filled(mmdit, config.mmdit, params, MMDIT, self.dtype)
         self.vae_dtype = torch.float32 if config.vae.force_upcast else self.dtype
-        self.vae = self._filled(_vae, config.vae, params, VAE, self.vae_dtype)
+        self.vae = self._filled(autoencoder, config.vae, params, VAE, self.vae_dtype)
         if compiled:
             self.mmdit.compile(fullgraph=True, dynamic=False)
         self._states: dict[int, torch.Tensor] = {}
