@@ -258,7 +258,7 @@ def worker(options: argparse.Namespace) -> None:
     config = model_folder.read_manifest(options.work / "model").config
     start = time.perf_counter()
     run = run_jax if options.framework == "jax" else run_torch
-    found = run(options.work, config, options.part, inputs(config, options.part, SIDES[options.size]))
+    found: Any = run(options.work, config, options.part, inputs(config, options.part, SIDES[options.size]))
     np.savez(options.work / f"{options.part}-{options.framework}.npz", **found)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": round(time.perf_counter() - start, 1), "peak_gib": round(peak, 2)}))
