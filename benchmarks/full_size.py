@@ -100,12 +100,9 @@ def run_jax(work: Path, config: Any, part: str, x: dict[str, np.ndarray]) -> dic
         states = apply(DeepGen.hidden_states, x["ids"], positions, np.ones((1, length), bool))
         return {f"layer {i}": states[n] for n, i in enumerate(_layers(config))}
     if part == "bridge":
-        from deepgen_jax.models.bridge import Bridge
-
-        bridge = Bridge(config.bridge, config.mmdit.pooled_projection_dim, config.mmdit.joint_attention_dim)
         mask = np.ones(x["states"].shape[1:3], bool)
-        pooled, sequence = jax.jit(bridge.apply)({"params": params["bridge"]}, x["states"], mask)
-        return {"pooled": np.asarray(pooled), "sequence": np.asarray(sequence)}
+        pooled, sequence = apply(lambda whole, *arguments: whole.bridge(*arguments), x["states"], mask)
+        return {"pooled": pooled, "sequence": sequence}
     if part == "mmdit":
         size, most = config.mmdit.patch_size, config.mmdit.pos_embed_max_size
         packed = patches.pack([x["target"]], [[x["reference"]]], patch_size=size, max_size=most)
