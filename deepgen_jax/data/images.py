@@ -1,26 +1,33 @@
-"""Image files as a person expects them: upright, RGB and eight bits, for training and for inference alike."""
+"""Image files as viewers show them: upright, 8-bit sRGB; one decoder for training and inference."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import stat
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from deepgen_jax.data.color_profiles import ProfileError, convert_to_srgb, needs_conversion, profile_space
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.user_warnings import warn_user
 
 #: Images of more pixels than this are refused before they are decoded.
 MAX_PIXELS = 64 * 10**6
+#: File formats that are opened, by Pillow's names; nothing else is, so that no file starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM")
 
 #: A file's path, an open file that stands at the image's start, or an image that is already open.
 ImageSource: TypeAlias = str | os.PathLike[str] | BinaryIO | Image.Image
 
+# A row costs memory besides its pixels; up to this side that is little.
+_USUAL_SIDE, _ROW_PIXELS = 65_535, 16
+# Pixels converted at a time: what is between the file's pixels and the result stays small.
+_BAND_PIXELS = 2**20
 _ORIENTATION = 0x0112
 # EXIF orientation -> what brings the picture upright.
 _TURNS = {
@@ -51,33 +58,41 @@ class ImageError(DeepGenError):
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads an image as 8-bit RGB, upright, without the file's metadata.
+    """Reads an image as 8-bit sRGB, upright, without the file's metadata.
 
-    EXIF rotation is applied, transparency is laid over white, CMYK is converted (through its colour profile where
-    there is one), 16-bit, 32-bit and floating-point greyscale is scaled to eight bits, and of an animation the first
-    frame is taken with a notice.
+    EXIF rotation is applied; colours are converted to sRGB through the file's ICC profile (a damaged one is left out
+    with a notice; one that is sRGB changes no pixel); transparency is laid over white; greyscale of 16 or 32 bits or
+    floating point is scaled to eight bits; and of an animation the first frame is taken with a notice.
 
     Args:
       source: a file's path, an open file, or an image that is already open.
       max_pixels: an image of more pixels is refused by what its header says, before anything is decoded.
 
     Raises:
-      ImageError: the file is missing, empty, truncated, too large or no image; the message names it and the reason.
+      ImageError: the file is missing, empty, truncated, too large or in none of `FORMATS`; the message names it and the
+        reason.
     """
     label = image_label(source)
     with _opened(source, label, max_pixels) as image:
+        rgb, problem = _decoded(image, label, max_pixels)
+        if problem:
+            warn_user(f"{label}: its colour profile is left out ({problem}); its colours are taken as sRGB")
         if _animated(image):
             warn_user(f"{label} has more than one frame; the first is used")
         # A plain image: an orientation left in its metadata would be applied a second time by others.
-        return Image.fromarray(np.asarray(_decoded(image, label, max_pixels)))
+        plain = Image.new("RGB", rgb.size)
+        plain.paste(rgb)
+        return plain
 
 
 def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`load_image` for who wants the pixels only: no notices, and no copy that drops the metadata."""
+    """`load_image` for many images: notices do not name each, and the metadata may stay."""
     label = image_label(source)
     image, result = _open(source, label, max_pixels), None
     try:
-        result = _decoded(image, label, max_pixels)
+        result, problem = _decoded(image, label, max_pixels)
+        if problem:
+            warn_user(f"images whose colour profile cannot be used ({problem}) are taken as sRGB")
         return result
     finally:
         # Closing an image destroys its pixels.
@@ -123,7 +138,10 @@ def _too_large(label: str, size: str, max_pixels: int) -> ImageError:
 def _open(source: ImageSource, label: str, max_pixels: int) -> Image.Image:
     """The open, not yet decoded image, once its header has passed the size limit."""
     image = source if isinstance(source, Image.Image) else _open_file(source, label, max_pixels)
-    if image.width * image.height > max_pixels:
+    longest = max(image.size)
+    if image.width * image.height > max_pixels or (
+        longest > _USUAL_SIDE and longest * _ROW_PIXELS > max_pixels
+    ):
         size = f"{image.width}x{image.height}"
         if image is not source:
             image.close()
@@ -148,21 +166,27 @@ def _open_file(source: str | os.PathLike[str] | BinaryIO, label: str, max_pixels
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         if isinstance(source, str | os.PathLike):
-            if Path(source).is_dir():
+            status = os.stat(source)
+            if stat.S_ISDIR(status.st_mode):
                 raise ImageError(f"image {label} is a folder; give one image file", "no image")
-            empty = Path(source).stat().st_size == 0
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"image {label} is no regular file (a pipe or device); save it to a file", "no image")
+            empty = status.st_size == 0
         else:
             empty = not source.read(1)
             source.seek(0)
         if empty:
             raise ImageError(f"image {label} is empty (0 bytes); fetch or save it again", "empty file")
-        return Image.open(source)
+        return Image.open(source, formats=_formats())
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"image {label} does not exist; check the path", "missing file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{label} is not an image that Pillow reads; convert it to PNG or JPEG", "no image") from error
+        raise ImageError(
+            f"{label} is not an image of a supported format ({', '.join(_formats())}); convert it to PNG or JPEG",
+            "no image",
+        ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(label, _one_line(error), max_pixels) from error
     except Exception as error:
@@ -183,10 +207,15 @@ def _orientation(image: Image.Image) -> int:
 
 def _animated(image: Image.Image) -> bool:
     # An MPO is a JPEG photograph with previews or a second eye, not an animation.
-    return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    try:
+        return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    except Exception:
+        # Counting frames reads them, and a damaged one raises anything; the first is fine.
+        return False
 
 
-def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
+def _decoded(image: Image.Image, label: str, max_pixels: int) -> tuple[Image.Image, str]:
+    """Upright 8-bit sRGB, and what is wrong with the image's colour profile, "" for nothing."""
     try:
         return _upright_rgb(image, label)
     except DeepGenError:
@@ -200,55 +229,124 @@ def _decoded(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _upright_rgb(image: Image.Image, label: str) -> Image.Image:
-    if _animated(image):
+def _upright_rgb(image: Image.Image, label: str) -> tuple[Image.Image, str]:
+    if image.tell():
         image.seek(0)
     image.load()
     # Read after decoding: Pillow turns a TIFF by itself and drops the tag.
     orientation = _orientation(image)
-    rgb = _rgb(image, label)
-    if orientation in _TURNS:
-        # After the conversion, because not every mode can be turned (big-endian 16-bit).
-        rgb = rgb.transpose(_TURNS[orientation])
-    return rgb
-
-
-def _rgb(image: Image.Image, label: str) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
     try:
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        if image.mode == "CMYK" and image.info.get("icc_profile"):
-            return _through_profile(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        rgb, problem = _rgb(image)
     except ValueError as error:
         raise ImageError(
             f"{label} has the colour mode {image.mode}, not supported; save it as RGB", "colour mode"
         ) from error
+    if orientation in _TURNS:
+        # After the conversion, because not every mode can be turned (big-endian 16-bit).
+        rgb = rgb.transpose(_TURNS[orientation])
+    return rgb, problem
 
 
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Greyscale of 16 or 32 bits or floating point -> uint8 [height, width], scaled by the range that it uses."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    peak = float(values.max(initial=0.0))
+def _rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """8-bit sRGB, and what is wrong with the colour profile."""
+    profile, problem, profiled = image.info.get("icc_profile"), "", ""
+    if profile:
+        try:
+            mode = _profiled_mode(image, profile)
+            profiled = mode if needs_conversion(profile, mode) else ""
+        except ProfileError as error:
+            problem = str(error)
+    wide = _is_wide(image)
+    alpha = not wide and image.has_transparency_data
+    if not (profiled or wide or alpha):
+        return image if image.mode == "RGB" else image.convert("RGB"), problem
+    full = _full_scale(image) if wide else 0.0
+
+    def converted(band: Image.Image) -> Image.Image:
+        if profiled == "I;16":
+            return convert_to_srgb(Image.fromarray(np.asarray(band).astype(np.uint16)), profile)
+        if wide:
+            band = _eight_bits(band, full)
+        if profiled == "L":
+            pixels = convert_to_srgb(band.convert("L"), profile)
+            if alpha:
+                pixels.putalpha(band.convert("LA").getchannel("A"))
+        elif profiled == "CMYK":
+            pixels = convert_to_srgb(band, profile)
+        else:
+            pixels = band.convert("RGBA" if alpha else "RGB")
+            if profiled:
+                pixels = convert_to_srgb(pixels, profile)
+        return _over_white(pixels) if alpha else pixels
+
+    return _in_bands(image, converted), problem
+
+
+def _profiled_mode(image: Image.Image, profile: object) -> str:
+    """The mode in which an image's pixels go through its profile.
+
+    Raises:
+      ProfileError: the profile is for other pixels.
+    """
+    space = profile_space(profile)
+    if space == "GRAY":
+        if image.mode.startswith("I;16"):
+            return "I;16"
+        if _is_wide(image) or image.mode in ("1", "L", "LA"):
+            return "L"
+    if space == "CMYK" and image.mode == "CMYK":
+        return "CMYK"
+    if space == "RGB" and image.mode not in ("CMYK", "LAB"):
+        return "RGB"
+    raise ProfileError(f"it is for {space or 'unknown'} pixels, and these are {image.mode}")
+
+
+def _in_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """``convert`` applied to some rows at a time, mode RGB, so that memory is that of the image and its result."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        return convert(image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(convert(band), (0, top))
+    return result
+
+
+def _over_white(rgba: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Whether pixels are greyscale of more than eight bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;")
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _full_scale(image: Image.Image) -> float:
+    """The value that stands for white in greyscale of 16 or 32 bits or floating point."""
     if image.mode.startswith("I;16"):
-        full = 65535.0
-    elif image.mode == "F" and peak <= 1.0:
-        full = 1.0
-    else:
-        # The mode does not say how many bits are meant: the smallest of the usual ranges that holds the values.
-        full = next((limit for limit in (255.0, 65535.0) if peak <= limit), peak)
-    return np.clip(np.rint(values * (255.0 / full)), 0, 255).astype(np.uint8)
+        return 65535.0
+    rows, peak = max(1, _BAND_PIXELS // image.width), 0.0
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        peak = max(peak, float(_values(band).max(initial=0.0)))
+    if image.mode == "F" and peak <= 1.0:
+        return 1.0
+    # The mode does not say how many bits are meant: the smallest of the usual ranges that holds the values.
+    return next((limit for limit in (255.0, 65535.0) if peak <= limit), peak)
 
 
-def _through_profile(image: Image.Image) -> Image.Image:
-    """CMYK to sRGB through the file's own colour profile; plainly where the profile is of no use."""
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return image.convert("RGB")
-    assert converted is not None
-    return converted
+def _eight_bits(image: Image.Image, full: float) -> Image.Image:
+    """Greyscale of 16 or 32 bits or floating point as mode L, scaled so that ``full`` is white."""
+    return Image.fromarray(np.clip(np.rint(_values(image) * (255.0 / full)), 0, 255).astype(np.uint8))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
