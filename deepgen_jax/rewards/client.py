@@ -36,6 +36,7 @@ class ClientConfig:
         and all of it.
       max_backoff_seconds: longest such wait. A server's ``Retry-After`` takes its place, however long, if
         ``total_seconds`` allow it.
+      max_answer_mb: largest answer that is read, in MB.
       cache: file that keeps answers, so that a run that is resumed gets the same ones; "" keeps them in memory alone.
       cache_entries: answers kept in memory, the ones used last.
       api_key_variable: environment variable that holds a bearer token; "" sends none.
@@ -48,6 +49,7 @@ class ClientConfig:
     tries: int = 5
     backoff_seconds: float = 0.5
     max_backoff_seconds: float = 30.0
+    max_answer_mb: float = 4.0
     cache: str = ""
     cache_entries: int = 2**18
     api_key_variable: str = ""
@@ -56,7 +58,7 @@ class ClientConfig:
         for name in ("concurrency", "tries", "cache_entries"):
             if getattr(self, name) < 1:
                 raise DeepGenError(f"client.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("connect_seconds", "read_seconds", "total_seconds"):
+        for name in ("connect_seconds", "read_seconds", "total_seconds", "max_answer_mb"):
             if not getattr(self, name) > 0:
                 raise DeepGenError(f"client.{name} is {getattr(self, name)}; it must be above 0")
         if min(self.backoff_seconds, self.max_backoff_seconds) < 0:
@@ -172,22 +174,39 @@ class Client:
             )
         try:
             # httpx's own limit is for each read: a server that trickles bytes would never reach it.
-            async with asyncio.timeout(self.config.read_seconds):
-                response = await self._http.post(url, content=body)
+            async with (
+                asyncio.timeout(self.config.read_seconds),
+                self._http.stream("POST", url, content=body) as response,
+            ):
+                status, headers = response.status_code, response.headers
+                answer = await self._body(response) if status == 200 else b""
         except (httpx.TimeoutException, TimeoutError):
             raise _TryFailed("timeout", retry=True) from None
-        except httpx.UnsupportedProtocol as error:
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise DeepGenError(f"{url} is no address of a service ({error}); write http://HOST:PORT/...") from None
         except httpx.TransportError:
             raise _TryFailed("connection error", retry=True) from None
-        if response.status_code != 200:
-            retry = response.status_code == 429 or response.status_code >= 500
-            after = _retry_after(response.headers.get("retry-after")) if retry else None
-            raise _TryFailed(f"HTTP {response.status_code}", retry, after)
+        if status != 200:
+            retry = status == 429 or status >= 500
+            after = _retry_after(headers.get("retry-after")) if retry else None
+            raise _TryFailed(f"HTTP {status}", retry, after)
         try:
-            return parse(response.json())
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            return parse(json.loads(answer))
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError):
             raise _TryFailed("unreadable answer", retry=True) from None
+
+    async def _body(self, response: httpx.Response) -> bytes:
+        """The body of an answer, read no further than its limit."""
+        limit = int(self.config.max_answer_mb * 10**6)
+        # The request asks for no compression; a small compressed body could expand to any size.
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise _TryFailed("compressed answer", retry=False)
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > limit:
+                raise _TryFailed("answer too large", retry=False)
+        return bytes(body)
 
 
 def _config(values: Mapping[str, Any]) -> ClientConfig:
@@ -204,7 +223,7 @@ def _config(values: Mapping[str, Any]) -> ClientConfig:
 
 
 def _headers(variable: str) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if variable:
         token = os.environ.get(variable)
         if not token:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,19 +9,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.rewards.base import Missing
 from deepgen_jax.rewards.client import Client, ClientConfig
 from deepgen_jax.rewards.image_codec import jpeg_data_url
-
-#: The answer in a judge's reply.
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-#: Characters that are kept of a reply without an answer.
-_KEPT = 200
-
-
-def answer_of(text: str | None) -> str | None:
-    """What stands inside the one ``<answer>`` of a judge's reply; None where there is none, or more than one."""
-    answers = ANSWER.findall(text or "")
-    return answers[0].strip() if len(answers) == 1 else None
 
 
 class Judge:
@@ -66,19 +55,19 @@ class Judge:
         """An image, uint8 [H, W, 3], as it is sent."""
         return jpeg_data_url(image, self.quality)
 
-    async def ask(self, text: str, data_urls: Sequence[str], is_answer: Callable[[str], bool]) -> str:
-        """The judge's reply to a text about images: its ``<answer>`` parts alone, or its start if there are none.
+    async def ask(self, text: str, data_urls: Sequence[str], read: Callable[[str], Any]) -> Any:
+        """What ``read`` makes of the judge's reply to a question about images.
 
-        So the cache of a run of millions of comparisons stays small, without the judge's trains of thought.
+        Only that is cached, so that the cache of millions of comparisons stays small, and only if it is not `Missing`:
+        an unreadable reply is asked for again with the step's other missing rewards.
 
         Args:
           text: the question.
           data_urls: the images.
-          is_answer: whether a reply answers the question. One that does not is not cached: when the step's rewards are
-            tried again, so is the question.
+          read: turns a reply into a JSON-ready result, or `Missing`; must not raise.
 
         Raises:
-          RequestFailed: there is none.
+          RequestFailed: there is no reply.
         """
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in data_urls]
         content.append({"type": "text", "text": text})
@@ -88,11 +77,13 @@ class Judge:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        return await self.client.post(self.url, payload, _reply, is_answer)
+        return await self.client.post(
+            self.url, payload, lambda answer: read(_content(answer)), lambda result: not isinstance(result, Missing)
+        )
 
 
-def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in its place; braces in prompts mean nothing."""
+def fill_template(template: str, prompt: str) -> str:
+    """The template with the prompt in its place; braces in the prompt are kept."""
     return template.replace("{prompt}", prompt)
 
 
@@ -102,9 +93,11 @@ def check_template(template: str) -> None:
         raise DeepGenError("the template lacks {prompt}; write it where the prompt belongs")
 
 
-def _reply(answer: Any) -> str:
-    text = answer["choices"][0]["message"]["content"]
-    if not isinstance(text, str):
-        raise ValueError("the reply is no text")
-    answers = ANSWER.findall(text)
-    return "".join(f"<answer>{answer}</answer>" for answer in answers) if answers else text.strip()[:_KEPT]
+def _content(answer: Any) -> str:
+    """The text of a chat completion; some servers send it in parts."""
+    content = answer["choices"][0]["message"]["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str):
+        raise ValueError("the reply has no text")
+    return content

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import Missing, RewardSample
 from deepgen_jax.rewards.client import ClientConfig
-from deepgen_jax.rewards.judge import answer_of, check_template, filled
+from deepgen_jax.rewards.judge import check_template, fill_template
 from deepgen_jax.rewards.pointwise import PointwiseJudgeReward
+from deepgen_jax.rewards.ratings import read_score
 
 TEMPLATE = (
     "Rate how well this image shows what the prompt asks for, and how good it looks.\n"
     "Prompt: {prompt}\n"
     "Reply with one number from {low} to {high} inside <answer></answer>."
 )
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
 class JudgeScoreReward(PointwiseJudgeReward):
-    """The number that a judge gives, scaled from low..high to 0..1.
-
-    The reply must be one number, or hold one ``<answer>`` with nothing but a number in it. Anything else, and a number
-    out of range, is no score.
+    """The number that a judge gives (see `ratings.read_score`), scaled from low..high to 0..1.
 
     Args:
       url, model, max_tokens, quality, client: of the `Judge`.
@@ -52,13 +48,8 @@ class JudgeScoreReward(PointwiseJudgeReward):
         self._template = template.replace("{low}", f"{low:g}").replace("{high}", f"{high:g}")
 
     def question(self, sample: RewardSample) -> str:
-        return filled(self._template, sample.prompt)
+        return fill_template(self._template, sample.prompt)
 
     def parse(self, reply: str, sample: RewardSample) -> float | Missing:
-        answer = answer_of(reply) if "<answer" in reply.lower() else reply.strip()
-        if answer is None or not _NUMBER.fullmatch(answer):
-            return Missing("no number in the reply")
-        value = float(answer)
-        if not self.low <= value <= self.high:
-            return Missing("number out of range")
-        return (value - self.low) / (self.high - self.low)
+        value = read_score(reply, self.low, self.high)
+        return value if isinstance(value, Missing) else (value - self.low) / (self.high - self.low)

@@ -7,9 +7,9 @@ from typing import Any
 
 from deepgen_jax.rewards.base import Missing, RewardSample
 from deepgen_jax.rewards.client import ClientConfig
-from deepgen_jax.rewards.judge import answer_of
 from deepgen_jax.rewards.ocr import NO_TEXT, target_text, text_accuracy
 from deepgen_jax.rewards.pointwise import PointwiseJudgeReward
+from deepgen_jax.rewards.replies import single_answer
 
 # The wanted text is not in the question, since a judge that knows it tends to read it.
 QUESTION = (
@@ -42,5 +42,5 @@ class OCRJudgeReward(PointwiseJudgeReward):
         return NO_TEXT if target_text(sample.prompt) is None else self._question
 
     def parse(self, reply: str, sample: RewardSample) -> float | Missing:
-        text = answer_of(reply)
+        text = single_answer(reply)
         return Missing("no <answer> in the reply") if text is None else text_accuracy(text, sample.prompt)

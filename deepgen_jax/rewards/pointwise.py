@@ -11,6 +11,7 @@ from typing import Any
 from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores
 from deepgen_jax.rewards.client import ClientConfig, RequestFailed
 from deepgen_jax.rewards.judge import Judge
+from deepgen_jax.rewards.replies import excerpt
 
 
 class PointwiseJudgeReward(Reward):
@@ -36,7 +37,7 @@ class PointwiseJudgeReward(Reward):
 
     @abc.abstractmethod
     def parse(self, reply: str, sample: RewardSample) -> float | Missing:
-        """The score that a reply means."""
+        """The score that a reply, or its `replies.excerpt`, means."""
 
     async def score(self, samples: Sequence[RewardSample]) -> Scores:
         return Scores.of(await asyncio.gather(*(self._one(sample) for sample in samples)))
@@ -53,11 +54,12 @@ class PointwiseJudgeReward(Reward):
             return question
         image = await asyncio.to_thread(self._judge.data_url, sample.image)
 
-        def is_answer(reply: str) -> bool:
-            return not isinstance(self.parse(reply, sample), Missing)
+        def read(reply: str) -> str | Missing:
+            score = self.parse(reply, sample)
+            return score if isinstance(score, Missing) else excerpt(reply)
 
         try:
-            reply = await self._judge.ask(question, [image], is_answer)
+            reply = await self._judge.ask(question, [image], read)
         except RequestFailed as failure:
             return Missing(str(failure))
-        return self.parse(reply, sample)
+        return reply if isinstance(reply, Missing) else self.parse(str(reply), sample)

@@ -14,27 +14,30 @@ import numpy as np
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores
 from deepgen_jax.rewards.client import ClientConfig, RequestFailed
-from deepgen_jax.rewards.judge import ANSWER, Judge, check_template, filled
+from deepgen_jax.rewards.judge import Judge, check_template, fill_template
+from deepgen_jax.rewards.replies import find_answers
+from deepgen_jax.rewards.verdicts import Verdict, read_verdict
 
-_VERDICT = re.compile(r"\bimage\s+([12])\s+is\s+better\b", re.IGNORECASE)
+_RELEASED = re.compile(r"\bimage\s+([12])\s+is\s+better\b", re.IGNORECASE)
 
 #: Index of the first image, of the second (None where an image is missing), the judge's text (None where it failed).
-Verdict = tuple[int | None, int | None, str | None]
+Comparison = tuple[int | None, int | None, str | None]
 
 
 def parse_verdict(text: str | None) -> int | None:
-    """Which image a judge prefers: 0 the first, 1 the second, None for a tie or an answer that cannot be read.
+    """The verdict by the released trainer's rule: 0 for the first image, 1 for the second, None for anything else.
 
-    Only what stands inside ``<answer>`` counts, and only if it names one image as better and not both.
+    Only "Image 1 is better" or "Image 2 is better" inside ``<answer>`` counts, and only if one image is named so. The
+    reward itself reads more wordings, see `verdicts.read_verdict`.
     """
-    named = {number for answer in ANSWER.findall(text or "") for number in _VERDICT.findall(answer)}
+    named = {number for answer in find_answers(text) for number in _RELEASED.findall(answer)}
     return int(named.pop()) - 1 if len(named) == 1 else None
 
 
-def win_rates(n: int, verdicts: Iterable[Verdict]) -> np.ndarray:
-    """Share of its comparisons that each of ``n`` images wins.
+def win_rates(n: int, verdicts: Iterable[Comparison]) -> np.ndarray:
+    """Share of its comparisons that each of ``n`` images wins, by the released trainer's rule (`parse_verdict`).
 
-    A tie, or a missing or unreadable answer, is half a win for both. A pair with a missing index is skipped.
+    Any text without a verdict, or None, is half a win for both. A pair with a missing index is skipped.
 
     Returns:
       float64 [n] in 0..1, rounded to three digits; 0 for an image that was never compared.
@@ -42,17 +45,22 @@ def win_rates(n: int, verdicts: Iterable[Verdict]) -> np.ndarray:
     Raises:
       DeepGenError: an index is not in 0..n-1.
     """
-    wins, comparisons = np.zeros(n), np.zeros(n)
-    for first, second, text in verdicts:
+    points = {0: 1.0, 1: 0.0, None: 0.5}
+    return _rates(n, ((first, second, points[parse_verdict(text)]) for first, second, text in verdicts))
+
+
+def _rates(n: int, comparisons: Iterable[tuple[int | None, int | None, float]]) -> np.ndarray:
+    """As `win_rates`, of (first index, second index, the first image's share of the win)."""
+    wins, number = np.zeros(n), np.zeros(n)
+    for first, second, share in comparisons:
         if first is None or second is None:
             continue
         if not (0 <= first < n and 0 <= second < n):
             raise DeepGenError(f"verdict compares images {first} and {second} of a group of {n}")
-        preferred = parse_verdict(text)
-        for position, index in enumerate((first, second)):
-            comparisons[index] += 1
-            wins[index] += 0.5 if preferred is None else float(preferred == position)
-    return np.round(wins / np.maximum(comparisons, 1), 3)
+        wins[first] += share
+        wins[second] += 1 - share
+        number[[first, second]] += 1
+    return np.round(wins / np.maximum(number, 1), 3)
 
 
 TEMPLATE = "Compare these two images based on the prompt: {prompt}\nWhich image is better?"
@@ -61,9 +69,9 @@ TEMPLATE = "Compare these two images based on the prompt: {prompt}\nWhich image 
 class PreferenceReward(Reward):
     """Win rate of an image against the others of its group (paper, appendix B).
 
-    All pairs of a group go to a judge, which answers "Image 1 is better" or "Image 2 is better" inside ``<answer>``. A
-    comparison without a reply is left out. A reply without an answer counts half to both as in `win_rates`, and is
-    noted; but an image that got no answer at all has no score.
+    All pairs of a group go to a judge, whose replies `verdicts.read_verdict` reads. A comparison without a reply is
+    left out. An unreadable reply is half a win for both, as in the released trainer. Both are counted by reason in
+    ``Scores.notes``. An image without any readable reply has no score, nor has a group without one.
 
     Args:
       url, model, max_tokens, quality, client: of the `Judge`.
@@ -112,30 +120,36 @@ class PreferenceReward(Reward):
         pairs = list(itertools.combinations(range(len(samples)), 2))
         if self.both_orders:
             pairs += [(second, first) for first, second in pairs]
-        replies = await asyncio.gather(*(self._compare(samples[i].prompt, images[i], images[j]) for i, j in pairs))
+        verdicts = await asyncio.gather(*(self._compare(samples[i].prompt, images[i], images[j]) for i, j in pairs))
 
-        verdicts: list[Verdict] = []
-        answered: set[int] = set()
+        shares = {"first": 1.0, "second": 0.0, "tie": 0.5}
+        comparisons: list[tuple[int, int, float]] = []
+        readable: set[int] = set()
         reasons: dict[int, Counter[str]] = {i: Counter() for i in range(len(samples))}
-        for pair, reply in zip(pairs, replies, strict=True):
-            if isinstance(reply, str):
-                verdicts.append((*pair, reply))
-            if isinstance(reply, str) and _has_answer(reply):
-                answered.update(pair)
+        for pair, verdict in zip(pairs, verdicts, strict=True):
+            if isinstance(verdict, _NoReply):
+                reason = verdict.reason
+            elif isinstance(verdict, Missing):
+                comparisons.append((*pair, 0.5))
+                reason = verdict.reason
+            else:
+                comparisons.append((*pair, shares[verdict]))
+                readable.update(pair)
                 continue
-            reason = reply.reason if isinstance(reply, Missing) else "no <answer> in the reply"
             notes[reason] += 1
             for i in pair:
                 reasons[i][reason] += 1
-        rates = win_rates(len(samples), verdicts)
-        return [float(rates[i]) if i in answered else Missing(reasons[i].most_common(1)[0][0]) for i in reasons]
+        rates = _rates(len(samples), comparisons)
+        return [float(rates[i]) if i in readable else Missing(reasons[i].most_common(1)[0][0]) for i in reasons]
 
-    async def _compare(self, prompt: str, first: str, second: str) -> str | Missing:
+    async def _compare(self, prompt: str, first: str, second: str) -> Verdict | Missing:
         try:
-            return await self._judge.ask(filled(self.template, prompt), [first, second], _has_answer)
+            answer = await self._judge.ask(fill_template(self.template, prompt), [first, second], read_verdict)
         except RequestFailed as failure:
-            return Missing(str(failure))
+            return _NoReply(str(failure))
+        # A verdict from the cache may be the text of a reply, as earlier versions kept it.
+        return answer if isinstance(answer, Missing) else read_verdict(str(answer))
 
 
-def _has_answer(reply: str) -> bool:
-    return ANSWER.search(reply) is not None
+class _NoReply(Missing):
+    """The request for a comparison failed."""

@@ -126,8 +126,17 @@ def reward_metrics(
 
 
 def failure_metrics(result: RewardResult) -> dict[str, float]:
-    """How many of the images that this host scored lack a reward, by reward and reason."""
-    return {f"reward_failures/{name}: {reason}": float(count) for (name, reason), count in result.failures.items()}
+    """Counts by reward and reason, of the images that this host scored.
+
+    "reward_failures/" are images without the reward; "reward_notes/" what happened besides, such as comparisons whose
+    verdict could not be read.
+    """
+    counts = {"reward_failures": result.failures, "reward_notes": result.notes}
+    return {
+        f"{kind}/{name}: {reason}": float(count)
+        for kind, found in counts.items()
+        for (name, reason), count in found.items()
+    }
 
 
 def picture(pixels: np.ndarray, result: RewardResult, group_size: int) -> Image.Image:

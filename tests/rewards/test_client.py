@@ -68,6 +68,23 @@ def test_refusal_is_final(status):
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply('"' + "x" * 100_000 + '"', raw=True), "answer too large"),
+        (Reply("x" * 100_000), "answer too large"),
+        (Reply("{}", raw=True, headers=(("Content-Encoding", "gzip"),)), "compressed answer"),
+    ],
+)
+def test_answers_are_read_up_to_a_limit(reply, reason):
+    with JudgeServer(lambda number, body: reply) as server:
+        client = Client({**FAST, "max_answer_mb": 0.1})
+        [error] = ask(client, server, {})
+    assert str(error) == reason
+    assert client.counts["tries"] == 1
+    assert server.requests[0][1]["Accept-Encoding"] == "identity"
+
+
 def test_nobody_listens():
     server = JudgeServer(replies())
     server.stop()
@@ -168,6 +185,7 @@ def test_token_comes_from_the_environment(monkeypatch):
         ({"concurency": 1}, "did you mean 'concurrency'"),
         ({"tries": 0}, "at least 1"),
         ({"read_seconds": 0}, "above 0"),
+        ({"max_answer_mb": 0}, "above 0"),
         ({"backoff_seconds": -1}, "negative"),
         ({"tries": "many"}, "wrong type"),
     ],

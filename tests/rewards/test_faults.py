@@ -106,7 +106,7 @@ def test_run_completes_with_a_faulty_judge(judge):
     assert answered == requests - counts["preference/failed"]
     assert injected["fine"] + injected["no answer"] - lost <= answered <= injected["fine"] + injected["no answer"]
     assert counts["preference/retries"] == tries - requests
-    unread = sum(result.notes["preference", "no <answer> in the reply"] for result in results)
+    unread = sum(result.notes["preference", "no verdict in the reply"] for result in results)
     assert unread >= injected["no answer"] - lost
 
     # A reward is a rate of comparisons that were answered, or missing: no group is silently zero.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from support.judge_server import JudgeServer, Reply
 
 from deepgen_jax.rewards import Missing, RewardConfig, RewardSample, make
-from deepgen_jax.rewards.judge import answer_of
+from deepgen_jax.rewards.replies import single_answer
 
 FAST = {"tries": 2, "backoff_seconds": 0.01, "read_seconds": 2.0}
 
@@ -89,14 +90,48 @@ def test_failed_comparisons_are_left_out_and_an_image_without_any_is_missing():
 def test_reply_without_answer_counts_half_but_does_not_make_a_score():
     def judge(number, body):
         if min(levels(body)) < 20:
-            return Reply("Image 1 is better")
-        return Reply("Image 2") if min(levels(body)) < 60 else brighter(number, body)
+            return Reply("Both look nice")
+        return Reply("image 1 image 2") if min(levels(body)) < 60 else brighter(number, body)
 
     with JudgeServer(judge) as server:
         scores, _ = score("preference", [shade(10), shade(50), shade(200), shade(90)], server.url)
     np.testing.assert_allclose(scores.values, [np.nan, np.nan, 0.667, 0.333])
-    assert scores.failures == {"no <answer> in the reply": 2}
-    assert scores.notes == {"no <answer> in the reply": 5}
+    assert scores.failures == {"no verdict in the reply": 2}
+    assert scores.notes == {"no verdict in the reply": 5}
+
+
+@pytest.mark.parametrize("wording", ["**Image {}** is better", "{}", "Image {} wins", "图{}更好", "<answer>Image {}"])
+def test_wording_of_the_judge_does_not_matter(wording):
+    def judge(number, body):
+        first, second = levels(body)
+        return Reply(wording.format(1 if first > second else 2))
+
+    with JudgeServer(judge) as server:
+        scores, _ = score("preference", [shade(10), shade(200), shade(90)], server.url)
+    np.testing.assert_allclose(scores.values, [0, 1, 0.5])
+    assert not scores.notes
+
+
+def test_reasons_of_unreadable_replies_are_counted_and_a_group_of_them_is_missing():
+    replies = ["", "<think>hm", "Image 1 is better. Image 2 is better.", "hm"]
+    with JudgeServer(lambda number, body: Reply(replies[number % 4])) as server:
+        scores, _ = score("preference", [shade(level) for level in (10, 50, 90, 130, 170)], server.url)
+    assert np.isnan(scores.values).all()
+    assert scores.notes.total() == 10
+    assert set(scores.notes) == {
+        "empty reply",
+        "reply cut off while thinking",
+        "contradictory verdicts in the reply",
+        "no verdict in the reply",
+    }
+
+
+def test_reply_in_parts():
+    parts = [{"type": "reasoning", "data": 1}, {"type": "text", "text": "Image"}, {"type": "text", "text": " 2"}]
+    body = json.dumps({"choices": [{"message": {"content": parts}}]})
+    with JudgeServer(lambda number, _: Reply(body, raw=True)) as server:
+        scores, _ = score("preference", [shade(10), shade(200)], server.url)
+    np.testing.assert_allclose(scores.values, [0, 1])
 
 
 def test_tie_is_an_answer():
@@ -121,7 +156,8 @@ def test_group_of_one_has_no_preference():
         ("<think>3 or 4?</think> <answer> 0 </answer>", 0),
         ("<answer>11</answer>", "number out of range"),
         ("-1", "number out of range"),
-        ("<answer>8/10</answer>", "no number in the reply"),
+        ("<answer>8/10</answer>", 0.8),
+        ("<answer>4/5</answer>", "number on another scale"),
         ("about 8", "no number in the reply"),
         ("<answer>8</answer><answer>2</answer>", "no number in the reply"),
         ("<answer>nan</answer>", "no number in the reply"),
@@ -130,7 +166,7 @@ def test_group_of_one_has_no_preference():
         ("", "no number in the reply"),
     ],
 )
-def test_judge_score_parses_strictly(reply, value):
+def test_judge_score_reads_numbers_that_are_scores(reply, value):
     reward = make(RewardConfig("judge_score", options={"url": "http://127.0.0.1:9", "model": "m"}))
     got = reward.parse(reply, shade(0))
     assert got == (Missing(value) if isinstance(value, str) else pytest.approx(value))
@@ -168,11 +204,11 @@ def test_failed_request_is_missing():
     assert counts["try failed: HTTP 500"] == 4
 
 
-def test_answer_of():
-    assert answer_of("<ANSWER>\n a \n</answer>") == "a"
-    assert answer_of("<answer></answer>") == ""
-    assert answer_of("a") is None
-    assert answer_of(None) is None
+def test_single_answer():
+    assert single_answer("<ANSWER>\n a \n</answer>") == "a"
+    assert single_answer("<answer></answer>") == ""
+    assert single_answer("a") is None
+    assert single_answer(None) is None
 
 
 @pytest.mark.parametrize(("kind", "fine"), [("preference", "<answer>Image 2 is better</answer>"), ("judge_score", "7")])
