@@ -30,7 +30,7 @@ from deepgen_jax.stores.jsonl import read_lines
 from deepgen_jax.training import overrides
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.run_config import SupervisedConfig
-from deepgen_jax.training.step_batches import Feed, open_loader
+from deepgen_jax.training.step_batches import StepBatches, open_loader
 from deepgen_jax.training.supervised import Draws, supervised_losses
 from deepgen_jax.training.weights import load_start
 
@@ -98,7 +98,7 @@ def supervised_loss(args: Any, run: Path) -> float:
     weights = load_start(config, mesh)
     model = DeepGen(weights.config, dtype=jnp.float32)
     with open_loader(config, data, weights, mesh) as loader:
-        feed = Feed(loader, model, weights.frozen, mesh, accumulation=1, seed=0, trains=("mmdit",))
+        feed = StepBatches(loader, model, weights.frozen, mesh, accumulation=1, seed=0, trains=("mmdit",))
         (stacked,) = next(feed).micro_batches.values()
     micro = jax.tree.map(lambda x: x[0], stacked)
 

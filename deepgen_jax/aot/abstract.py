@@ -29,11 +29,11 @@ from deepgen_jax.parallel.mesh import batch_sharding, replicated
 from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.lineage import ADAPTED
+from deepgen_jax.training.partition import Tree, init_lora, split
 from deepgen_jax.training.run_config import RunConfig, SupervisedConfig
 from deepgen_jax.training.stage import check_micro_batch
 from deepgen_jax.training.step_batches import abstract_micro_batches, token_budget
 from deepgen_jax.training.supervised import at_once
-from deepgen_jax.training.trees import Tree, init_lora, split
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,15 @@ from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import flops
 from deepgen_jax.models.attention import choose_kernel, implementation_of
 from deepgen_jax.models.deepgen import DeepGen, abstract_params
-from deepgen_jax.parallel.jit_options import tuned_jit
-from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
+from deepgen_jax.parallel.mesh import batch_size_multiple
 from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.training.optimizer import make_optimizer
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig, SupervisedConfig
-from deepgen_jax.training.stage import abstract_state, check_micro_batch, shardings_of
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.supervised_stage import STEP_PARTS, make_step, step_model
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.stage import check_micro_batch
+from deepgen_jax.training.state import TrainState, abstract_state
+from deepgen_jax.training.supervised import STEP_PARTS, jit_step, step_model
 
 
 def names_of(config: RunConfig) -> tuple[str, ...]:
@@ -100,12 +99,10 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
     model = step_model(config, subject.model, mesh)
     kernel = implementation_of(model.attention)
     lora = lora_of(config)
-    step = make_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0)
+    jitted = jit_step(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, state, mesh)
     micro, keys, operations, facts = step_batch(
         subject, model, config.data, config.accumulation, config.merge
     )
-    layout = (shardings_of(state), replicated(mesh))
-    jitted = tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
     return Program(
         "step",
         "samples",

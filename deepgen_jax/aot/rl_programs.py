@@ -45,9 +45,9 @@ from deepgen_jax.rl.step import (
     run_optimizer,
 )
 from deepgen_jax.rl.update import UpdateKeys, learned_steps
-from deepgen_jax.training.stage import abstract_state, check_micro_batch, shardings_of
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.partition import Tree
+from deepgen_jax.training.stage import check_micro_batch
+from deepgen_jax.training.state import TrainState, abstract_state, shardings_of
 
 
 class _Parts(NamedTuple):

@@ -45,9 +45,9 @@ from deepgen_jax.rl.step import (
     run_optimizer,
 )
 from deepgen_jax.rl.update import UpdateKeys
-from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline, shardings_of, start_state
-from deepgen_jax.training.step_batches import Feed, StepBatch, open_loader
-from deepgen_jax.training.supervised import TrainState, parts
+from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline
+from deepgen_jax.training.state import TrainState, parts, shardings_of, start_state
+from deepgen_jax.training.step_batches import StepBatch, StepBatches, open_loader
 from deepgen_jax.training.weights import load_start
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class GRPOStage:
             self._reference = beginning(weights.trainable["params"], weights.trainable["lora"])
         optimizer = run_optimizer(config)
         average = config.ema_decay is not None or algorithm.old_policy
-        self.state = start_state(optimizer, weights, mesh, ema=average)
+        self.state = start_state(optimizer, weights.trainable, mesh, ema=average)
         self._weights = weights._replace(trainable={})
         self._model = policy_model(config, weights.config, mesh)
         attention = choose_kernel(mesh, config.dtype)
@@ -125,12 +125,12 @@ class GRPOStage:
         tokenizer = PromptTokenizer(weights.tokenizer, weights.config)
         self._encoder = PromptEncoder(self._encoders, conditioned, tokenizer, mesh)
         check_prompts(self._prompts.datasets, self._encoder.tokenize)
-        self._feed: Feed | None = None
+        self._feed: StepBatches | None = None
         self._loader = None
         if config.data is not None and config.policy.sft_weight:
             check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
             self._loader = open_loader(config, config.data, weights, mesh)
-            self._feed = Feed(
+            self._feed = StepBatches(
                 self._loader,
                 self._encoders,
                 weights.frozen,
@@ -357,7 +357,7 @@ class GRPOStage:
         """The model as it is now."""
         return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
 
-    def facts(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What trains, on how many images, by which rewards."""
         config = self._config
         trees = parts(self.state.trainable)

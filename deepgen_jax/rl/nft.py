@@ -34,8 +34,8 @@ from deepgen_jax.rl.update import (
     finish,
 )
 from deepgen_jax.training.inputs import MicroBatch
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.partition import Tree
+from deepgen_jax.training.state import TrainState
 
 # An image's key is split by a rollout's steps first; draws have indices far above those.
 _FORWARD = 2**31

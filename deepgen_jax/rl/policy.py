@@ -18,7 +18,7 @@ from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import lora
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.training.trees import Tree, join
+from deepgen_jax.training.partition import Tree, join
 
 
 @dataclass(frozen=True)

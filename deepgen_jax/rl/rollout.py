@@ -22,7 +22,7 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.jit_options import tuned_jit
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.partition import Tree
 
 #: What a random key is for: key = fold_in(fold_in(key(seed), purpose), number of the prompt, image or rollout).
 GROUP_NOISE, IMAGE_NOISE, STEP_NOISE, UPDATE = range(4)

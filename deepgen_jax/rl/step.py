@@ -21,7 +21,8 @@ from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import RolloutSettings
 from deepgen_jax.rl.update import UpdateSettings, grpo_step, learned_steps
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.supervised import StepSettings, TrainState
+from deepgen_jax.training.state import TrainState
+from deepgen_jax.training.supervised import StepSettings
 
 #: (state, frozen, reference, *learned, auxiliary micro-batches, keys, part) -> (state, metrics); ``learned`` is what
 #: the algorithm learns from, see ``update.grpo_step`` and ``nft.nft_step``.

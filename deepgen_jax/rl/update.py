@@ -22,8 +22,9 @@ from deepgen_jax.rl.policy import Canvas, policy_variables, rows_of, velocity
 from deepgen_jax.rl.rl_config import PolicyConfig
 from deepgen_jax.rl.rollout import Trajectory
 from deepgen_jax.training.inputs import MicroBatch
-from deepgen_jax.training.supervised import StepSettings, TrainState, apply_gradients, supervised_gradients
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.partition import Tree
+from deepgen_jax.training.state import TrainState, apply_gradients
+from deepgen_jax.training.supervised import StepSettings, supervised_gradients
 
 # What a rollout's key is for.
 _PARTS, _TIMESTEPS = 0, 1

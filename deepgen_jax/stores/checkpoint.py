@@ -13,9 +13,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
 from deepgen_jax.stores.run_folder import CHECKPOINTS, checkpoint_folder, pinned_steps
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import CheckpointConfig
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.state import TrainState
 
 #: The item of a checkpoint that holds its arrays.
 STATE = "state"

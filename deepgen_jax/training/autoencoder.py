@@ -1,31 +1,44 @@
 """Training the autoencoder itself: reconstruction, and a divergence that gives latents their statistics.
 
-DeepGen keeps the VAE of Stable Diffusion 3.5 frozen. A model of other sizes needs one of its own, and it has to come
-before everything else, as the MMDiT learns in its latents.
-
-A decoder may also train alone on an encoder that stays as it is: latents do not change, so that whatever has learned
-in them goes on as it was, and only looks better.
+DeepGen keeps the VAE of Stable Diffusion 3.5 frozen. A model of other sizes needs its own, trained before everything
+else, as the MMDiT learns in its latents. A decoder may also train alone on a frozen encoder: latents do not change, so
+that the other parts of the model stay valid.
 
 Pictures of a step may differ in size, so a step is several calls of :func:`accumulate`, one for every batch of equal
-pictures, and one of :func:`update`. All are pure functions of global arrays.
+pictures, and one of :func:`update`. Both are pure functions of global arrays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from deepgen_jax.config import VAEConfig
+from deepgen_jax.data.reader import Batch
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models import flops
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
-from deepgen_jax.training.inputs import Moments
-from deepgen_jax.training.supervised import TrainState, apply_gradients
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.parallel.mesh import to_global
+from deepgen_jax.training.accumulation import Sums, add_batch, mean_step
+from deepgen_jax.training.inputs import REFERENCE_POSTERIOR, TARGET_POSTERIOR, Moments, sample_keys
+from deepgen_jax.training.optimizer import make_optimizer
+from deepgen_jax.training.partition import Tree
+from deepgen_jax.training.run_config import AutoencoderConfig
+from deepgen_jax.training.stage import AccumulatingStage
+from deepgen_jax.training.state import TrainState
+from deepgen_jax.training.step_batches import index_words
 
+#: What a step sums over its pictures; "pictures" is their number.
+TOTALS = ("loss", "loss/reconstruction", "loss/kl", "latent_mean", "latent_square", "pictures")
 #: How pixels are compared: mean absolute or mean squared difference.
 Reconstruction = Literal["l1", "l2"]
 
@@ -40,20 +53,6 @@ class Objective:
     latent_noise: float
 
 
-class Sums(NamedTuple):
-    """What a step has gathered, summed over pictures.
-
-    Attributes:
-      gradients: of the loss, like ``TrainState.trainable``.
-      totals: float32 scalars by name.
-      weight: float32, how many pictures there were.
-    """
-
-    gradients: Tree
-    totals: dict[str, jax.Array]
-    weight: jax.Array
-
-
 def divergence(moments: Moments, config: VAEConfig) -> jax.Array:
     """Kullback-Leibler divergence of posteriors from the statistics that the MMDiT counts on, float32 [B].
 
@@ -65,10 +64,36 @@ def divergence(moments: Moments, config: VAEConfig) -> jax.Array:
     return 0.5 * jnp.mean(jnp.square(mean) + variance - 1 - jnp.log(variance), axis=(1, 2, 3))
 
 
-def start_sums(trainable: Tree) -> Sums:
-    """Sums over no picture."""
-    names = ("loss", "loss/reconstruction", "loss/kl", "latent_mean", "latent_square")
-    return Sums(jax.tree.map(jnp.zeros_like, trainable), dict.fromkeys(names, jnp.float32(0)), jnp.float32(0))
+def picture_losses(
+    model: DeepGen, objective: Objective, trainable: Tree, pictures: jax.Array, noise: jax.Array
+) -> dict[str, jax.Array]:
+    """The loss of each picture and what it is made of, float32 [B] by the names of :data:`TOTALS`.
+
+    Args:
+      model, objective: static.
+      trainable: {"params": {"vae": ...}, ...}.
+      pictures: uint8 [B, H, W, 3].
+      noise: of the posterior, standard normal [B, H / f, W / f, C].
+    """
+    params = {"params": trainable["params"]}
+    pixels = pictures.astype(jnp.float32) / 127.5 - 1
+    moments = Moments(*model.apply(params, pixels, method="vae_encode"))
+    if objective.decoder_only:
+        moments = jax.lax.stop_gradient(moments)
+    z = sample_posterior(moments.mean, _widened(moments.logvar, objective.latent_noise, model.config.vae), noise)
+    decoded: Any = model.apply(params, z, method="vae_decode")
+    errors = decoded - pixels
+    latents = normalise(z, model.config.vae)
+    reconstruction = jnp.mean(jnp.abs(errors) if objective.loss == "l1" else jnp.square(errors), axis=(1, 2, 3))
+    kl = divergence(moments, model.config.vae)
+    return {
+        "loss": reconstruction + objective.kl_weight * kl,
+        "loss/reconstruction": reconstruction,
+        "loss/kl": kl,
+        "latent_mean": jnp.mean(latents, axis=(1, 2, 3)),
+        "latent_square": jnp.mean(jnp.square(latents), axis=(1, 2, 3)),
+        "pictures": jnp.ones(len(pictures)),
+    }
 
 
 def accumulate(
@@ -80,41 +105,9 @@ def accumulate(
     noise: jax.Array,
     weight: jax.Array,
 ) -> Sums:
-    """Adds pictures of one size.
-
-    Args:
-      model, objective: static.
-      trainable: {"params": {"vae": ...}, ...}.
-      sums: so far.
-      pictures: uint8 [B, H, W, 3].
-      noise: of the posterior, standard normal [B, H / f, W / f, C].
-      weight: [B]; 0 leaves a picture out.
-    """
-
-    def total(trainable: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params = {"params": trainable["params"]}
-        pixels = pictures.astype(jnp.float32) / 127.5 - 1
-        moments = Moments(*model.apply(params, pixels, method="vae_encode"))
-        if objective.decoder_only:
-            moments = jax.lax.stop_gradient(moments)
-        z = sample_posterior(moments.mean, _widened(moments.logvar, objective.latent_noise, model.config.vae), noise)
-        decoded: Any = model.apply(params, z, method="vae_decode")
-        errors = decoded - pixels
-        latents = normalise(z, model.config.vae)
-        each = {
-            "loss/reconstruction": jnp.mean(
-                jnp.abs(errors) if objective.loss == "l1" else jnp.square(errors), axis=(1, 2, 3)
-            ),
-            "loss/kl": divergence(moments, model.config.vae),
-            "latent_mean": jnp.mean(latents, axis=(1, 2, 3)),
-            "latent_square": jnp.mean(jnp.square(latents), axis=(1, 2, 3)),
-        }
-        each["loss"] = each["loss/reconstruction"] + objective.kl_weight * each["loss/kl"]
-        totals = {name: jnp.sum(weight * values) for name, values in each.items()}
-        return totals["loss"], totals
-
-    (_, totals), gradients = jax.value_and_grad(total, has_aux=True)(trainable)
-    return jax.tree.map(jnp.add, sums, Sums(gradients, totals, jnp.sum(weight)))
+    """Adds pictures of one size to the sums of a step; ``weight`` [B] is 0 for those left out."""
+    losses = partial(picture_losses, model, objective, pictures=pictures, noise=noise)
+    return add_batch(losses, trainable, sums, weight)
 
 
 def _widened(logvar: jax.Array, deviation: float, config: VAEConfig) -> jax.Array:
@@ -136,9 +129,79 @@ def update(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimiser step on the mean loss over the pictures; metrics as `supervised.train_step` gives them.
 
-    ``latent_mean`` and ``latent_std`` are those of normalised latents, wanted near 0 and 1.
+    ``latent_mean`` and ``latent_std`` are those of normalised latents and should be near 0 and 1.
     """
-    gradients, metrics = jax.tree.map(lambda x: x / sums.weight, (sums.gradients, sums.totals))
-    new_state, norms = apply_gradients(optimizer, ema_decay, state, gradients, metrics["loss"])
-    metrics["latent_std"] = jnp.sqrt(metrics.pop("latent_square") - jnp.square(metrics["latent_mean"]))
-    return new_state, metrics | norms
+    new_state, metrics = mean_step(optimizer, ema_decay, state, sums, "pictures")
+    means = {name: total / sums.totals["pictures"] for name, total in sums.totals.items()}
+    for name in ("loss/reconstruction", "loss/kl", "latent_mean"):
+        metrics[name] = means[name]
+    metrics["latent_std"] = jnp.sqrt(means["latent_square"] - jnp.square(means["latent_mean"]))
+    return new_state, metrics
+
+
+class AutoencoderStage(AccumulatingStage):
+    """Learns to reconstruct all pictures of the data; see `deepgen_jax.training.stage.Stage`."""
+
+    _config: AutoencoderConfig
+    _totals = TOTALS
+
+    def __init__(self, config: AutoencoderConfig, mesh: Mesh) -> None:
+        """Loads the weights onto the mesh and opens the data.
+
+        Raises:
+          DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
+        """
+        if cached := [source.name for source in config.data.sources if source.kind == "features"]:
+            raise DeepGenError(f"source {cached[0]} holds cached features of a VAE; name the pictures they came from")
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        if config.decoder_only:
+            optimizer = decoder_alone(optimizer)
+        super().__init__(config, config.data, config.accumulation, mesh, optimizer)
+        attention = choose_kernel(mesh, config.dtype, gradients=True)
+        model = DeepGen(self._weights.config, dtype=jnp.dtype(config.dtype), attention=attention)
+        objective = Objective(config.loss, config.kl_weight, config.decoder_only, config.latent_noise)
+        vae = model.config.vae
+
+        def add(
+            trainable: Tree, sums: Sums, pictures: jax.Array, words: jax.Array, purpose: jax.Array, weight: jax.Array
+        ) -> Sums:
+            size = (*(side // vae.downscale for side in pictures.shape[1:3]), vae.latent_channels)
+            keys = sample_keys(config.seed, words)
+            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), size, jnp.float32))(keys)
+            return accumulate(model, objective, trainable, sums, pictures, noise, weight)
+
+        self._compile(partial(update, optimizer, config.ema_decay))
+        self._add_pictures = jax.jit(add, donate_argnums=1, out_shardings=self._sums_layout)
+
+    def _add(self, sums: Sums, batch: Batch) -> Sums:
+        share = partial(to_global, self._mesh)
+        words, weight = share(index_words(batch)), share(batch["weight"])
+        for purpose, pictures in _pictures(batch):
+            sums = self._add_pictures(self.state.trainable, sums, share(pictures), words, np.int32(purpose), weight)
+        return sums
+
+    def _trained(self) -> str:
+        if not self._config.decoder_only:
+            return super()._trained()
+        decoder = self.state.trainable["params"]["vae"]["decoder"]
+        return f"decoder of the vae {sum(x.size for x in jax.tree.leaves(decoder)):,}"
+
+    def _count(self, batches: list[Batch]) -> tuple[int, float]:
+        """Tokens of the pictures in the MMDiT, and operations of the VAE, over all hosts."""
+        config = self._weights.config
+        tokens, operations = 0, 0.0
+        for target, references in (batch["bucket"] for batch in batches):
+            for width, height in (target, *references):
+                tokens += width * height // (config.vae.downscale * config.mmdit.patch_size) ** 2
+                encoding = flops.vae_encoder(config.vae, height, width)
+                decoding = flops.vae_decoder(config.vae, height, width)
+                # Forward alone, or forward and backward for data and weights.
+                operations += (1 if self._config.decoder_only else 3) * encoding + 3 * decoding
+        samples = self._config.data.micro_batch
+        return samples * tokens, samples * operations
+
+
+def _pictures(batch: Batch) -> list[tuple[int, np.ndarray]]:
+    """Target and references of a batch, uint8 [B, H, W, 3], each with the purpose of its noise."""
+    references = [(REFERENCE_POSTERIOR + i, pictures) for i, pictures in enumerate(batch["references"])]
+    return [(TARGET_POSTERIOR, batch["target"]), *references]

@@ -20,8 +20,8 @@ from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.lineage import origin_of
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.trees import Tree
 
 _ENCODERS = ("vae", "vision")
 

@@ -1,46 +1,70 @@
 """Training the vision-language model itself: the next token of texts about pictures.
 
 DeepGen starts from Qwen2.5-VL, which understands pictures already. A model of other sizes has to learn that first.
-Words are read off the deepest hidden state that DeepGen uses, through the embedding, so that what is learned is in the
+Logits are read off the deepest hidden state that DeepGen uses, through the embedding, so that what is learned is in the
 layers that the bridge sees.
 
-A step is several calls of :func:`accumulate`, one for every batch, and one of :func:`update`. All are pure functions of
-global arrays.
+A step is several calls of :func:`accumulate`, one for every batch, and one of :func:`update`. Both are pure functions
+of global arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from deepgen_jax.data.reader import Batch
+from deepgen_jax.data.tokens import QUESTION_END, PromptTokenizer
 from deepgen_jax.data.vision_inputs import patch_grid, patchify_for_vlm
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models import flops
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.qwen_vision import patch_layout
+from deepgen_jax.parallel.mesh import to_global
+from deepgen_jax.training.accumulation import Sums, add_batch, mean_step
 from deepgen_jax.training.inputs import Text
-from deepgen_jax.training.supervised import TrainState, apply_gradients
-from deepgen_jax.training.trees import Tree, join
+from deepgen_jax.training.optimizer import make_optimizer
+from deepgen_jax.training.partition import Tree, join
+from deepgen_jax.training.run_config import LanguageConfig
+from deepgen_jax.training.stage import AccumulatingStage
+from deepgen_jax.training.state import TrainState
+from deepgen_jax.training.step_batches import widen
+
+#: What a step sums: the loss over tokens, and right answers of all answers.
+TOTALS = ("loss", "tokens", "right", "answers")
 
 
-class Sums(NamedTuple):
-    """What a step has gathered, summed over tokens or answers.
+def text_losses(
+    model: DeepGen, mark: int, trainable: Tree, frozen: Tree, text: Text, references: Sequence[jax.Array]
+) -> dict[str, jax.Array]:
+    """The summed loss of each sample's tokens and their number, its right answers, float32 [B] by :data:`TOTALS`.
 
-    Attributes:
-      gradients: of the summed loss, like ``TrainState.trainable``.
-      totals: float32 scalars: "loss" over "tokens", "right" answers of all "answers".
+    Args:
+      model: static.
+      mark: the token that ends a question; static.
+      trainable: {"params": {"text": ..., "vision": ...}, ...}.
+      frozen: holds the think tokens, which no token before them sees.
+      text: prompts, questions with their answers.
+      references: uint8 [B, H, W, 3] each.
     """
-
-    gradients: Tree
-    totals: dict[str, jax.Array]
-
-
-def start_sums(trainable: Tree) -> Sums:
-    """Sums over nothing."""
-    names = ("loss", "tokens", "right", "answers")
-    return Sums(jax.tree.map(jnp.zeros_like, trainable), dict.fromkeys(names, jnp.float32(0)))
+    params = {"params": join(frozen, trainable["params"])}
+    batch, length = text.input_ids.shape
+    tokens = [jnp.zeros((batch, 0, model.config.vision.out_hidden_size), model.dtype)]
+    tokens += [_image_tokens(model, params, image) for image in references]
+    pictures = jnp.concatenate(tokens, axis=1)
+    _, slots, hidden = pictures.shape
+    rows = jnp.arange(batch)[:, None] * slots
+    index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
+    states: Any = model.apply(params, *text[:3], index, pictures.reshape(-1, hidden), method="hidden_states")
+    logits = _logits(states[0][:, : length - 1], trainable["params"]["text"]["embed_tokens"]["embedding"])
+    return _measure(logits, text, mark, model.config.text.eos_token_id)
 
 
 def accumulate(
@@ -53,36 +77,12 @@ def accumulate(
     references: Sequence[jax.Array],
     weight: jax.Array,
 ) -> Sums:
-    """Adds a batch.
+    """Adds a batch to the sums of a step; ``weight`` [B] is 0 for samples left out."""
 
-    Args:
-      model: static.
-      mark: the token that ends a question; static.
-      trainable: {"params": {"text": ..., "vision": ...}, ...}.
-      frozen: holds the think tokens, which no token before them sees.
-      sums: so far.
-      text: prompts, questions with their answers.
-      references: uint8 [B, H, W, 3] each.
-      weight: [B]; 0 leaves a sample out.
-    """
+    def losses(trainable: Tree) -> dict[str, jax.Array]:
+        return text_losses(model, mark, trainable, frozen, text, references)
 
-    def total(trainable: Tree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        params = {"params": join(frozen, trainable["params"])}
-        tokens = [jnp.zeros((len(weight), 0, model.config.vision.out_hidden_size), model.dtype)]
-        tokens += [_image_tokens(model, params, image) for image in references]
-        pictures = jnp.concatenate(tokens, axis=1)
-        batch, slots, hidden = pictures.shape
-        rows = jnp.arange(batch)[:, None] * slots
-        index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
-        states: Any = model.apply(params, *text[:3], index, pictures.reshape(-1, hidden), method="hidden_states")
-        length = text.input_ids.shape[1]
-        logits = _logits(states[0][:, : length - 1], trainable["params"]["text"]["embed_tokens"]["embedding"])
-        each = _measure(logits, text, mark, model.config.text.eos_token_id)
-        totals = {name: jnp.sum(weight * values) for name, values in each.items()}
-        return totals["loss"], totals
-
-    (_, totals), gradients = jax.value_and_grad(total, has_aux=True)(trainable)
-    return jax.tree.map(jnp.add, sums, Sums(gradients, totals))
+    return add_batch(losses, trainable, sums, weight)
 
 
 def update(
@@ -90,13 +90,59 @@ def update(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimiser step on the mean loss over tokens; metrics as `supervised.train_step` gives them.
 
-    ``answers_right`` is the share of answers of which every token was the likeliest after those before it.
+    ``answers_right`` is the share of answers whose every token was the most likely one.
     """
+    new_state, metrics = mean_step(optimizer, ema_decay, state, sums, "tokens")
     totals = sums.totals
-    gradients = jax.tree.map(lambda x: x / totals["tokens"], sums.gradients)
-    loss = totals["loss"] / totals["tokens"]
-    new_state, norms = apply_gradients(optimizer, ema_decay, state, gradients, loss)
-    return new_state, {"loss": loss, "answers_right": totals["right"] / jnp.maximum(totals["answers"], 1), **norms}
+    return new_state, metrics | {"answers_right": totals["right"] / jnp.maximum(totals["answers"], 1)}
+
+
+class LanguageStage(AccumulatingStage):
+    """Learns the texts of the data, given their references; see `deepgen_jax.training.stage.Stage`."""
+
+    _config: LanguageConfig
+    _totals = TOTALS
+
+    def __init__(self, config: LanguageConfig, mesh: Mesh) -> None:
+        """Loads the weights onto the mesh and opens the data.
+
+        Raises:
+          DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
+        """
+        if cached := [source.name for source in config.data.sources if source.kind == "features"]:
+            raise DeepGenError(
+                f"source {cached[0]} holds cached features of a vision tower; name the pictures they came from"
+            )
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        super().__init__(config, config.data, config.accumulation, mesh, optimizer)
+        weights = self._weights
+        (mark,) = PromptTokenizer(weights.tokenizer, weights.config).encode(QUESTION_END)
+        attention = choose_kernel(mesh, config.dtype, gradients=True)
+        model = DeepGen(weights.config, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
+        self._frozen = {"bridge": weights.frozen["bridge"]}
+        self._compile(partial(update, optimizer, config.ema_decay))
+        add = partial(accumulate, model, mark)
+        self._add_texts = jax.jit(add, donate_argnums=2, out_shardings=self._sums_layout)
+
+    def _add(self, sums: Sums, batch: Batch) -> Sums:
+        share = partial(to_global, self._mesh)
+        local: Any = widen(batch, batch["input_ids"].shape[1], self._weights.config)
+        text = Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
+        pictures = tuple(map(share, batch["references"]))
+        return self._add_texts(self.state.trainable, self._frozen, sums, text, pictures, share(batch["weight"]))
+
+    def _count(self, batches: list[Batch]) -> tuple[int, float]:
+        """Tokens that are no padding, and operations, over all hosts, from this host's share."""
+        config, samples = self._weights.config, self._config.data.micro_batch
+        tokens, operations = 0, 0.0
+        for batch in batches:
+            length = round(float(batch["real"].sum(axis=1).mean()))
+            tokens += samples * length
+            operations += 3 * samples * flops.text(config.text, length)
+            for width, height in batch["bucket"][1]:
+                down, across = patch_grid((height, width), config.vision)
+                operations += 3 * samples * flops.vision(config.vision, down * across)
+        return tokens, operations
 
 
 def _image_tokens(model: DeepGen, params: Tree, image: jax.Array) -> jax.Array:

@@ -86,7 +86,7 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
             stage.resume(state, position["stage"])
             start, skipped = latest, position["skipped"]
             say(f"goes on from step {start} of {run}")
-        for line in stage.facts():
+        for line in stage.summary():
             say(line)
         if start >= config.steps:
             say(f"all {config.steps} steps are done; raise steps to train on")

@@ -11,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training.trees import decays
+from deepgen_jax.training.partition import decays
 
 # Root mean square of Muon's updates per learning rate: about that of AdamW's, so that one rate does for both
 # (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).

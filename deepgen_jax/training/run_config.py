@@ -11,7 +11,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig
 
-#: What can be trained by name, as `deepgen_jax.training.trees.TRAINABLE`.
+#: What can be trained by name, as `deepgen_jax.training.partition.TRAINABLE`.
 Trainable = Literal["bridge", "mmdit", "lora", "mmdit_lora", "vae", "text", "vision"]
 
 
@@ -229,8 +229,8 @@ class LanguageConfig(RunConfig):
     """Training of the vision-language model itself, for models that do not take the released one.
 
     Attributes:
-      data: whose texts are learned, token by token, behind their references; targets are not used. A text "question?
-        answer" counts in ``answers_right``.
+      data: whose texts are learned, token by token, behind their references; targets are not used. The answer of a
+        text "question? answer" counts in ``answers_right``.
       accumulation: micro-batches of one optimiser step.
     """
 

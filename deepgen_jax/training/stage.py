@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -13,41 +13,45 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from deepgen_jax.data.data_config import DataConfig
+from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
+from deepgen_jax.training.accumulation import Sums, start_sums
+from deepgen_jax.training.optimizer import learning_rate
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.supervised import TrainState, init_state
-from deepgen_jax.training.trees import Tree
-from deepgen_jax.training.weights import Weights, current_params
+from deepgen_jax.training.state import TrainState, parameter_counts, shardings_of, start_state
+from deepgen_jax.training.step_batches import open_loader
+from deepgen_jax.training.weights import Weights, current_params, load_start
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from deepgen_jax.data.loader import Loader
     from deepgen_jax.inference.pipeline import DeepGenPipeline
 
 #: Name of a stage -> module and class of its config, module and class of the stage.
 STAGES = {
     "autoencoder": (
         ("deepgen_jax.training.run_config", "AutoencoderConfig"),
-        ("deepgen_jax.training.autoencoder_stage", "AutoencoderStage"),
+        ("deepgen_jax.training.autoencoder", "AutoencoderStage"),
     ),
     "grpo": (("deepgen_jax.rl.rl_config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
     "language": (
         ("deepgen_jax.training.run_config", "LanguageConfig"),
-        ("deepgen_jax.training.language_stage", "LanguageStage"),
+        ("deepgen_jax.training.language", "LanguageStage"),
     ),
     "supervised": (
         ("deepgen_jax.training.run_config", "SupervisedConfig"),
-        ("deepgen_jax.training.supervised_stage", "SupervisedStage"),
+        ("deepgen_jax.training.supervised", "SupervisedStage"),
     ),
 }
 
 
 @dataclass
 class StepReport:
-    """What a step tells the loop.
+    """What a step reports to the loop.
 
     Attributes:
       metrics: by name; device scalars and vectors are read a step later, so that devices never wait for the host.
@@ -80,40 +84,64 @@ class Stage(Protocol):
         ...
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Continues from a checkpoint."""
         ...
 
     def pipeline(self) -> DeepGenPipeline:
-        """The model as it is now, to make pictures with."""
+        """A pipeline of the current weights, to make pictures with."""
         ...
 
-    def facts(self) -> list[str]:
-        """Lines that a person wants to see before the first step: what trains, shapes in use."""
+    def summary(self) -> list[str]:
+        """Lines printed before the first step: what trains, on what."""
         ...
 
     def close(self) -> None:
-        """Ends reading ahead."""
+        """Stops reading ahead."""
         ...
 
 
 class LoaderStage:
-    """What the stages share that learn from one loader: where they stand, going on, and the model as it is."""
+    """A stage that learns from one data loader: its weights, state, data and position."""
 
     state: TrainState
-    _config: RunConfig
-    _mesh: Mesh
-    _weights: Weights
-    _loader: Loader
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: DataConfig,
+        accumulation: int,
+        mesh: Mesh,
+        optimizer: optax.GradientTransformation,
+    ) -> None:
+        """Loads the weights onto the mesh and opens the data.
+
+        Args:
+          config: of the run.
+          data: what it learns from.
+          accumulation: micro-batches of an optimiser step.
+          mesh: of all hosts' devices.
+          optimizer: of the run.
+
+        Raises:
+          DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
+        """
+        check_micro_batch("data.micro_batch", data.micro_batch, mesh)
+        self._config, self._data, self._accumulation, self._mesh = config, data, accumulation, mesh
+        weights = load_start(config, mesh)
+        self.state = start_state(optimizer, weights.trainable, mesh, ema=config.ema_decay is not None)
+        # What the state was made from was donated to it.
+        self._weights = weights._replace(trainable={})
+        self._loader = open_loader(config, data, self._weights, mesh)
 
     def position(self) -> dict[str, Any]:
-        """The seed and where the data stand."""
+        """The seed and the position in the data."""
         return {"seed": self._config.seed, "data": self._loader.get_state()}
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Goes on from a checkpoint.
+        """Continues from a checkpoint.
 
         Raises:
-          DeepGenError: the data or the seed are others than those of the checkpoint.
+          DeepGenError: the data or the seed differ from those of the checkpoint.
         """
         if position["seed"] != self._config.seed:
             raise DeepGenError(f"the run began with seed={position['seed']}, now it is {self._config.seed}; restore it")
@@ -121,22 +149,81 @@ class LoaderStage:
         self.state = state
 
     def pipeline(self) -> DeepGenPipeline:
-        """The model as it is now, or its moving average where there is one."""
+        """A pipeline of the current weights, or of their moving average where there is one."""
         return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
 
+    def summary(self) -> list[str]:
+        """What trains, and the shapes of batches."""
+        buckets = ", ".join(str(bucket) for bucket in self._loader.buckets)
+        return [
+            f"trains {self._trained()} parameters; {self._accumulation * self._data.micro_batch} samples a step in "
+            f"{self._accumulation} micro-batches",
+            f"{len(self._loader.buckets)} buckets: {buckets}",
+        ]
+
     def close(self) -> None:
-        """Ends reading ahead."""
+        """Stops reading ahead."""
         self._loader.close()
+
+    def _trained(self) -> str:
+        """The trained parts with their numbers of parameters."""
+        return parameter_counts(self.state.trainable)
+
+
+class AccumulatingStage(LoaderStage, ABC):
+    """A stage whose batches differ in shape, so that a step runs one program a batch and one for the update."""
+
+    #: Names of ``Sums.totals``.
+    _totals: tuple[str, ...]
+
+    def _compile(self, update: Any) -> None:
+        """Jits the programs around ``update(state, sums) -> (state, metrics)``; :meth:`_add` runs a batch."""
+        rate = learning_rate(self._config.optimizer, self._config.steps)
+        everywhere, layout = replicated(self._mesh), shardings_of(self.state)
+        sharded: Any = (layout.trainable, everywhere)
+        self._sums_layout = Sums(*sharded)
+
+        def start(trainable: Tree) -> Sums:
+            return start_sums(trainable, self._totals)
+
+        def finish(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, Any]]:
+            new, metrics = update(state, sums)
+            return new, metrics | {"learning_rate": rate(state.step)}
+
+        self._start = jax.jit(start, out_shardings=self._sums_layout)
+        self._update = jax.jit(finish, donate_argnums=0, out_shardings=(layout, everywhere))
+
+    def step(self) -> StepReport:
+        """Takes one optimiser step."""
+        start = time.perf_counter()
+        batches = [next(self._loader) for _ in range(self._accumulation)]
+        waited = {"data": time.perf_counter() - start}
+        sums = self._start(self.state.trainable)
+        for batch in batches:
+            sums = self._add(sums, batch)
+        self.state, metrics = self._update(self.state, sums)
+        tokens, operations = self._count(batches)
+        ids = [str(name) for batch in batches for name in batch["sample_ids"] if name]
+        samples = self._accumulation * self._data.micro_batch
+        return StepReport(metrics, samples, tokens, operations, ids, waited)
+
+    @abstractmethod
+    def _add(self, sums: Sums, batch: Batch) -> Sums:
+        """Runs the program of one batch."""
+
+    @abstractmethod
+    def _count(self, batches: list[Batch]) -> tuple[int, float]:
+        """Tokens and operations of a step, over all hosts."""
 
 
 def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
-    """The stage that a config is of, its weights loaded and its data opened."""
+    """The stage of a config, its weights loaded and its data opened."""
     module, name = STAGES[kind_of(config)][1]
     return getattr(importlib.import_module(module), name)(config, mesh)
 
 
 def kind_of(config: RunConfig) -> str:
-    """Name of the stage that a config is of."""
+    """Name of the stage of a config."""
     return next(kind for kind, (owner, _) in STAGES.items() if owner[1] == type(config).__name__)
 
 
@@ -148,58 +235,11 @@ def check_micro_batch(name: str, size: int, mesh: Mesh) -> None:
         )
 
 
-def abstract_state(
-    optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh, *, ema: bool
-) -> TrainState:
-    """Shapes, dtypes and shardings of a state: the optimiser's moments lie like the parameters they belong to.
-
-    Args:
-      optimizer: of the run.
-      trainable: {"params": ..., "lora": ...}, arrays or ``ShapeDtypeStruct``s, with their shardings.
-      mesh: where counters are whole on every device.
-      ema: the state holds a moving average.
-    """
-    shapes = jax.eval_shape(partial(init_state, optimizer, ema=ema), trainable["params"], trainable["lora"])
-    layout, everywhere = shardings_of(trainable), replicated(mesh)
-    of_parameter = {_names(path): where for path, where in jax.tree_util.tree_leaves_with_path(layout)}
-    opt_state = jax.tree_util.tree_map_with_path(
-        lambda path, _: of_parameter.get(_names(path), everywhere), shapes.opt_state
-    )
-    shardings: Any = shapes._replace(
-        step=everywhere, trainable=layout, opt_state=opt_state, ema=layout if ema else None, skipped=everywhere
-    )
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Keys at the end of a path: moments are in trees like that of the parameters, whatever holds these trees."""
-    keys = takewhile(lambda entry: isinstance(entry, jax.tree_util.DictKey), reversed(path))
-    return tuple(entry.key for entry in keys)[::-1]
-
-
-def start_state(
-    optimizer: optax.GradientTransformation, weights: Weights, mesh: Mesh, *, ema: bool
-) -> TrainState:
-    """A state at step 0, laid out on the mesh as :func:`abstract_state` says.
-
-    The arrays of ``weights.trainable`` are donated to it.
-    """
-    trainable = weights.trainable
-    make = partial(init_state, optimizer, ema=ema)
-    layout: Any = shardings_of(abstract_state(optimizer, trainable, mesh, ema=ema))
-    return jax.jit(make, out_shardings=layout, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
-
-
 def make_pipeline(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:
-    """A pipeline of the weights as they are now, or of their moving average where there is one."""
+    """A pipeline of the current weights, or of their moving average where there is one."""
     from deepgen_jax.inference.pipeline import DeepGenPipeline
 
     params = current_params(weights, state, dtype, mesh)
     config = replace(weights.config, lora=None)
     tokenizer = PromptTokenizer(weights.tokenizer, config)
     return DeepGenPipeline(config, weights.scheduler, params, tokenizer, mesh, dtype)
-
-
-def shardings_of(tree: Any) -> Any:
-    """The sharding of every array."""
-    return jax.tree.map(lambda x: x.sharding, tree)

@@ -38,8 +38,8 @@ from deepgen_jax.training.inputs import (
     posterior_noise,
     sample_keys,
 )
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.trees import Tree
 from deepgen_jax.training.weights import Weights
 
 
@@ -65,8 +65,8 @@ class StepBatch(NamedTuple):
     seconds: float
 
 
-class Feed:
-    """Turns a loader's batches into steps.
+class StepBatches:
+    """Iterates over the batches of optimiser steps, made from a loader's batches.
 
     The VAE and the vision tower run here, one program a bucket; everything is padded so that the training step sees
     few shapes: targets to the largest bucket, references to whole images, prompts to the longest of the step.
@@ -168,7 +168,7 @@ def token_budget(config: DeepGenConfig, target: int, references: int) -> TokenBu
 def abstract_micro_batches(
     model: DeepGen, mesh: Mesh, count: int, size: int, length: int, budget: TokenBudget
 ) -> tuple[MicroBatch, jax.Array]:
-    """Shapes, dtypes and shardings of what a :class:`Feed` gives for one task: stacked micro-batches and their keys.
+    """Shapes, dtypes and shardings of one task in a :class:`StepBatch`: stacked micro-batches and their keys.
 
     Args:
       model: of the step.

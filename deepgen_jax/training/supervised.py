@@ -1,10 +1,12 @@
-"""Stages 1 and 2: one training step; what trains is a matter of which tree holds the parameters.
+"""Stages 1 and 2, flow matching on pictures with texts: the loss, the training step, and the stage.
 
-Everything is a pure function of global arrays: under `jax.jit` with shardings the same step runs on any mesh.
+What trains is decided by which tree holds the parameters. Loss and step are pure functions of global arrays: under
+`jax.jit` with shardings the same step runs on any mesh.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,35 +14,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.config import DeepGenConfig, SchedulerConfig
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.losses import flow_matching_losses
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.models import lora
+from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.training.inputs import FLOW_NOISE, LORA_DROPOUT, NOISE_LEVEL, MicroBatch
-from deepgen_jax.training.trees import Tree, join
+from deepgen_jax.training.optimizer import learning_rate, make_optimizer
+from deepgen_jax.training.partition import Tree, join
+from deepgen_jax.training.run_config import SupervisedConfig
+from deepgen_jax.training.stage import LoaderStage, StepReport
+from deepgen_jax.training.state import TrainState, apply_gradients, shardings_of
+from deepgen_jax.training.step_batches import StepBatches
 
+#: Parts of the model that a step runs.
+STEP_PARTS = ("text", "bridge", "mmdit")
 #: Noise levels are binned into this many equal bins for the log.
 TIMESTEP_BINS = 10
-
-
-class TrainState(NamedTuple):
-    """All that a checkpoint holds of the parameters and the optimiser.
-
-    Attributes:
-      step: int32, optimiser steps taken, skipped ones included.
-      trainable: {"params": float32 tree, "lora": float32 tree}, the adapters' scale not folded in.
-      opt_state: of optax.
-      ema: moving average of ``trainable``, or None.
-      skipped: int32, steps skipped in a row because the loss or the gradient was not finite.
-    """
-
-    step: jax.Array
-    trainable: Tree
-    opt_state: optax.OptState
-    ema: Tree | None
-    skipped: jax.Array
 
 
 class Draws(NamedTuple):
@@ -212,47 +209,97 @@ def merged(
     return micro._replace(text=text), join(keys), join(shares)
 
 
-def apply_gradients(
+def step_model(config: SupervisedConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
+    """The network as a step runs it on a mesh, without dropout."""
+    attention = choose_kernel(mesh, config.dtype, gradients=True)
+    return DeepGen(model, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
+
+
+def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> SchedulerConfig:
+    """The schedule that noise levels are drawn from: the model's, with the shift of the configuration if it has one.
+
+    Raises:
+      DeepGenError: a shift is given, but the model's schedule shifts by image size.
+    """
+    if config.noise_shift is None:
+        return scheduler
+    if scheduler.use_dynamic_shifting:
+        raise DeepGenError("noise_shift cannot be combined with a scheduler that shifts by image size; leave it out")
+    return dataclasses.replace(scheduler, shift=config.noise_shift)
+
+
+def jit_step(
+    config: SupervisedConfig,
+    model: DeepGen,
     optimizer: optax.GradientTransformation,
-    ema_decay: float | None,
+    scheduler: SchedulerConfig,
+    lora_scale: float,
     state: TrainState,
-    gradients: Tree,
-    loss: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates the state, or only counts the step where the loss or the gradient is not finite; reports norms."""
-    norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
-    ema = state.ema
-    if ema is not None and ema_decay is not None:
-        ema = jax.tree.map(lambda old, new: ema_decay * old + (1 - ema_decay) * new, ema, trainable)
+    mesh: Mesh,
+) -> tuned_jit:
+    """The compiled program of a step: (state, frozen, micro-batches, keys) -> (state, metrics).
 
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+    Args:
+      config: of the run.
+      model: the network, without dropout.
+      optimizer: of the run.
+      scheduler: of the model.
+      lora_scale: alpha over rank of adapters that train.
+      state: arrays, or shapes with shardings, as `deepgen_jax.training.state.abstract_state` gives them; the new
+        state is sharded alike.
+      mesh: metrics are replicated on it.
+    """
+    schedule = training_schedule(config, scheduler)
+    settings = StepSettings(schedule, lora_scale, config.weighting, config.ema_decay, config.merge)
+    rate = learning_rate(config.optimizer, config.steps)
+    trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 
-    new_state = TrainState(
-        step=state.step + 1,
-        trainable=choose(trainable, state.trainable),
-        opt_state=choose(opt_state, state.opt_state),
-        ema=choose(ema, state.ema),
-        skipped=jnp.where(finite, 0, state.skipped + 1),
-    )
-    norms = {"grad_norm": norm, "update_norm": optax.tree.norm(updates), "skipped": 1.0 - finite}
-    norms["skipped_in_a_row"] = new_state.skipped
-    for name, tree in (("grad_norm", gradients), ("update_norm", updates)):
-        norms |= {f"{name}/{part}": optax.tree.norm(child) for part, child in parts(tree).items()}
-    return new_state, norms
+    def step(state: TrainState, frozen: Tree, micro_batches: Any, keys: Any) -> tuple[TrainState, dict[str, Any]]:
+        new, metrics = train_step(trained, optimizer, settings, state, frozen, micro_batches, keys)
+        sums, counts = metrics.pop("loss_bin_sums"), metrics.pop("loss_bin_counts")
+        return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
 
-
-def parts(trainable: Tree) -> dict[str, Any]:
-    """The trained parts by name: "bridge", "mmdit", "lora"."""
-    adapters = {"lora": trainable["lora"]} if trainable.get("lora") else {}
-    return {**trainable["params"], **adapters}
+    layout = (shardings_of(state), replicated(mesh))
+    return tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
 
 
-def init_state(optimizer: optax.GradientTransformation, params: Tree, adapters: Tree | None, ema: bool) -> TrainState:
-    """A state at step 0 for float32 trainable ``params`` and ``adapters``."""
-    trainable = {"params": params, "lora": adapters or {}}
-    average = jax.tree.map(jnp.copy, trainable) if ema else None
-    return TrainState(jnp.int32(0), trainable, optimizer.init(trainable), average, jnp.int32(0))
+class SupervisedStage(LoaderStage):
+    """Flow matching on pictures with texts; see `deepgen_jax.training.stage.Stage`."""
+
+    _config: SupervisedConfig
+
+    def __init__(self, config: SupervisedConfig, mesh: Mesh) -> None:
+        """Loads the weights onto the mesh and opens the data.
+
+        Raises:
+          DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
+        """
+        if others := [name for name in ("vae", "text", "vision") if name in config.trains]:
+            raise DeepGenError(f"trains: this stage does not train the {others[0]}; leave it out")
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        super().__init__(config, config.data, config.accumulation, mesh, optimizer)
+        if config.gather_frozen:
+            text = self._weights.frozen["text"]
+            # Layers are replicated but for a "tensor" axis.
+            text = jax.jit(lambda tree: tree, out_shardings=gathered_shardings(text, mesh, "text"))(text)
+            self._weights = self._weights._replace(frozen={**self._weights.frozen, "text": text})
+        weights = self._weights
+        model = step_model(config, weights.config, mesh)
+        self._batches = StepBatches(
+            self._loader,
+            model,
+            weights.frozen,
+            mesh,
+            accumulation=config.accumulation,
+            seed=config.seed,
+            trains=config.trains,
+        )
+        self._frozen = {part: tree for part, tree in weights.frozen.items() if part in STEP_PARTS}
+        self._step = jit_step(config, model, optimizer, weights.scheduler, weights.lora_scale, self.state, mesh)
+
+    def step(self) -> StepReport:
+        """Takes one optimiser step."""
+        batch = next(self._batches)
+        self.state, metrics = self._step(self.state, self._frozen, batch.micro_batches, batch.keys)
+        waited = {"data": batch.seconds}
+        return StepReport(metrics, batch.samples, batch.tokens, batch.flops, batch.sample_ids, waited)

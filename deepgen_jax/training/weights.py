@@ -23,9 +23,9 @@ from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.checkpoint import load_weights, stored_weights
 from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, origin_of
 from deepgen_jax.training.inputs import sample_keys
+from deepgen_jax.training.partition import Tree, init_lora, join, split
 from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.trees import Tree, init_lora, join, split
+from deepgen_jax.training.state import TrainState
 
 # Keys of samples have a high word far below this.
 _ADAPTERS_STREAM = 2**32 - 1

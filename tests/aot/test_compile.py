@@ -137,7 +137,7 @@ def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
     from deepgen_jax.aot.abstract import model_sizes
     from deepgen_jax.parallel.mesh import make_mesh
     from deepgen_jax.training.step_batches import abstract_micro_batches, token_budget
-    from deepgen_jax.training.supervised_stage import SupervisedStage, step_model
+    from deepgen_jax.training.supervised import SupervisedStage, step_model
 
     runs.write_data(tmp_path)
     path = runs.write_config(tmp_path, model, trains=("bridge",))

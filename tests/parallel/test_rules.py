@@ -12,7 +12,7 @@ from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import AXES, make_mesh, parse_mesh
 from deepgen_jax.stores import model_folder
-from deepgen_jax.training.trees import init_lora
+from deepgen_jax.training.partition import init_lora
 
 
 @pytest.fixture(scope="module")

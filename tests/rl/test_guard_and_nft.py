@@ -17,7 +17,7 @@ from deepgen_jax.rl.objective import step_of
 from deepgen_jax.rl.rl_config import NFTConfig
 from deepgen_jax.rl.rollout import Trajectory, image_keys, step_noise
 from deepgen_jax.rl.update import UpdateKeys
-from deepgen_jax.training.supervised import init_state
+from deepgen_jax.training.state import init_state
 
 
 def taken(sampler, eta, images=64, steps=10, elements=(16, 16)):

@@ -15,7 +15,7 @@ from deepgen_jax.rl.objective import KL_KINDS, clipped_surrogate, penalty, step_
 from deepgen_jax.rl.policy import policy_variables, rows_of, velocity
 from deepgen_jax.rl.rollout import Trajectory
 from deepgen_jax.rl.update import UpdateKeys, draw_images, draw_timesteps, grpo_step, policy_gradients
-from deepgen_jax.training.supervised import init_state
+from deepgen_jax.training.state import init_state
 
 gradients = jax.jit(policy_gradients, static_argnums=(0, 1))
 step = jax.jit(grpo_step, static_argnums=(0, 1, 2))

@@ -27,8 +27,8 @@ from deepgen_jax.rl.rl_config import PolicyConfig
 from deepgen_jax.rl.rollout import RolloutSettings, image_keys, initial_noise, rollout
 from deepgen_jax.rl.update import UpdateSettings
 from deepgen_jax.training.inputs import MicroBatch, Text
+from deepgen_jax.training.partition import init_lora, split
 from deepgen_jax.training.supervised import StepSettings
-from deepgen_jax.training.trees import init_lora, split
 
 CONFIG = DeepGenConfig(
     text=TextConfig(

@@ -11,7 +11,7 @@ from flax import linen as nn
 from deepgen_jax.models.layers import Linear, adapter_input
 from deepgen_jax.models.qwen_text import DecoderLayer
 from deepgen_jax.parallel.rules import leaves
-from deepgen_jax.training.trees import decays, init_lora
+from deepgen_jax.training.partition import decays, init_lora
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,18 @@ from deepgen_jax.convert.random_release import tiny_config
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import VAE, normalise
+from deepgen_jax.training.accumulation import start_sums
 from deepgen_jax.training.autoencoder import (
+    TOTALS,
     Objective,
     accumulate,
     decoder_alone,
     divergence,
-    start_sums,
     update,
 )
 from deepgen_jax.training.inputs import Moments
 from deepgen_jax.training.run_config import AutoencoderConfig
-from deepgen_jax.training.supervised import init_state
+from deepgen_jax.training.state import init_state
 
 SIZE = 8
 
@@ -55,7 +56,7 @@ accumulated = jax.jit(accumulate, static_argnums=(0, 1))
 
 
 def gather(config, trainable, *calls, loss="l1", kl_weight=0.01, decoder_only=False, latent_noise=0.0):
-    sums, objective = start_sums(trainable), Objective(loss, kl_weight, decoder_only, latent_noise)
+    sums, objective = start_sums(trainable, TOTALS), Objective(loss, kl_weight, decoder_only, latent_noise)
     for pictures, noise, weight in calls:
         sums = accumulated(DeepGen(config), objective, trainable, sums, pictures, noise, np.float32(weight))
     return sums
@@ -100,7 +101,7 @@ def test_a_step_is_the_mean_over_pictures_however_they_are_grouped(config, train
     paired = gather(config, trainable, (pictures[:2], noise[:2], [1, 1]), (pictures[2:], noise[2:], [1, 1]))
     crossed = gather(config, trainable, (pictures[::2], noise[::2], [1, 1]), (pictures[1::2], noise[1::2], [1, 1]))
     assert_close(crossed, paired)
-    assert crossed.weight == 4
+    assert crossed.totals["pictures"] == 4
     # A stand-in for a picture that could not be read has no say.
     alone = gather(config, trainable, (pictures[:2], noise[:2], [1, 0]))
     assert_close(gather(config, trainable, (pictures[[0, 3]], noise[[0, 3]], [1, 0])), alone)

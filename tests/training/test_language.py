@@ -18,12 +18,13 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.nano.samples import make_sample
 from deepgen_jax.nano.world.questions import ask
 from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.training.accumulation import Sums
 from deepgen_jax.training.inputs import Text
-from deepgen_jax.training.language import Sums, _measure, update
+from deepgen_jax.training.language import _measure, update
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_config import LanguageConfig, SupervisedConfig
 from deepgen_jax.training.stage import make_stage
-from deepgen_jax.training.supervised import init_state
+from deepgen_jax.training.state import init_state
 
 END, ASKED, IMAGE = 9, 7, 8
 
@@ -71,8 +72,8 @@ def test_loss_and_answers_are_those_of_the_text_alone():
 
 def test_the_stage_learns_to_see_and_goes_on(config: LanguageConfig):
     stage = make_stage(config, make_mesh("fsdp=1"))
-    facts = stage.facts()
-    assert facts[0].startswith("trains text ")
+    summary = stage.summary()
+    assert summary[0].startswith("trains text ")
     before = jax.tree.map(np.asarray, stage.state.trainable["params"])
     losses = []
     for _ in range(4):

@@ -25,7 +25,7 @@ from deepgen_jax.training.run_config import (
     SupervisedConfig,
 )
 from deepgen_jax.training.stage import StepReport
-from deepgen_jax.training.supervised import TrainState
+from deepgen_jax.training.state import TrainState
 
 
 class Counting:
@@ -54,7 +54,7 @@ class Counting:
         assert position["count"] == int(state.step)
         self.state = state
 
-    def facts(self):
+    def summary(self):
         return ["counts"]
 
     def close(self):

@@ -31,9 +31,9 @@ from deepgen_jax.stores.lineage import Saved, origin_of, trained_until
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import saved_steps
 from deepgen_jax.training.loop import describe
+from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import AdapterConfig, CheckpointConfig, SupervisedConfig
-from deepgen_jax.training.supervised import TrainState
-from deepgen_jax.training.trees import Tree
+from deepgen_jax.training.state import TrainState
 from deepgen_jax.training.weights import Weights, current_params, load_start
 
 #: Never read.

@@ -19,17 +19,9 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stores import model_folder
 from deepgen_jax.training.inputs import MicroBatch, Moments, Text, TokenBudget, assemble, encode
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
-from deepgen_jax.training.supervised import (
-    Draws,
-    StepSettings,
-    apply_gradients,
-    draw,
-    init_state,
-    parts,
-    supervised_losses,
-    train_step,
-)
-from deepgen_jax.training.trees import join, split
+from deepgen_jax.training.partition import join, split
+from deepgen_jax.training.state import apply_gradients, init_state, parts
+from deepgen_jax.training.supervised import Draws, StepSettings, draw, supervised_losses, train_step
 
 SFT = ("bridge", "mmdit", "lora")
 

@@ -1,4 +1,4 @@
-"""Which parameters train: the parameter tree split in two, and put together again."""
+"""Which parameters train: the parameter tree is split in two, and joined again inside the step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.rules import leaves
@@ -24,7 +25,7 @@ def split(params: Mapping[str, Any], trains: Sequence[str]) -> tuple[Tree, Tree]
 
     Args:
       params: parts by name.
-      trains: names of :data:`TRAINABLE`; those of adapters are no parts of ``params`` and are passed over.
+      trains: names of :data:`TRAINABLE`; those of adapters are not parts of ``params`` and are ignored.
 
     Raises:
       DeepGenError: an unknown name.
@@ -42,30 +43,19 @@ def split(params: Mapping[str, Any], trains: Sequence[str]) -> tuple[Tree, Tree]
 
 def join(*trees: Mapping[str, Any]) -> Tree:
     """One tree of several that share no leaf."""
-    out: Tree = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for tree in trees:
-        for name, child in tree.items():
-            if name in out:
-                out[name] = join(out[name], child)
-            else:
-                out[name] = dict(child) if isinstance(child, Mapping) else child
-    return out
+        flat |= traverse_util.flatten_dict(dict(tree))
+    return traverse_util.unflatten_dict(flat)
 
 
 def decays(params: Mapping[str, Any]) -> Tree:
     """True where weight decay applies: tensors of rank 2 and more, the axis of stacked layers not counted."""
-
-    def walk(tree: Mapping[str, Any]) -> Tree:
-        return {
-            name: walk(child) if isinstance(child, Mapping) else name not in ("bias", "scale")
-            for name, child in tree.items()
-        }
-
-    return walk(params)
+    return dict(traverse_util.path_aware_map(lambda path, _: path[-1] not in ("bias", "scale"), dict(params)))
 
 
 def init_lora(params: Mapping[str, Any], rank: int, key: jax.Array, part: str = "text") -> Tree:
-    """Fresh adapters on every Linear and the Embedding of one part, the language model by default: {part: ...}.
+    """New adapters on every Linear and the Embedding of one part, the language model by default: {part: ...}.
 
     Linear layers get a Gaussian ``a`` of standard deviation 1 / rank and zero ``b``. The embedding gets zero ``a``
     and standard normal ``b``, as the released system's adapters do. Either way the update starts at zero.
@@ -76,17 +66,14 @@ def init_lora(params: Mapping[str, Any], rank: int, key: jax.Array, part: str = 
       key: PRNG key.
       part: "text" or "mmdit".
     """
-    adapters: Tree = {}
+    adapters: dict[tuple[str, ...], jax.Array] = {}
     weights = [(path, leaf) for path, leaf in leaves(params) if path.rpartition("/")[2] in ("kernel", "embedding")]
     for index, (path, leaf) in enumerate(weights):
         *module, name = path.split("/")
         *stack, rows, columns = leaf.shape
         shapes = {"a": (*stack, rows, rank), "b": (*stack, rank, columns)}
         drawn, std = ("b", 1.0) if name == "embedding" else ("a", 1.0 / rank)
-        pair = {side: jnp.zeros(shape, jnp.float32) for side, shape in shapes.items()}
-        pair[drawn] = std * jax.random.normal(jax.random.fold_in(key, index), shapes[drawn], jnp.float32)
-        node = adapters
-        for parent in module[:-1]:
-            node = node.setdefault(parent, {})
-        node[module[-1]] = pair
-    return {part: adapters}
+        for side, shape in shapes.items():
+            adapters[*module, side] = jnp.zeros(shape, jnp.float32)
+        adapters[*module, drawn] = std * jax.random.normal(jax.random.fold_in(key, index), shapes[drawn], jnp.float32)
+    return {part: traverse_util.unflatten_dict(adapters)}
