@@ -17,8 +17,11 @@ from deepgen_jax.errors import DeepGenError
 
 T = TypeVar("T")
 
-#: Side of an image in pixels where nothing says another, if the model was made for at least that.
+#: Side of an image in pixels where neither a call nor the model says another.
 DEFAULT_SIDE = 512
+
+# Marks fields that were added later: a config.json without them means the default.
+_OPTIONAL = {"optional": True}
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,14 @@ class DeepGenConfig:
     lora: LoRAConfig | None = None
     #: Longest prompt in tokens, think tokens and image tokens not counted (training cuts from the left).
     max_prompt_tokens: int = 1024
-    #: Of classifier-free guidance, where a call does not say.
+    #: Defaults of calls: classifier-free guidance scale, denoising steps, sampler, and side of an image in pixels
+    #: (None: what the MMDiT was made for, at most 512).
     guidance_scale: float = 4.0
+    num_inference_steps: int = field(default=50, metadata=_OPTIONAL)
+    sampler: str = field(default="euler", metadata=_OPTIONAL)
+    image_size: int | None = field(default=None, metadata=_OPTIONAL)
+    #: A guidance scale above this ruins images, so that it is worth a warning; None where no such limit is known.
+    max_guidance_scale: float | None = field(default=None, metadata=_OPTIONAL)
 
     def __post_init__(self) -> None:
         checks = [
@@ -188,6 +197,12 @@ class DeepGenConfig:
         ]
         if not 0 <= self.guidance_scale < math.inf:
             raise DeepGenError(f"config: guidance_scale is {self.guidance_scale}; it must be 0 or more")
+        if self.num_inference_steps < 1:
+            raise DeepGenError(f"config: num_inference_steps is {self.num_inference_steps}; it must be 1 or more")
+        if self.image_size is not None and (self.image_size < 1 or self.image_size % self.image_multiple):
+            raise DeepGenError(
+                f"config: image_size is {self.image_size}; it must be a multiple of {self.image_multiple}"
+            )
         for name, value, other, expected in checks:
             if value != expected:
                 raise DeepGenError(f"config: {name} is {value}, but {other} is {expected}; they must be equal")
@@ -199,12 +214,14 @@ class DeepGenConfig:
 
     @property
     def default_side(self) -> int:
-        """Side in pixels of pictures whose size nobody names: what the model is for, at most :data:`DEFAULT_SIDE`."""
+        """Side in pixels of square images whose size is not given."""
+        if self.image_size is not None:
+            return self.image_size
         side = min(DEFAULT_SIDE, self.mmdit.sample_size * self.vae.downscale)
         return max(self.image_multiple, side // self.image_multiple * self.image_multiple)
 
     def guidance(self, asked: float | None) -> float:
-        """Scale of classifier-free guidance: what was asked for, or the model's own."""
+        """Classifier-free guidance scale of a call: the one asked for, or the model's default."""
         return self.guidance_scale if asked is None else asked
 
 
@@ -214,14 +231,16 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config.json") -> T:
-    """Builds dataclass ``cls`` from parsed JSON; unknown or missing names are errors, never defaults.
+    """Builds dataclass ``cls`` from parsed JSON; unknown or missing names are errors, except missing optional fields.
 
     Raises:
       DeepGenError: a name is unknown, missing, or its value has the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown, missing = sorted(set(values) - names), sorted(names - set(values))
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = {f.name for f in fields}
+    required = {f.name for f in fields if not f.metadata.get("optional")}
+    unknown, missing = sorted(set(values) - names), sorted(required - set(values))
     if unknown or missing:
         detail = "; ".join(
             f"{label}: {', '.join(items)}" for label, items in (("unknown", unknown), ("missing", missing)) if items

@@ -22,6 +22,7 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
+from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
@@ -57,7 +58,7 @@ class SamplingCommand(PromptArguments):
     grid: bool = False
     """Show all images of a prompt in one more picture, too, named like them with _grid."""
     batch_size: int = 4
-    """Images made at once; it changes speed and memory, never an image."""
+    """Images made at once; changes speed and memory, not the images (bit for bit on a CPU)."""
     seed: int = 0
     """Seed of the noise; the same for every prompt unless the prompt file gives others."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
@@ -69,11 +70,13 @@ class SamplingCommand(PromptArguments):
     """Height, in place of --size."""
     strict_size: bool = False
     """Refuse sizes that are not multiples of 32 instead of rounding them."""
-    steps: int = 50
-    """Denoising steps."""
+    steps: Annotated[int | None, arg(help_behavior_hint="")] = None
+    """Denoising steps; by default the model's, 50 for DeepGen and 4 for nano."""
     guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
     """Classifier-free guidance scale; 1 turns guidance off and takes half the time. By default the model's, 4 for
     DeepGen and 1 for nano."""
+    sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """euler (default), heun, dpmpp_2m, or with added noise cps, flow, dance; or module:Class."""
     negative_prompt: str = ""
     """What to keep away from."""
     padding: Padding = "reference"
@@ -109,13 +112,15 @@ class SamplingCommand(PromptArguments):
         """The options as the batch planner takes them; commands add theirs."""
         side = config.default_side
         width, height = self._size()
+        sampling = resolve_sampling(config, self.steps, self.guidance, self.sampler)
         return Settings(
             negative_prompt=_checked_text(self.negative_prompt, "negative prompt"),
             seed=self.seed,
             width=width,
             height=height,
-            steps=self.steps,
-            guidance=config.guidance(self.guidance),
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            sampler=sampling.sampler,
             num_images=self.num_images,
             padding=self.padding,
             side=side,
@@ -182,7 +187,7 @@ class SamplingCommand(PromptArguments):
     def _check_numbers(self) -> None:
         for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0), ("steps", 1)):
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
         if self.seed > MAX_SEED:
             raise DeepGenError(f"--seed is {self.seed}; use 0 to {MAX_SEED}")

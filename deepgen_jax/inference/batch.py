@@ -25,8 +25,8 @@ EDIT_NEGATIVE_PROMPT = (
     "incomplete editing, unfinished, unedited areas."
 )
 
-#: (width, height, steps, guidance, size of each reference): requests that agree in it share one compiled program.
-Layout = tuple[int, int, int, float, tuple[tuple[int, int], ...]]
+#: (width, height, steps, guidance, sampler, size of each reference): requests that agree in it share a batch.
+Layout = tuple[int, int, int, float, str, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Settings:
     """What a run's images share, and what stands in where a record leaves something out.
 
     Attributes:
-      negative_prompt, seed, steps, guidance, num_images: for records that do not say. Image k of a record is made
-        with its seed + k.
+      negative_prompt, seed, steps, guidance, sampler, num_images: for records that do not say. Image k of a record is
+        made with its seed + k.
       width, height: in pixels; None takes the first reference's size, or ``side`` where there is no reference.
       images: references for records that name none.
       needs_image: a record without a reference is an error (editing).
@@ -54,6 +54,7 @@ class Settings:
     height: int | None = None
     steps: int = 50
     guidance: float = 4.0
+    sampler: str = "euler"
     num_images: int = 1
     images: tuple[Path, ...] = ()
     needs_image: bool = False
@@ -87,12 +88,13 @@ class Request:
     height: int
     steps: int
     guidance: float
+    sampler: str = "euler"
     images: tuple[Path, ...] = ()
     reference_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def layout(self) -> Layout:
-        return (self.width, self.height, self.steps, self.guidance, self.reference_sizes)
+        return (self.width, self.height, self.steps, self.guidance, self.sampler, self.reference_sizes)
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
             height=height,
             steps=record.steps or settings.steps,
             guidance=guidance,
+            sampler=record.sampler or settings.sampler,
             images=tuple(images),
             reference_sizes=reference_sizes,
         )
@@ -255,6 +258,7 @@ def _batch(
             width=first.width,
             num_inference_steps=first.steps,
             guidance_scale=first.guidance,
+            sampler=first.sampler,
             seed=[request.seed for request in requests],
             padding=settings.padding,
             reference_posterior=settings.reference_posterior,

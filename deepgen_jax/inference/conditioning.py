@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -41,10 +42,13 @@ class PromptEncoder:
     params: Params
     tokenizer: PromptTokenizer
     mesh: Mesh
+    # Tokenizers refuse concurrent calls.
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> TokenizedPrompt:
         """One prompt in its template; longer prompts than the model reads are refused."""
-        return self.tokenizer(prompt, image_sizes, self.model.config.max_prompt_tokens)
+        with self._lock:
+            return self.tokenizer(prompt, image_sizes, self.model.config.max_prompt_tokens)
 
     def encode_images(self, images: Images) -> tuple[jax.Array, tuple[int, ...]]:
         """VLM tokens of pictures: [M', N, hidden] (M' and N padded), and how many tokens each picture has."""

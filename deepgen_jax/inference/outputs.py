@@ -75,6 +75,9 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
         "dtype": model.dtype,
         "model_fingerprint": model.fingerprint,
     }
+    if request.sampler != "euler":
+        # Left out otherwise, as in folders made before there were other samplers.
+        what["sampler"] = request.sampler
     if request.images:
         what |= {
             "image_sha256": [_file_digest(path) for path in request.images],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import jax
@@ -18,10 +19,13 @@ from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer, round_up
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.flow.samplers import get_sampler
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
+from deepgen_jax.inference.defaults import Sampling, resolve_sampling, resolve_size
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
+from deepgen_jax.inference.rows import OnStep, PreviewCallback, on_step_of, run_each_row
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
@@ -93,10 +97,10 @@ class DeepGenPipeline:
         self,
         prompt: str | Sequence[str],
         image: ImageArgument = None,
-        negative_prompt: str | Sequence[str] = "",
-        height: int = 512,
-        width: int = 512,
-        num_inference_steps: int = 50,
+        negative_prompt: str | Sequence[str | None] | None = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] = 0,
         latents: np.ndarray | jax.Array | None = None,
@@ -104,20 +108,25 @@ class DeepGenPipeline:
         reference_posterior: Posterior = "mean",
         output_type: OutputType = "pil",
         reference_noise: Sequence[Sequence[np.ndarray]] | None = None,
+        sampler: str | None = None,
+        callback: PreviewCallback | None = None,
+        callback_every: int = 1,
     ) -> PipelineOutput:
         """Generates images from prompts, or edits reference images where ``image`` is given.
 
         An image depends on its own prompt, references, seed and the settings, never on the rest of the batch (but see
-        ``padding="batch"``) or on the mesh.
+        ``padding="batch"``): bit for bit on one CPU device, where each image is computed by itself, and elsewhere, as
+        on any mesh, within float32 rounding.
 
         Args:
           prompt: one prompt or B of them.
           image: None for text-to-image; one PIL image; a list, the references of the one prompt; or a list of lists,
             the references of each prompt. Any number of any size whose sides are multiples of 32 pixels.
           negative_prompt: one for all, or one each. In editing it is seen with the same references.
-          height, width: of the result in pixels, multiples of 32.
-          num_inference_steps: Euler steps.
-          guidance_scale: g in ``v_neg + g (v - v_neg)``; 1 runs without the negative prompt; None takes the model's.
+          height, width: of the result in pixels, multiples of 32; by default those of the first reference, or the
+            model's own.
+          num_inference_steps: steps of the sampler; by default the model's.
+          guidance_scale: g in ``v_neg + g (v - v_neg)``; 1 runs without the negative prompt; by default the model's.
           seed: image i draws its noise from (seed, i); or a list, image i draws from (seed[i], 0).
           latents: initial noise [B, C, H/8, W/8] in place of the seed's.
           padding: "reference" gives the released system's result for each prompt run alone, "batch" its result for
@@ -125,37 +134,85 @@ class DeepGenPipeline:
           reference_posterior: references enter the MMDiT as the VAE posterior's "mean" or a "sample" of it.
           output_type: "pil", "np" or "latent".
           reference_noise: posterior noise [C, h, w] of each reference in place of the seed's.
+          sampler: a name in ``flow.samplers.SAMPLERS``, such as "euler", "heun" or "dpmpp_2m"; by default the model's.
+          callback: called with a `Preview` after every ``callback_every`` steps and after the last one, perhaps from
+            another thread; what it raises ends the call.
+          callback_every: steps between previews.
 
         Raises:
           DeepGenError: arguments that do not fit the model or each other.
         """
         if output_type not in ("pil", "np", "latent"):
             raise DeepGenError(f"output_type is {output_type!r}; choose pil, np or latent")
-        if num_inference_steps < 1:
-            raise DeepGenError(f"num_inference_steps is {num_inference_steps}; use at least 1")
-        self._check_size(height, width)
+        if callback_every < 1:
+            raise DeepGenError(f"callback_every is {callback_every}; use at least 1")
+        sampling = resolve_sampling(self.config, num_inference_steps, guidance_scale, sampler)
         requests = self._requests(prompt, image, negative_prompt, seed)
-        latent_shape = (
-            self.config.vae.latent_channels,
-            *(side // self.config.vae.downscale for side in (height, width)),
-        )
-        noise = self._initial_noise(requests, latent_shape, latents)
-        guidance_scale = self.config.guidance(guidance_scale)
-        guidance = None if guidance_scale == 1.0 else jnp.float32(guidance_scale)
-        condition = self._condition(requests, padding, guided=guidance is not None)
-        references = self._references(requests, reference_posterior, reference_noise)
-        tokens = latent_shape[1] * latent_shape[2] // self.config.mmdit.patch_size**2
-        sigmas = jnp.asarray(make_sigmas(self.scheduler, num_inference_steps, tokens))
-        mmdit = {"mmdit": self.params["mmdit"]}
-        final = programs.denoise(self.model, mmdit, noise, references, condition, sigmas, guidance)
-        count = requests.count
+        first = next((refs[0].size for refs in requests.images if refs), None)
+        width, height = resolve_size(self.config, width, height, () if first is None else (first,))
+        self._check_size(height, width)
+        shape = (self.config.vae.latent_channels, *(side // self.config.vae.downscale for side in (height, width)))
+        if latents is not None:
+            latents = np.asarray(latents, np.float32)
+            if latents.shape != (requests.count, *shape):
+                raise DeepGenError(f"latents have shape {latents.shape}, expected {(requests.count, *shape)}")
+        decode = output_type != "latent"
+
+        def run(requests: Requests, rows: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:
+            noise = self._initial_noise(requests, shape, None if latents is None else latents[list(rows)])
+            posterior_noise = None if reference_noise is None else [reference_noise[row] for row in rows]
+            references = self._references(requests, reference_posterior, posterior_noise)
+            return self._sample(
+                requests, noise, references, sampling, padding, decode, on_step_of(callback, rows), callback_every
+            )
+
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        if self.mesh.size == 1 and on_cpu and padding != "batch":
+            pixels, final = run_each_row(run, requests)
+        else:
+            pixels, final = run(requests, range(requests.count))
         images: list[Image.Image] | np.ndarray | None = None
-        if output_type != "latent":
+        if pixels is not None:
+            images = [Image.fromarray(array) for array in pixels] if output_type == "pil" else pixels
+        return PipelineOutput(images, final)
+
+    def _sample(
+        self,
+        requests: Requests,
+        noise: jax.Array,
+        references: programs.References | None,
+        sampling: Sampling,
+        padding: Padding,
+        decode: bool,
+        on_step: OnStep | None,
+        every: int,
+    ) -> tuple[np.ndarray | None, np.ndarray]:
+        """uint8 images [B, H, W, 3] (None without ``decode``) and latents [B, C, h, w] of requests, run together."""
+        guidance = None if sampling.guidance == 1.0 else jnp.float32(sampling.guidance)
+        condition = self._condition(requests, padding, guided=guidance is not None)
+        size, steps = (noise.shape[2], noise.shape[3]), sampling.steps
+        tokens = size[0] * size[1] // self.config.mmdit.patch_size**2
+        sigmas = jnp.asarray(programs.padded_sigmas(make_sigmas(self.scheduler, steps, tokens)))
+        mmdit = {"mmdit": self.params["mmdit"]}
+        keys = None
+        if get_sampler(sampling.sampler).stochastic:
+            keys = programs.sample_keys(*self._seeds(requests))
+        state = programs.start_denoising(self.model, noise, sampling.sampler)
+        bounds = [*range(0, steps, every if on_step else steps), steps]
+        for begin, end in pairwise(bounds):
+            state = programs.denoise_steps(
+                self.model, mmdit, state, references, condition, sigmas, guidance, np.int32(begin), np.int32(end), keys,
+                sampler=sampling.sampler, size=size,
+            )  # fmt: skip
+            if on_step is not None:
+                clean = programs.to_latents(self.model, state.clean, size)
+                on_step(end, steps, to_host(clean)[: requests.count])
+        final = programs.to_latents(self.model, state.x, size)
+        images = None
+        if decode:
             pixels = programs.vae_decode(self.model, self._vae, final, one_by_one=self.mesh.size == 1)
-            images = to_uint8(to_host(pixels)[:count])
-            if output_type == "pil":
-                images = [Image.fromarray(array) for array in images]
-        return PipelineOutput(images, to_host(final)[:count])
+            images = to_uint8(to_host(pixels)[: requests.count])
+        return images, to_host(final)[: requests.count]
 
     def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
         """Tokens of one plain prompt text, the template applied inside.
@@ -257,6 +314,11 @@ class DeepGenPipeline:
     def _split(self, array: Any) -> jax.Array:
         return jax.device_put(array, batch_sharding(self.mesh, np.ndim(array)))
 
+    def _seeds(self, requests: Requests) -> tuple[jax.Array, jax.Array]:
+        """Seed and index of each sample's noise, uint32 [B] each."""
+        seeds, indices = (self._split(np.asarray(x, np.uint32)) for x in (requests.seeds, requests.indices))
+        return seeds, indices
+
     def _check_size(self, height: int, width: int) -> None:
         unit = self.config.image_multiple
         if height % unit or width % unit or height < unit or width < unit:
@@ -276,7 +338,7 @@ class DeepGenPipeline:
         self,
         prompt: str | Sequence[str],
         image: ImageArgument,
-        negative_prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None,
         seed: int | Sequence[int],
     ) -> Requests:
         """The arguments as one entry an image: checked, RGB, padded to what the mesh splits evenly."""
@@ -291,12 +353,8 @@ class DeepGenPipeline:
         self, requests: Requests, shape: tuple[int, ...], latents: np.ndarray | jax.Array | None
     ) -> jax.Array:
         if latents is None:
-            seeds, indices = (self._split(np.asarray(x, np.uint32)) for x in (requests.seeds, requests.indices))
-            return programs.normal_noise(seeds, indices, shape, programs.INITIAL_NOISE)
-        given = np.asarray(latents, np.float32)
-        if given.shape != (requests.count, *shape):
-            raise DeepGenError(f"latents have shape {given.shape}, expected {(requests.count, *shape)}")
-        return self._split(given[requests.rows])
+            return programs.normal_noise(*self._seeds(requests), shape, programs.INITIAL_NOISE)
+        return self._split(np.asarray(latents)[requests.rows])
 
     def _condition(self, requests: Requests, padding: Padding, guided: bool) -> programs.Condition:
         """Condition of the batch; with guidance prompt and negative prompt of each sample side by side."""

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deepgen_jax.flow.samplers import sample_ode
+from deepgen_jax.flow import samplers
+from deepgen_jax.inference.guidance import Condition, guided_velocity
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
@@ -20,8 +22,9 @@ from deepgen_jax.parallel.jit_options import tuned_jit
 
 Params = dict[str, Any]
 
-#: What a random key is for; keys are fold_in(fold_in(key(seed), sample index), purpose).
-INITIAL_NOISE, REFERENCE_POSTERIOR = 0, 1
+#: What a random key is for; keys are fold_in(fold_in(key(seed), sample index), purpose). Reference j draws the noise of
+#: its posterior with REFERENCE_POSTERIOR + j.
+INITIAL_NOISE, REFERENCE_POSTERIOR, STEP_NOISE = 0, 1, 2**31
 
 
 class References(NamedTuple):
@@ -30,14 +33,6 @@ class References(NamedTuple):
     patches: jax.Array
     position_ids: jax.Array
     mask: jax.Array | None
-
-
-class Condition(NamedTuple):
-    """What the MMDiT is conditioned on: pooled [B, P], sequence [B, L, J], mask [B, L]."""
-
-    pooled: jax.Array
-    sequence: jax.Array
-    mask: jax.Array
 
 
 def _apply(model: DeepGen, method: str, params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -49,10 +44,13 @@ def normal_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...], p
     """Standard normal noise [B, *shape], each sample's from its own (seed, index) alone."""
 
     def one(seed: jax.Array, index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose)
-        return jax.random.normal(key, shape, jnp.float32)
+        return jax.random.normal(_key(seed, index, purpose), shape, jnp.float32)
 
     return jax.vmap(one)(seeds, indices)
+
+
+def _key(seed: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -79,7 +77,7 @@ def velocity(model: DeepGen, params: Params, *batch: jax.Array | None, num_targe
     return _apply(model, "velocity", params, *batch, num_targets=num_targets)
 
 
-@partial(tuned_jit, static_argnames=("model", "trajectory"))
+@partial(tuned_jit, static_argnames=("model", "sampler", "trajectory"))
 def denoise(
     model: DeepGen,
     params: Params,
@@ -89,8 +87,9 @@ def denoise(
     sigmas: jax.Array,
     guidance_scale: jax.Array | None,
     trajectory: bool = False,
+    sampler: str = "euler",
 ) -> jax.Array:
-    """All of denoising in one program: Euler steps in a `jax.lax` loop, both sides of guidance in one batch.
+    """All steps of an ODE sampler in one program whose number of steps is known to the compiler.
 
     Args:
       model, params: the model; only its ``mmdit`` part is used.
@@ -100,48 +99,107 @@ def denoise(
       sigmas: [N + 1] float32 noise levels, the last is 0.
       guidance_scale: g of ``v = v_neg + g (v_cond - v_neg)``; None without guidance.
       trajectory: return the latents after every step.
+      sampler: name of the sampler.
 
     Returns:
       [B, C, h, w] float32, or [N, B, C, h, w] with ``trajectory``.
     """
+    size = (noise.shape[2], noise.shape[3])
+    x = grids.patchify(noise, model.config.mmdit.patch_size)
+    velocity = _velocity_fn(model, params, size, x, references, condition, guidance_scale)
+    if trajectory:
+        return to_latents(model, samplers.sample(sampler, velocity, x, sigmas, return_trajectory=True)[1][1:], size)
+    return to_latents(model, samplers.sample(sampler, velocity, x, sigmas), size)
+
+
+@partial(jax.jit, static_argnames=("model", "sampler"))
+def start_denoising(model: DeepGen, noise: jax.Array, sampler: str) -> samplers.State:
+    """State before the first step from initial latents [B, C, h, w]."""
+    return samplers.start(sampler, grids.patchify(noise, model.config.mmdit.patch_size))
+
+
+@partial(tuned_jit, static_argnames=("model", "sampler", "size"))
+def denoise_steps(
+    model: DeepGen,
+    params: Params,
+    state: samplers.State,
+    references: References | None,
+    condition: Condition,
+    sigmas: jax.Array,
+    guidance_scale: jax.Array | None,
+    first: jax.Array,
+    last: jax.Array,
+    keys: jax.Array | None,
+    *,
+    sampler: str,
+    size: tuple[int, int],
+) -> samplers.State:
+    """Steps ``first`` to ``last`` - 1 of any sampler; their number is data, so that another compiles nothing.
+
+    Args:
+      model, params, references, condition, guidance_scale: as for :func:`denoise`.
+      state: of :func:`start_denoising` or an earlier call.
+      sigmas: float32, padded by :func:`padded_sigmas`.
+      first, last: int32 scalars.
+      keys: [B] of :func:`sample_keys`, which stochastic samplers draw their noise from; None for others.
+      sampler: name of the sampler.
+      size: (height, width) of the latents.
+    """
+    velocity = _velocity_fn(model, params, size, state.x, references, condition, guidance_scale)
+
+    def noise(step: jax.Array) -> jax.Array:
+        assert keys is not None
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, step), state.x.shape[1:], jnp.float32)  # noqa: E731
+        return jax.vmap(draw)(keys)
+
+    noise_fn = None if keys is None else noise
+    uncached = lambda x, sigma, cache: (velocity(x, sigma), cache)  # noqa: E731
+    return samplers.advance(sampler, uncached, state, sigmas, first, last, noise_fn)
+
+
+@partial(jax.jit, static_argnames=("model", "size"))
+def to_latents(model: DeepGen, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Tokens [..., T, D] -> latents [..., C, h, w]."""
+    return grids.unpatchify(tokens, *size, model.config.mmdit.patch_size, model.config.mmdit.out_channels)
+
+
+@jax.jit
+def sample_keys(seeds: jax.Array, indices: jax.Array) -> jax.Array:
+    """Keys [B] of the noise that stochastic samplers add, each sample's from its own (seed, index) alone."""
+    return jax.vmap(lambda seed, index: _key(seed, index, STEP_NOISE))(seeds, indices)
+
+
+def padded_sigmas(sigmas: np.ndarray) -> np.ndarray:
+    """``sigmas`` [N + 1] padded with zeros to a multiple of 128 values, for :func:`denoise_steps`."""
+    return np.pad(sigmas, (0, -len(sigmas) % 128))
+
+
+def _velocity_fn(
+    model: DeepGen,
+    params: Params,
+    size: tuple[int, int],
+    x: jax.Array,
+    references: References | None,
+    condition: Condition,
+    guidance_scale: jax.Array | None,
+) -> samplers.VelocityFn:
+    """(target tokens [B, T, D], sigma) -> guided velocity."""
     config = model.config.mmdit
-    batch, channels, height, width = noise.shape
-    sides = 1 if guidance_scale is None else 2
-    x = grids.patchify(noise, config.patch_size)
-    num_targets = x.shape[1]
-    target_ids = grids.position_ids(height, width, config.patch_size, config.pos_embed_max_size)
-    ids = jnp.broadcast_to(jnp.asarray(target_ids), (batch, num_targets))
+    batch, num_targets = x.shape[:2]
+    targets = grids.position_ids(*size, config.patch_size, config.pos_embed_max_size)
+    ids = jnp.broadcast_to(jnp.asarray(targets), (batch, num_targets))
     mask = None
     if references is not None:
         ids = jnp.concatenate([ids, references.position_ids], axis=1)
         if references.mask is not None:
             mask = jnp.concatenate([jnp.ones((batch, num_targets), bool), references.mask], axis=1)
-            mask = jnp.repeat(mask, sides, axis=0)
-    ids = jnp.repeat(ids, sides, axis=0)
 
-    def guided_velocity(x: jax.Array, sigma: jax.Array, step: jax.Array) -> jax.Array:
-        del step
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
         tokens = x if references is None else jnp.concatenate([x, references.patches.astype(x.dtype)], axis=1)
-        v = _apply(
-            model,
-            "velocity",
-            params,
-            jnp.repeat(tokens, sides, axis=0),
-            ids,
-            jnp.full((sides * batch,), sigma * 1000.0),
-            condition.pooled,
-            condition.sequence,
-            mask,
-            condition.mask,
-            num_targets,
-        )
-        if guidance_scale is None:
-            return v
-        v = v.reshape(batch, 2, *v.shape[1:])
-        return v[:, 1] + guidance_scale * (v[:, 0] - v[:, 1])
+        variables = {"params": params}
+        return guided_velocity(model, variables, tokens, ids, sigma, condition, guidance_scale, mask, num_targets)
 
-    final, states = sample_ode(guided_velocity, x, sigmas, return_trajectory=True)
-    return grids.unpatchify(states[1:] if trajectory else final, height, width, config.patch_size, channels)
+    return velocity
 
 
 @partial(jax.jit, static_argnames="model")

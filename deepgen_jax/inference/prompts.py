@@ -23,7 +23,7 @@ from deepgen_jax.inference.requests import MAX_SEED
 #: Names of a line's fields; all but ``prompt`` may be absent.
 FIELDS = (
     "prompt", "negative_prompt", "image", "images", "seed", "size", "width", "height", "id", "name", "num_images",
-    "steps", "guidance",
+    "steps", "guidance", "sampler",
 )  # fmt: skip
 # A CSV cell or a path list may be long; the csv module's own limit is 128 KiB.
 _MAX_CELL = 2**24
@@ -53,6 +53,7 @@ class Record:
     num_images: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def parse_record(fields: dict[str, Any], index: int, line: int, folder: Path) ->
         num_images=_integer(given, "num_images", 1),
         steps=_integer(given, "steps", 1),
         guidance=_guidance(given.get("guidance")),
+        sampler=_sampler(_text(given, "sampler")),
     )
 
 
@@ -293,6 +295,15 @@ def _guidance(value: Any) -> float | None:
     if not math.isfinite(number) or number < 0:
         raise DeepGenError(f"'guidance' is {number}, expected 0 or more")
     return number
+
+
+def _sampler(name: str | None) -> str | None:
+    if name is None:
+        return None
+    from deepgen_jax.flow.samplers.registered import SAMPLERS, canonical_name
+
+    SAMPLERS.target(canonical_name(name), "'sampler'")
+    return canonical_name(name)
 
 
 def _size(given: dict[str, Any]) -> tuple[int | None, int | None]:

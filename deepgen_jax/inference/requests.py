@@ -37,6 +37,13 @@ class Requests:
     rows: list[int]
     count: int
 
+    def row(self, i: int) -> Requests:
+        """Entry ``i`` alone."""
+        at = slice(i, i + 1)
+        return Requests(
+            self.prompts[at], self.negative_prompts[at], self.images[at], self.seeds[at], self.indices[at], [0], 1
+        )
+
     def padded(self, multiple: int) -> Requests:
         """The same, with the last entry repeated until the number of entries is a multiple of ``multiple``."""
         rows = list(range(self.count)) + [self.count - 1] * (-self.count % multiple)
@@ -48,10 +55,10 @@ class Requests:
 def collect(
     prompt: str | Sequence[str],
     image: ImageArgument,
-    negative_prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str | None] | None,
     seed: int | Sequence[int],
 ) -> Requests:
-    """Checks the arguments against each other.
+    """Checks the arguments against each other; a negative prompt of None is an empty one.
 
     Raises:
       DeepGenError: numbers of prompts, negative prompts, images or seeds that do not go together.
@@ -60,9 +67,14 @@ def collect(
     if not prompts:
         raise DeepGenError("no prompt is given; pass a text or a list of texts")
     count = len(prompts)
-    negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else list(negative_prompt)
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        negative_prompt = [negative_prompt] * count
+    negatives = [text or "" for text in negative_prompt]
     one_seed = isinstance(seed, Integral)
     seeds = [int(seed)] * count if one_seed else [int(value) for value in seed]  # type: ignore[arg-type, union-attr]
+    for text in (*prompts, *negatives):
+        if not isinstance(text, str):
+            raise DeepGenError(f"a prompt is {text!r:.60}; prompts are texts")
     for name, values in (("negative prompts", negatives), ("seeds", seeds)):
         if len(values) != count:
             raise DeepGenError(f"{count} prompts, but {len(values)} {name}; give one for all or one each")

@@ -69,7 +69,7 @@ def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
         ),
         # One group of the norms: among few channels of a group, a plain background would keep no more than its sign.
         vae=VAEConfig(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=1, sample_size=SIZE),
-        max_prompt_tokens=128, guidance_scale=1.0,
+        max_prompt_tokens=128, guidance_scale=1.0, num_inference_steps=4, image_size=SIZE, max_guidance_scale=2.0,
     )  # fmt: skip
 
 

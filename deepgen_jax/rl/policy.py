@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from deepgen_jax.inference.programs import Condition
+from deepgen_jax.inference.guidance import Condition, guided_velocity
 from deepgen_jax.models import lora
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
@@ -103,22 +103,6 @@ def velocity(
       float32 [b, T, D].
     """
     config = model.config.mmdit
-    batch, tokens, _ = latents.shape
-    sides = 1 if guidance_scale is None else 2
     places = grids.position_ids(canvas.height, canvas.width, config.patch_size, config.pos_embed_max_size)
-    v = model.apply(
-        variables,
-        jnp.repeat(latents, sides, axis=0),
-        jnp.broadcast_to(jnp.asarray(places), (sides * batch, tokens)),
-        jnp.repeat(jnp.broadcast_to(sigma * 1000.0, (batch,)), sides),
-        condition.pooled,
-        condition.sequence,
-        None,
-        condition.mask,
-        method="velocity",
-    )
-    assert isinstance(v, jax.Array)
-    if guidance_scale is None:
-        return v
-    v = v.reshape(batch, 2, *v.shape[1:])
-    return v[:, 1] + guidance_scale * (v[:, 0] - v[:, 1])
+    ids = jnp.broadcast_to(jnp.asarray(places), latents.shape[:2])
+    return guided_velocity(model, variables, latents, ids, sigma, condition, guidance_scale)

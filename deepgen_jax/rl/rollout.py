@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.flow.samplers import sample_ode, sde_step
+from deepgen_jax.flow.samplers import sample, sde_step
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
@@ -137,7 +137,7 @@ def rollout(
         return grids.unpatchify(x, canvas.height, canvas.width, config.patch_size, config.out_channels)
 
     if settings.sampler == "ode":
-        return pictures(sample_ode(lambda x, sigma, _: guided(canvas.split(x), sigma), noise, sigmas)), None
+        return pictures(sample("euler", lambda x, sigma: guided(canvas.split(x), sigma), noise, sigmas)), None
 
     def step(latents: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         index, sigma, sigma_next = inputs

@@ -86,7 +86,7 @@ class SampleConfig:
       prompts: what to generate.
       images: reference image of each prompt, "" for none; empty for no references at all.
       size: side of the pictures in pixels.
-      num_inference_steps, guidance_scale, seed: as those of the pipeline.
+      num_inference_steps, guidance_scale, sampler, seed: as those of the pipeline.
     """
 
     every: int = 0
@@ -95,6 +95,7 @@ class SampleConfig:
     size: int = 512
     num_inference_steps: int = 50
     guidance_scale: float | None = None
+    sampler: str | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ def make_samples(pipeline: DeepGenPipeline, config: SampleConfig) -> list[Image.
             width=config.size,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            sampler=config.sampler,
             seed=[config.seed + i for i in rows],
         ).images
         for i, picture in zip(rows, made or (), strict=True):

@@ -59,18 +59,20 @@ def test_one_image(pipe: FakePipeline, capsys: pytest.CaptureFixture):
     assert call == {
         "prompt": ["a cat"], "image": None, "negative_prompt": [""], "height": 64, "width": 64, "seed": [0],
         "steps": 50, "guidance": 4.0, "padding": "reference", "posterior": "mean",
+        "sampler": "euler",
     }  # fmt: skip
 
 
 def test_every_option_arrives(pipe: FakePipeline, capsys: pytest.CaptureFixture):
     numbers = {"num-images": 3, "seed": 7, "size": "96x32", "steps": 5, "guidance": 1.5, "batch-size": 2}
     words = [f"--{name}={value}" for name, value in numbers.items()]
-    words += ["--out", "sub/cat.jpg", "--negative-prompt", "ugly", "--padding", "masked"]
+    words += ["--out", "sub/cat.jpg", "--negative-prompt", "ugly", "--padding", "masked", "--sampler", "DPM++ 2M"]
     assert run("generate", "a cat", *words) == 0
     assert capsys.readouterr().out.split() == ["sub/cat_0.jpg", "sub/cat_1.jpg", "sub/cat_2.jpg"]
     assert [call["seed"] for call in pipe.calls] == [[7, 8], [9, 9]]
     assert (pipe.calls[0]["width"], pipe.calls[0]["height"], pipe.calls[0]["steps"]) == (96, 32, 5)
     assert (pipe.calls[0]["guidance"], pipe.calls[0]["padding"]) == (1.5, "masked")
+    assert pipe.calls[0]["sampler"] == "dpmpp_2m"
     assert pipe.calls[0]["negative_prompt"] == ["ugly"] * 2
     assert files("sub") == ["cat_0.jpg", "cat_1.jpg", "cat_2.jpg"]
 
@@ -155,6 +157,7 @@ def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
         (["a cat", "--batch-size", "-3"], "--batch-size is -3"),
         (["a cat", "--guidance", "nan"], "--guidance is nan"),
         (["a cat", "--guidance", "-1"], "--guidance is -1.0"),
+        (["a cat", "--sampler", "eular"], "sampler: 'eular' is unknown; did you mean euler?"),
         (["a cat", "--size", "big"], "size 'big' is not understood"),
         (["a cat", "--size", "32", "--width", "32", "--height", "32"], "--size and --width are both given"),
         (["a cat", "--width", "32"], "--width and --height go together"),

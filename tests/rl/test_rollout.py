@@ -9,7 +9,7 @@ import pytest
 from support import tiny_rl as tiny
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.flow.samplers import sample_ode, sde_step
+from deepgen_jax.flow.samplers import sample, sde_step
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
@@ -48,7 +48,7 @@ def test_ode_leaves_no_trajectory(case, predict):
     images, trajectory = case.rollout("ode", share=False)
     assert trajectory is None
     noise = initial_noise(tiny.SEED, np.arange(case.prompts), case.group_size, (tiny.TOKENS, tiny.WIDTH), share=False)
-    expected = sample_ode(lambda x, s, _: predict(x, s), noise, case.sigmas)
+    expected = sample("euler", predict, noise, case.sigmas)
     np.testing.assert_allclose(grids.patchify(images, 2), expected, atol=2e-5)
 
 

@@ -34,11 +34,13 @@ class FakePipeline:
         padding: str = "reference",
         reference_posterior: str = "mean",
         output_type: str = "pil",
+        sampler: str = "euler",
     ) -> SimpleNamespace:
         self.calls.append(
             dict(
                 prompt=prompt, image=image, negative_prompt=negative_prompt, height=height, width=width, seed=seed,
                 steps=num_inference_steps, guidance=guidance_scale, padding=padding, posterior=reference_posterior,
+                sampler=sampler,
             )
         )  # fmt: skip
         time.sleep(self.seconds)
@@ -49,7 +51,8 @@ class FakePipeline:
         images = []
         for i, text in enumerate(prompt):
             refs = [(ref.size, ref.tobytes()) for ref in image[i]] if image else None
-            key = (text, negative_prompt[i], seed[i], num_inference_steps, guidance_scale, refs, reference_posterior)
+            settings = (num_inference_steps, guidance_scale, sampler, reference_posterior)
+            key = (text, negative_prompt[i], seed[i], refs, settings)
             digest = hashlib.sha256(repr(key).encode()).digest()
             rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
             images.append(Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)))
