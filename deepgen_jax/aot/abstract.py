@@ -51,7 +51,7 @@ class Program:
       flops: operations of the model in one run, over all devices; what is computed again is not counted.
       facts: lines about shapes.
       trains: it ends in an optimiser step.
-      gathers_ahead: as for `deepgen_jax.parallel.jit_options`.
+      latency_hiding: as for `deepgen_jax.parallel.jit_options`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Program:
     flops: float
     facts: tuple[str, ...]
     trains: bool
-    gathers_ahead: bool = False
+    latency_hiding: bool = False
 
 
 @dataclass(frozen=True)

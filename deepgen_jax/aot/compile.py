@@ -14,9 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from deepgen_jax.aot import abstract, programs
-from deepgen_jax.aot.estimate import hlo, roofline
+from deepgen_jax.aot.estimate import Estimate, estimate
 from deepgen_jax.aot.report import Report, account, shard_bytes
-from deepgen_jax.aot.topology import Topology
+from deepgen_jax.aot.topology import Topology, compiler_versions
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, usual_mesh
 from deepgen_jax.rl.rl_config import GRPOConfig
@@ -25,6 +25,9 @@ from deepgen_jax.training.run_config import RunConfig, SupervisedConfig
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 #: Words of a prompt with the template around them, in tokens: the length that most captions stay below.
 PROMPT_TOKENS = 100
+# Of the model's operations, the fraction that every program computes: compilers drop a little, such as products with
+# padding and the gradient of what nothing depends on.
+_LEAST_COMPUTED = 0.95
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,9 @@ class Job:
         self._lowered = program.lower()
 
     @property
-    def gathers_ahead(self) -> bool:
+    def latency_hiding(self) -> bool:
         """Whether the compiler is to begin collectives early."""
-        return self._program.gathers_ahead
+        return self._program.latency_hiding
 
     def compile(self, options: dict[str, Any]) -> Report:
         """Compiles to the end.
@@ -109,9 +112,9 @@ class Job:
         program, request, mesh = self._program, self._request, self._mesh
         work = max(total - shard_bytes(program.arguments), 0.0)
         memory = account(program.memory, work, program.trains)
-        estimate = None
-        if text is not None:
-            estimate = roofline.estimate(hlo.parse(text), request.topology, list(mesh.devices.flat))
+        found = None if text is None else estimate(text, request.topology, list(mesh.devices.flat))
+        if found is not None:
+            _check_operations(found, program.flops / mesh.size, request.topology)
         report = Report(
             request.command,
             program.name,
@@ -124,10 +127,10 @@ class Job:
             memory,
             sum(memory.values()),
             program.flops,
-            estimate,
+            found,
             time.monotonic() - self._start,
             program.trains,
-            gathers_ahead=program.gathers_ahead,
+            latency_hiding=program.latency_hiding,
         )
         if not report.fits:
             report.advice = self._advice()
@@ -166,6 +169,25 @@ class Job:
         if len(advice) == 1:
             advice.append("more devices: every sample has a device of its own, and weights are split over all")
         return advice
+
+
+def _check_operations(found: Estimate, model_flops: float, topology: Topology) -> None:
+    """Refuses an estimate that counts fewer operations than the model has: the parser missed products.
+
+    Args:
+      found: of one device.
+      model_flops: of one device.
+      topology: that was compiled for.
+
+    Raises:
+      DeepGenError: operations are missing.
+    """
+    if found.operations < _LEAST_COMPUTED * model_flops:
+        raise DeepGenError(
+            f"the optimised program shows {found.operations / 1e12:.4g} TFLOP a device, but the model alone has "
+            f"{model_flops / 1e12:.4g}: the text of its HLO is not understood. It was compiled with "
+            f"{compiler_versions(topology)}; install versions listed in setup.py"
+        )
 
 
 def needed_bytes(message: str, arguments: float) -> float:

@@ -1,8 +1,7 @@
-"""Compiles in a process of its own, and ends it as soon as the compiler has written what there is to know.
+"""Compilation in a subprocess that ends once the optimised program and its memory are known.
 
-Most of a compiler's time goes into machine code, after the program is optimised and its memory is assigned: ten minutes
-of twelve for a training step on a TPU. XLA can write the optimised program and the memory it takes to a folder before
-that; nothing later changes either.
+Most of a compilation is code generation, after optimisation and buffer assignment: ten minutes of twelve for a training
+step on a TPU. XLA dumps the optimised program and its memory usage before that, and neither changes afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,69 +22,76 @@ from deepgen_jax.aot.report import Report
 from deepgen_jax.aot.topology import describe
 from deepgen_jax.errors import DeepGenError
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
-def compile_apart(request: Request) -> Report:
+def compile_in_subprocess(request: Request) -> Report:
     """The report of a program for the devices of ``request.topology``; after ``topology.prepare``.
 
     Raises:
-      DeepGenError: the program cannot be made of what was asked for, or its compiler fails.
+      DeepGenError: the request does not fit together, or the compiler fails.
     """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="deepgen-compile-") as folder:
-        process = context.Process(target=_compile, args=(request, folder, theirs), daemon=True)
+        process = context.Process(target=_compile, args=(request, folder, sender), daemon=True)
         process.start()
-        theirs.close()
+        sender.close()
         try:
-            found = ours.recv()
+            result = receiver.recv()
         except EOFError:
             process.join()
             raise DeepGenError(
-                f"the compiler ended with status {process.exitcode} and said nothing; is there enough memory?"
+                f"the compiler ended with status {process.exitcode} and no message; is there enough memory?"
             ) from None
         finally:
             process.kill()
             process.join()
-    if isinstance(found, str):
-        raise DeepGenError(found)
-    return found
+    if isinstance(result, str):
+        raise DeepGenError(result)
+    return result
 
 
-def _compile(request: Request, folder: str, answer: Connection) -> None:
-    """The other process: answers with a report or with what went wrong, once."""
+def _compile(request: Request, folder: str, sender: Connection) -> None:
+    """Entry point of the subprocess: sends one report, or one error message, and exits."""
     lock = threading.Lock()
 
-    def tell(what: Report | str) -> None:
+    def finish(result: Report | str) -> None:
         with lock:
-            answer.send(what)
-            # The compiler is still at work in another thread and cannot be asked to stop.
+            sender.send(result)
+            # The other thread is inside the compiler, which cannot be interrupted.
             os._exit(0)
 
-    try:
+    def work() -> Report:
         job = Job(request, describe(request.topology))
-        options = request.topology.options(job.gathers_ahead) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        threading.Thread(target=lambda: tell(_watched(job, Path(folder))), daemon=True).start()
-        tell(job.compile(options))
-    except DeepGenError as error:
-        tell(str(error))
-    except Exception as error:
-        tell(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        options = request.topology.compiler_options(job.latency_hiding)
+        options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        watch = partial(_report_of_dump, job, Path(folder))
+        threading.Thread(target=lambda: finish(_guarded(watch)), daemon=True).start()
+        return job.compile(options)
+
+    finish(_guarded(work))
 
 
-def _watched(job: Job, folder: Path) -> Report | str:
-    """Waits for the compiler's files."""
-    while (found := _written(folder)) is None:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+def _guarded(run: Callable[[], Report]) -> Report | str:
+    """A report, or the message of whatever prevented it: the parent process has nothing but what is sent to it."""
     try:
-        return job.report(*found)
-    except Exception as error:  # a thread's error would be lost
-        return f"the optimised program cannot be read: {type(error).__name__}: {error}"
+        return run()
+    except DeepGenError as error:
+        return str(error)
+    except Exception as error:
+        return f"the compilation failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _written(folder: Path) -> tuple[str, float] | None:
-    """(optimised program, bytes it takes with its arguments), once both are there as a whole."""
+def _report_of_dump(job: Job, folder: Path) -> Report:
+    """Waits for the dumped files and reads them."""
+    while (found := _read_dump(folder)) is None:
+        time.sleep(_POLL_SECONDS)
+    return job.report(*found)
+
+
+def _read_dump(folder: Path) -> tuple[str, float] | None:
+    """(optimised program, bytes it takes with its arguments), once both files are complete."""
     reports = list(folder.glob("module_*.jit_*after_optimizations-memory-usage-report.txt"))
     texts = list(folder.glob("module_*.jit_*after_optimizations.txt"))
     if not reports or not texts:
@@ -95,8 +103,12 @@ def _written(folder: Path) -> tuple[str, float] | None:
 
 
 def total_bytes(report: str) -> float:
-    """HBM that a program takes with its arguments, from XLA's memory usage report."""
+    """HBM that a program takes with its arguments, from XLA's memory usage report.
+
+    Raises:
+      DeepGenError: the report is in another form.
+    """
     found = re.search(r"Total bytes(?: used)?: (\d+)", report)
     if found is None:
-        raise DeepGenError("XLA's memory usage report does not tell a total; this JAX version writes another form")
+        raise DeepGenError("XLA's memory usage report has no total; install versions of JAX listed in setup.py")
     return float(found[1])

@@ -114,7 +114,7 @@ def _supervised(subject: Subject, batch: int | None) -> Program:
         operations,
         (*facts, f"trains {', '.join(config.trains)}; remat {config.remat}; attention {kernel}"),
         True,
-        gathers_ahead=True,
+        latency_hiding=True,
     )
 
 

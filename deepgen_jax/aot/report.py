@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from deepgen_jax.aot.estimate.roofline import ASSUMPTIONS, Estimate
-from deepgen_jax.aot.topology import GIB, Topology
+from deepgen_jax.aot.estimate import ASSUMPTIONS, Estimate
+from deepgen_jax.aot.topology import Topology
+from deepgen_jax.parallel.chips import GIB
 
 #: Kinds of memory in the order in which they are told.
 KINDS = (
@@ -34,7 +35,7 @@ class Report:
       estimate: None where it was not compiled to the end.
       compile_seconds: that the compiler took.
       trains: it ends in an optimiser step.
-      gathers_ahead: as for `deepgen_jax.parallel.jit_options`.
+      latency_hiding: as for `deepgen_jax.parallel.jit_options`.
       choice: mesh and rematerialisation, where several were tried.
       advice: what would make it fit, where it does not.
     """
@@ -53,7 +54,7 @@ class Report:
     estimate: Estimate | None
     compile_seconds: float
     trains: bool = False
-    gathers_ahead: bool = False
+    latency_hiding: bool = False
     choice: str = ""
     advice: list[str] = field(default_factory=list)
 
@@ -88,7 +89,7 @@ class Report:
             "batch": {"size": self.batch, "unit": self.unit, "micro_batch": self.micro_batch},
             "shapes": list(self.facts),
             "chip": {key: value for key, value in asdict(chip).items() if isinstance(value, (str, float, int))},
-            "compiler_options": chip.options_of(self.gathers_ahead),
+            "compiler_options": chip.compiler_options(self.latency_hiding),
             "memory": {**self.memory, "total": self.needed, "limit": chip.memory},
             "fits": self.fits,
             "advice": self.advice,
@@ -137,10 +138,8 @@ class Report:
             "assumed:",
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
-        if options := chip.options_of(self.gathers_ahead):
+        if options := chip.compiler_options(self.latency_hiding):
             lines.append(f"  compiler options {' '.join(options)}; runs set them, too")
-        if estimate.unknown_loops:
-            lines.append(f"  {estimate.unknown_loops} loops of unknown length count once")
         return lines
 
 

@@ -29,7 +29,7 @@ from deepgen_jax.models import flops
 from deepgen_jax.models.attention import implementation_of
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel import rules
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.policy import policy_variables
@@ -158,7 +158,7 @@ def update_program(subject: Subject, batch: int | None) -> Program:
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,
         UpdateKeys(array(mesh, dtype=key_type()), keys), array(mesh, dtype=jnp.int32),
     )  # fmt: skip
-    jitted = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    jitted = device_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "update",
         "images",

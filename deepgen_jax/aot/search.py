@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from deepgen_jax.aot.compile import Request
 from deepgen_jax.aot.report import Report
-from deepgen_jax.aot.topology import GIB, GPUS_A_HOST, Topology
+from deepgen_jax.aot.topology import Topology
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat
+from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST
 
 #: What the backward pass computes again, most first. On GPUs "flash" is the same as "full".
 REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
@@ -24,7 +25,7 @@ def meshes(topology: Topology) -> Iterator[str]:
     over four neighbours. "data" is across slices.
     """
     size, slices = topology.size // topology.slices, topology.slices
-    usual = (GPUS_A_HOST, 4 * GPUS_A_HOST) if topology.gpu else (8, 16)
+    usual = (GPUS_PER_HOST, 4 * GPUS_PER_HOST) if topology.gpu else (8, 16)
     spans = {min(size, span) for span in (*usual, size)}
     for fsdp in sorted(span for span in spans if size % span == 0):
         yield _text(slices * size // fsdp, fsdp, 1)

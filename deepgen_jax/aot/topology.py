@@ -8,93 +8,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.chips import CHIPS, GPUS_PER_HOST, Chip
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device as JAX sees it; all rates are the vendor's, per second.
-
-    Attributes:
-      name: for people.
-      memory: bytes that a program may use, as the compiler reports the limit.
-      peak_flops: dense bfloat16 operations.
-      memory_bandwidth: bytes between HBM and the core.
-      link_bandwidth: bytes one way through one link between neighbours (TPU), or into one device from the others of its
-        host (GPU).
-      network_bandwidth: bytes into one device from other slices (TPU) or other hosts (GPU).
-      torus: sizes at which a dimension of a slice is a ring; a shorter one is a line. Empty on GPUs.
-      options: for the compiler, where its defaults lose time; runs set them, too (`deepgen_jax.parallel.jit_options`).
-      ahead_options: more of them, for programs that gather ahead (`deepgen_jax.parallel.jit_options`).
-      deviceless: options that compiling without the device needs.
-    """
-
-    name: str
-    memory: float
-    peak_flops: float
-    memory_bandwidth: float
-    link_bandwidth: float
-    network_bandwidth: float
-    torus: tuple[int, ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
-    ahead_options: tuple[tuple[str, Any], ...] = ()
-    deviceless: tuple[tuple[str, Any], ...] = ()
-
-    def options_of(self, gathers_ahead: bool) -> dict[str, Any]:
-        """Of a program, which gathers ahead or does not."""
-        return dict(self.options + (self.ahead_options if gathers_ahead else ()))
-
-
-# Products whole: cut into steps that pass pieces from chip to chip, as libtpu prefers on small slices, stage 2 on
-# v6e:2x4 and v5e:4x4 counts 1.4 to 1.5 times the arithmetic and is estimated to take 1.6 to 2.4 times as long.
-_WHOLE_PRODUCTS = (("xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000),)
-# Collectives run beside the products: on v6e on the SparseCores, on v5e within fused loops.
-_ON_SPARSE_CORES = tuple(
-    (f"xla_{name}", True)
-    for name in (
-        "enable_async_all_gather",
-        "tpu_enable_sparse_core_collective_offload_all_gather",
-        "tpu_enable_sparse_core_collective_offload_all_reduce",
-        "tpu_enable_sparse_core_collective_offload_reduce_scatter",
-        "tpu_use_tc_device_shape_on_sc",
-        "sc_disable_megacore_partitioning",
-    )
-)
-
-# Of layers in a loop: the gradients of one are reduced over "data" beside the backward pass of the next. And no
-# products merged that would need their weights joined in memory first, as those of adapters with the weights' own.
-_GPU_LOOPS = (("xla_gpu_enable_pipelined_all_reduce", True), ("xla_gpu_dot_merger_threshold_mb", 0))
-# Weights of several products are gathered one after another, not each only when the one before is used.
-_GPU_AHEAD = (
-    ("xla_gpu_enable_latency_hiding_scheduler", True),
-    ("xla_gpu_experimental_parallel_collective_overlap_limit", 4),
-)
-
-#: What JAX takes of a GPU's memory when a command starts, in the place of its own three quarters.
-GPU_MEMORY_SHARE = 0.95
-
-# TPU: cloud.google.com/tpu/docs/{v5e,v5p,v6e} (peak arithmetic, HBM, the interconnect's total per chip: 400, 1200 and
-# 800 GB/s both ways over 4, 6 and 4 links; data-centre network per chip: 25, 50 and 100 Gbit/s). HBM is what libtpu
-# leaves to programs. A v5e or v6e dimension closes to a ring at 16 chips, a v5p one at 4 and above.
-# H100 SXM: NVIDIA's data sheet; NVLink 900 GB/s both ways; one 400 Gbit/s InfiniBand port a GPU. The device
-# description tells of 79.1 GiB, of which JAX gets what the command line has it take.
-CHIPS = {
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 50e9, 3.125e9, (16,), _WHOLE_PRODUCTS),
-    "v5p": Chip("TPU v5p", 95.74 * GIB, 459e12, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24), _WHOLE_PRODUCTS),
-    "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 100e9, 12.5e9, (16,), _WHOLE_PRODUCTS + _ON_SPARSE_CORES),
-    "h100": Chip(
-        "H100 SXM", GPU_MEMORY_SHARE * 84942979072, 989e12, 3352e9, 450e9, 50e9, options=_GPU_LOOPS,
-        ahead_options=_GPU_AHEAD,
-        deviceless=(("xla_gpu_enable_triton_gemm", False),),
-    ),
-}  # fmt: skip
-#: GPUs of one host.
-GPUS_A_HOST = 8
+#: Keys of `deepgen_jax.parallel.chips.CHIPS` that programs can be compiled for.
+KINDS = ("v5e", "v5p", "v6e", "h100")
 _TARGETS = {"h100": "h100_sxm.txtpb"}
 
 
@@ -104,7 +25,7 @@ class Topology:
 
     Attributes:
       name: as it was asked for, such as "v6e:8x8" or "h100:64".
-      kind: key of :data:`CHIPS`.
+      kind: one of :data:`KINDS`.
       shape: chips along each dimension of one slice; () for GPUs.
       slices: joined by the data-centre network; 1 for GPUs.
       size: devices in all.
@@ -120,9 +41,9 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.kind]
 
-    def options(self, gathers_ahead: bool) -> dict[str, Any]:
-        """For the compiler of a program, which gathers ahead or does not."""
-        return self.chip.options_of(gathers_ahead) | dict(self.chip.deviceless)
+    def compiler_options(self, latency_hiding: bool) -> dict[str, Any]:
+        """Options to compile a program without the device."""
+        return self.chip.compiler_options(latency_hiding) | dict(self.chip.deviceless_options)
 
     @property
     def gpu(self) -> bool:
@@ -145,15 +66,15 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
       DeepGenError: an unknown kind, or a shape that it does not come in.
     """
     kind, _, rest = text.strip().lower().partition(":")
-    if kind not in CHIPS:
-        raise DeepGenError(f"topology {text!r}: {kind!r} is unknown; choose one of {', '.join(CHIPS)}, as in v6e:8x8")
+    if kind not in KINDS:
+        raise DeepGenError(f"topology {text!r}: {kind!r} is unknown; choose one of {', '.join(KINDS)}, as in v6e:8x8")
     if slices < 1:
         raise DeepGenError(f"--slices is {slices}; it must be at least 1")
     if kind in _TARGETS:
-        if not rest.isdecimal() or int(rest) < 1 or (int(rest) > GPUS_A_HOST and int(rest) % GPUS_A_HOST):
+        if not rest.isdecimal() or int(rest) < 1 or (int(rest) > GPUS_PER_HOST and int(rest) % GPUS_PER_HOST):
             raise DeepGenError(
-                f"topology {text!r}: {rest!r} is no number of GPUs; write 1 to {GPUS_A_HOST}, or a multiple of "
-                f"{GPUS_A_HOST}, as in {kind}:64"
+                f"topology {text!r}: {rest!r} is no number of GPUs; write 1 to {GPUS_PER_HOST}, or a multiple of "
+                f"{GPUS_PER_HOST}, as in {kind}:64"
             )
         if slices > 1:
             raise DeepGenError(f"--slices is for TPUs; name all GPUs at once, as in {kind}:{int(rest) * slices}")
@@ -189,6 +110,18 @@ def prepare(topology: Topology) -> None:
         )
 
 
+def compiler_versions(topology: Topology) -> str:
+    """Versions of JAX and of the compiler's package for these devices."""
+    package = "jax-cuda12-plugin" if topology.gpu else "libtpu"
+    versions = []
+    for name in ("jax", package):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{name} of an unknown version")
+    return " and ".join(versions)
+
+
 def describe(topology: Topology) -> Sequence[Any]:
     """The devices, for meshes; after :func:`prepare`.
 
@@ -200,7 +133,7 @@ def describe(topology: Topology) -> Sequence[Any]:
     try:
         if topology.gpu:
             target = resources.files("deepgen_jax.aot").joinpath("targets", _TARGETS[topology.kind]).read_text()
-            hosts, each = max(topology.size // GPUS_A_HOST, 1), min(topology.size, GPUS_A_HOST)
+            hosts, each = max(topology.size // GPUS_PER_HOST, 1), min(topology.size, GPUS_PER_HOST)
             found = topologies.get_topology_desc(
                 "", platform="cuda", topology=f"1x{hosts}x{each}", target_config=target
             )

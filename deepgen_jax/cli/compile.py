@@ -66,19 +66,19 @@ class CompileCommand:
 
         from deepgen_jax.aot import compile as compiling
         from deepgen_jax.aot import search as searching
-        from deepgen_jax.aot.compile_process import compile_apart
+        from deepgen_jax.aot.compile_process import compile_in_subprocess
 
         mesh = self.mesh or config.mesh
         request = compiling.Request(
             config, topology, mesh, self.program, self.batch, self.prompt_tokens, self._command()
         )
         if self.search:
-            reports = searching.search(request, compile_apart, _say)
+            reports = searching.search(request, compile_in_subprocess, _say)
             print(searching.ranking(reports), end="\n\n")
         elif self.largest_batch:
-            reports = [compiling.largest(request, compile_apart, _say)]
+            reports = [compiling.largest(request, compile_in_subprocess, _say)]
         else:
-            reports = [compile_apart(request)]
+            reports = [compile_in_subprocess(request)]
         print(reports[0].table())
         self._save(reports)
         return 0

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepgen_jax import __version__
-from deepgen_jax.aot.topology import GPU_MEMORY_SHARE
 from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
 from deepgen_jax.user_warnings import collect_warnings
 
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Before JAX starts: it leaves a quarter of a GPU unused otherwise. Both names at once it refuses.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

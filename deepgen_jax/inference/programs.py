@@ -18,7 +18,7 @@ from deepgen_jax.inference.guidance import Condition, guided_velocity
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 
 Params = dict[str, Any]
 
@@ -77,7 +77,7 @@ def velocity(model: DeepGen, params: Params, *batch: jax.Array | None, num_targe
     return _apply(model, "velocity", params, *batch, num_targets=num_targets)
 
 
-@partial(tuned_jit, static_argnames=("model", "sampler", "trajectory"))
+@partial(device_jit, static_argnames=("model", "sampler", "trajectory"))
 def denoise(
     model: DeepGen,
     params: Params,
@@ -118,7 +118,7 @@ def start_denoising(model: DeepGen, noise: jax.Array, sampler: str) -> samplers.
     return samplers.start(sampler, grids.patchify(noise, model.config.mmdit.patch_size))
 
 
-@partial(tuned_jit, static_argnames=("model", "sampler", "size"))
+@partial(device_jit, static_argnames=("model", "sampler", "size"))
 def denoise_steps(
     model: DeepGen,
     params: Params,

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deepgen_jax.aot.topology import GPUS_A_HOST
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.parallel.chips import GPUS_PER_HOST
 
 AXES = ("data", "fsdp", "tensor")
 #: Axes over which a batch is split.
@@ -42,7 +42,7 @@ def usual_mesh(count: int, slices: int = 1, *, gpu: bool) -> str:
       slices: that they are in, as TPUs are.
       gpu: whether they are GPUs.
     """
-    fsdp = math.gcd(count // slices, GPUS_A_HOST if gpu else 16)
+    fsdp = math.gcd(count // slices, GPUS_PER_HOST if gpu else 16)
     return f"data={count // fsdp},fsdp={fsdp}"
 
 

@@ -23,7 +23,7 @@ from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
@@ -148,7 +148,7 @@ class GRPOStage:
         self._tokens = tokens
         step = make_update(config, self._model, optimizer, weights.scheduler, weights.lora_scale, self._canvas)
         everywhere = replicated(mesh)
-        self._update = tuned_jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
+        self._update = device_jit(step, donate_argnums=0, out_shardings=(shardings_of(self.state), everywhere))
         width = weights.config.mmdit.in_channels * weights.config.mmdit.patch_size**2
 
         def begin(seed: jax.Array, prompts: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ from deepgen_jax.flow.samplers import sample, sde_step
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
 from deepgen_jax.training.partition import Tree
 
@@ -99,7 +99,7 @@ def initial_noise(
     return jnp.repeat(noise, group_size, axis=0) if share else noise
 
 
-@partial(tuned_jit, static_argnames=("model", "settings"))
+@partial(device_jit, static_argnames=("model", "settings"))
 def rollout(
     model: DeepGen,
     settings: RolloutSettings,

@@ -22,7 +22,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.hosts import same_on_all
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, host_share, to_global
 from deepgen_jax.training.encoders import check_untrained, digest_for, has_cached
 from deepgen_jax.training.inputs import (
@@ -278,7 +278,7 @@ def _split_batches(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(constrain, tree)
 
 
-@partial(tuned_jit, static_argnames=("model", "mesh"))
+@partial(device_jit, static_argnames=("model", "mesh"))
 def encode_images(
     model: DeepGen, mesh: Mesh, frozen: Tree, target: jax.Array, references: tuple[jax.Array, ...]
 ) -> Features:

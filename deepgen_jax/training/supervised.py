@@ -23,7 +23,7 @@ from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.models import lora
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.jit_options import tuned_jit
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.training.inputs import FLOW_NOISE, LORA_DROPOUT, NOISE_LEVEL, MicroBatch
@@ -236,7 +236,7 @@ def jit_step(
     lora_scale: float,
     state: TrainState,
     mesh: Mesh,
-) -> tuned_jit:
+) -> device_jit:
     """The compiled program of a step: (state, frozen, micro-batches, keys) -> (state, metrics).
 
     Args:
@@ -260,7 +260,7 @@ def jit_step(
         return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
 
     layout = (shardings_of(state), replicated(mesh))
-    return tuned_jit(step, gathers_ahead=True, donate_argnums=0, out_shardings=layout)
+    return device_jit(step, latency_hiding=True, donate_argnums=0, out_shardings=layout)
 
 
 class SupervisedStage(LoaderStage):

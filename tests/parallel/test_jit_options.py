@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepgen_jax.aot.topology import parse_topology
-from deepgen_jax.parallel.jit_options import compiler_options, tuned_jit
+from deepgen_jax.parallel.jit_options import compiler_options, device_jit
 
 
 @pytest.mark.parametrize(
@@ -21,26 +21,26 @@ from deepgen_jax.parallel.jit_options import compiler_options, tuned_jit
 )
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_run_compiles_with_what_was_estimated(kind, topology, ahead):
-    assert compiler_options(kind, ahead) == parse_topology(topology).options(ahead)
+    assert compiler_options(kind, ahead) == parse_topology(topology).compiler_options(ahead)
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
 def test_gpus_get_what_does_not_stand_for_the_missing_device(kind):
-    usual, ahead = (compiler_options(kind, gathers_ahead) for gathers_ahead in (False, True))
+    usual, ahead = (compiler_options(kind, latency_hiding) for latency_hiding in (False, True))
     assert usual
-    assert usual.items() < ahead.items() < parse_topology("h100:8").options(gathers_ahead=True).items()
+    assert usual.items() < ahead.items() < parse_topology("h100:8").compiler_options(latency_hiding=True).items()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v4", "NVIDIA A100-SXM4-80GB"])
 def test_other_devices_keep_the_defaults(kind):
-    assert compiler_options(kind, gathers_ahead=True) is None
+    assert compiler_options(kind, latency_hiding=True) is None
 
 
 def test_options_of_the_device_reach_the_compiler(monkeypatch):
     options = "deepgen_jax.parallel.jit_options.compiler_options"
-    monkeypatch.setattr(options, lambda kind, gathers_ahead: {"xla_no_such_option": kind})
+    monkeypatch.setattr(options, lambda kind, latency_hiding: {"xla_no_such_option": kind})
 
-    @partial(tuned_jit, static_argnames="power")
+    @partial(device_jit, static_argnames="power")
     def raised(x: jax.Array, power: int) -> jax.Array:
         """A power."""
         return x**power
@@ -54,7 +54,7 @@ def test_options_of_the_device_reach_the_compiler(monkeypatch):
 def test_it_is_jit():
     traced = []
 
-    @tuned_jit
+    @device_jit
     def double(x: jax.Array) -> jax.Array:
         traced.append(x)
         return 2 * x

@@ -1,4 +1,8 @@
-"""Reads the text of an optimised XLA module: computations, instructions in their order, loops and device groups."""
+"""Parser for the text of an optimised XLA module: computations, instructions in order, trip counts, device groups.
+
+Two forms of text are read: until 2026 an element of a tuple was an instruction, ``%x = ... get-tuple-element(%t),
+index=1``, and a loop printed its ``known_trip_count``; newer compilers write ``%t#1`` as an operand and print no count.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from deepgen_jax.aot.estimate.loops import trip_count
+
 _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
-    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f8e4m3fn": 8,
-    "f8e5m2": 8, "token": 0,
+    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "s1": 1, "u1": 1,
+    "f4e2m1fn": 4, "f8e3m4": 8, "f8e4m3": 8, "f8e4m3fn": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2": 8,
+    "f8e5m2fnuz": 8, "f8e8m0fnu": 8, "token": 0, "opaque": 0,
 }  # fmt: skip
-_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+(?:fn)?)?)\[([\d,<=]*)\](\{[^{}]*\})?")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
+_OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -124,24 +132,11 @@ class Module:
                     yield from self._executed(called, times * turns)
 
     def trips(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often a loop's body runs; None where neither the compiler nor the loop's condition tells."""
-        found = loop.attribute(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
-        if found or loop.opcode != "while":
-            return int(found) if found else 1
-        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
-        test = condition.root
-        if test.opcode != "compare" or "direction=LT" not in test.attributes:
-            return None
-        counter, limit = (condition.by_name[name] for name in test.operands)
-        place = counter.attribute(r"index=(\d+)")
-        if limit.opcode != "constant" or counter.opcode != "get-tuple-element" or place is None:
-            return None
-        # A counter that does not visibly start elsewhere starts at zero, and goes up by one.
-        start = computation.by_name.get(loop.operands[0])
-        first = computation.by_name.get(start.operands[int(place)]) if start and start.opcode == "tuple" else None
-        while first is not None and first.opcode in ("copy", "bitcast") and first.operands:
-            first = computation.by_name.get(first.operands[0])
-        return limit.number - (first.number if first is not None and first.opcode == "constant" else 0)
+        """Trip count of a loop, 1 for a call; None if neither its attributes nor its counter determine it."""
+        known = loop.attribute(r'"?known_trip_count"?:?\s*=?\{"?n"?:\s*"?(\d+)"?')
+        if known or loop.opcode != "while":
+            return int(known) if known else 1
+        return trip_count(self, computation, loop)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
         """What a fusion, or an asynchronous start, holds, at any depth."""
@@ -153,25 +148,33 @@ class Module:
                     yield from self.inside(inner)
 
     def unknown_loops(self) -> int:
-        """Loops that run and do not tell how often."""
+        """Number of loops without a known trip count."""
         loops = ((owner, x) for owner, x, _ in self.executed() if x.opcode == "while")
         return sum(self.trips(owner, loop) is None for owner, loop in loops)
 
 
 def parse(text: str) -> Module:
-    """The module of ``compiled.as_text()``."""
+    """The module of ``compiled.as_text()``.
+
+    Raises:
+      ValueError: the text is not that of a module, or has a dtype that is not known.
+    """
     computations: dict[str, Computation] = {}
+    types: dict[str, str] = {}
     entry, current = "", None
     for line in text.splitlines():
         if current is None:
             if (head := _HEAD.match(line)) is not None:
-                current = Computation(head[2])
+                current, types = Computation(head[2]), {}
                 computations[head[2]] = current
                 entry = head[2] if head[1] else entry
         elif line == "}" or line.startswith("}, execution_thread="):
             current = None
         elif (found := _LINE.match(line)) is not None:
-            current.add(_instruction(line, found))
+            instruction = _instruction(line, found, types)
+            for element in _elements(instruction, types, current):
+                current.add(element)
+            current.add(instruction)
         elif current.instructions:
             # Attributes of a Pallas kernel run over several lines.
             current.extend(line)
@@ -180,17 +183,47 @@ def parse(text: str) -> Module:
     return Module(entry, computations)
 
 
-def _instruction(line: str, found: re.Match[str]) -> Instruction:
+def _instruction(line: str, found: re.Match[str], types: dict[str, str]) -> Instruction:
+    """An instruction of its line; the text of its type is added to ``types``."""
     start = found.end()
     end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
+    types[found[2]] = line[start:end]
     results = tuple(_arrays(line[start:end]))
     open_at = line.index("(", end)
     close_at = _closing(line, open_at)
     opcode = line[end:open_at].strip()
-    operands = tuple(_NAME.findall(line[open_at:close_at]))
+    operands = tuple(_OPERAND.findall(line[open_at:close_at]))
     text = line[open_at + 1 : close_at]
     number = int(text) if opcode in ("parameter", "constant") and re.fullmatch(r"-?\d+", text) else -1
     return Instruction(found[2], opcode, results, operands, line[close_at + 1 :], bool(found[1]), number)
+
+
+def _elements(instruction: Instruction, types: dict[str, str], computation: Computation) -> Iterator[Instruction]:
+    """``get-tuple-element`` instructions for operands such as ``t#1``, once a computation."""
+    for operand in instruction.operands:
+        owner, *indices = operand.split("#")
+        for index in indices:
+            name = f"{owner}#{index}"
+            if name not in types:
+                types[name] = _element_type(types[owner], int(index))
+                yield Instruction(
+                    name, "get-tuple-element", tuple(_arrays(types[name])), (owner,), f", index={index}"
+                )
+            owner = name
+
+
+def _element_type(text: str, index: int) -> str:
+    """The type of one element of a tuple type ``(bf16[8,4]{1,0:T(8,128)}, (f32[], s32[2]))``."""
+    depth, start, parts = 0, 1, []
+    for place, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            parts.append(text[start:place])
+            start = place + 1
+    return re.sub(r"/\*.*?\*/", "", parts[index]).strip()
 
 
 def _closing(text: str, start: int) -> int:
@@ -208,11 +241,12 @@ def _closing(text: str, start: int) -> int:
 
 def _arrays(text: str) -> Iterator[Array]:
     for dtype, sizes, layout in _SHAPE.findall(text):
-        if dtype in _BITS:
-            shape = tuple(int(size.removeprefix("<=")) for size in sizes.split(",") if size)
-            # Memory spaces other than 0 (HBM): 1 is on-chip vector memory, 2 and 3 semaphores and scalars; 5 the host.
-            space = re.search(r"S\((\d+)\)", layout)
-            yield Array(dtype, shape, space is None or space[1] == "0")
+        if dtype not in _BITS:
+            raise ValueError(f"unknown element type {dtype!r}")
+        shape = tuple(int(size.removeprefix("<=")) for size in sizes.split(",") if size)
+        # Memory spaces other than 0 (HBM): 1 is on-chip vector memory, 2 and 3 semaphores and scalars; 5 the host.
+        space = re.search(r"S\((\d+)\)", layout)
+        yield Array(dtype, shape, space is None or space[1] == "0")
 
 
 def device_groups(attributes: str) -> np.ndarray | None:

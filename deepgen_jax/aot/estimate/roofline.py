@@ -23,7 +23,8 @@ from deepgen_jax.aot.estimate.costs import (
     wire_bytes,
 )
 from deepgen_jax.aot.estimate.hlo import Computation, Instruction, Module, device_groups
-from deepgen_jax.aot.topology import GPUS_A_HOST, Topology
+from deepgen_jax.aot.topology import Topology
+from deepgen_jax.parallel.chips import GPUS_PER_HOST
 
 ASSUMPTIONS = (
     "products at the chip's peak bfloat16 rate (float32 at full precision: 1/6 of it on TPUs, 1/15 on GPUs), HBM at "
@@ -64,7 +65,6 @@ class Estimate:
       seconds: in the compiler's order, collectives beside what they run beside.
       collectives: kind -> traffic.
       links: "ici", "dcn", "nvlink" or "infiniband" -> traffic.
-      unknown_loops: loops counted once, as the compiler does not tell how often they run.
     """
 
     operations: float = 0.0
@@ -77,7 +77,6 @@ class Estimate:
     seconds: float = 0.0
     collectives: dict[str, Traffic] = field(default_factory=dict)
     links: dict[str, Traffic] = field(default_factory=dict)
-    unknown_loops: int = 0
 
 
 class Network:
@@ -88,7 +87,7 @@ class Network:
         self._chip, self._gpu = topology.chip, topology.gpu
         self._shape = topology.shape
         if topology.gpu:
-            self._place = np.array([[index // GPUS_A_HOST] for index in (device.id for device in devices)])
+            self._place = np.array([[index // GPUS_PER_HOST] for index in (device.id for device in devices)])
         else:
             slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
             coordinates = [device.coords[: len(topology.shape)] for device in devices]
@@ -158,7 +157,6 @@ def estimate(module: Module, topology: Topology, devices: Sequence[Any]) -> Esti
     walk = _Walk(module, topology, Network(topology, devices))
     total = walk.computation(module.entry)
     total.seconds = max(total.seconds, total.network_seconds, total.memory_seconds)
-    total.unknown_loops = module.unknown_loops()
     return total
 
 
@@ -184,7 +182,9 @@ class _Walk:
         arriving: dict[str | None, float] = {}
         for one in computation.instructions:
             if one.opcode in ("while", "call", "conditional"):
-                turns = self._module.trips(computation, one) or 1
+                turns = self._module.trips(computation, one)
+                if turns is None:
+                    raise ValueError(f"the trip count of {one.name} cannot be determined")
                 for called in one.called():
                     _add(total, self.computation(called), turns)
                 continue
