@@ -27,10 +27,12 @@ CONVERT = ["torch>=2.7"]
 REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27", "rapidocr>=3.10,<4", "onnxruntime>=1.20"]
 CURVES = ["matplotlib>=3.9", "tensorboardX>=2.6"]
 DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
+EVAL = [*REWARDS, "pyarrow>=17.0"]
 TPU = "jax[tpu]>=0.10,<0.13"
 EXTRAS = {
     "convert": CONVERT,
     "rewards": REWARDS,
+    "eval": EVAL,
     "tpu": [TPU],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "data": DATA,
@@ -69,7 +71,9 @@ setup(
     packages=[*find_packages(include=["deepgen_jax", "deepgen_jax.*"]), *SUBPACKAGES],
     package_dir=SUBPACKAGES,
     package_data={
-        "deepgen_jax": ["py.typed", "aot/targets/*.txtpb", "weights/nano/**"],
+        "deepgen_jax": [
+            "py.typed", "aot/targets/*.txtpb", "weights/nano/**", "evaluation/samples/*", "evaluation/*.json",
+        ],
         "deepgen_jax.nano.world": ["fonts/*"],
     },
     install_requires=CORE,

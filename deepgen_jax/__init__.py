@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["DeepGenPipeline", "__version__"]
 
-_SUBMODULES = ("config", "data", "flow", "inference", "models", "parallel", "rewards", "rl")
+_SUBMODULES = ("config", "data", "evaluation", "flow", "inference", "models", "parallel", "rewards", "rl")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,104 +1,302 @@
-"""``deepgen eval``: how good a model is."""
+"""``deepgen eval``: benchmarks from a model folder to official trees of images, and their scores."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+import deepgen_jax
+from deepgen_jax.cli.image_run import ImageRun, resolved_dtype
+from deepgen_jax.cli.processes import ProcessOptions
+from deepgen_jax.cli.sampling import open_model
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
+from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
+from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_images, run_settings
+from deepgen_jax.inference.batch import Settings
+from deepgen_jax.inference.grids import write_grids
+from deepgen_jax.inference.outputs import Model, OutputFolder
+from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.stores.model_folder import NANO, locate
+from deepgen_jax.user_warnings import warn_user
 
-if TYPE_CHECKING:
-    from deepgen_jax.nano.benchmark import Maker
+#: Rows of our own in the benchmarks' formats, for a first try without downloads.
+SAMPLES = Path(deepgen_jax.__file__).parent / "evaluation/samples"
 
 
 @dataclass(frozen=True)
-class NanoArguments:
-    """The word after the command; a class of its own so that options can follow it in the help."""
-
-    model: Annotated[Positional[Path | None], arg(metavar="MODEL", help_behavior_hint="")] = None
-    """Model folder, or nano for the one in the package; not needed with --renders."""
-
-
-@dataclass(frozen=True)
-class NanoCommand(NanoArguments):
-    """Prints how often held-out prompts and edits of the procedural world come out right, by skill."""
-
-    prompts: int = 100
-    """Prompts of each skill."""
-    skills: Annotated[str, arg(help_behavior_hint="(default: all)")] = ""
-    """Only these skills, such as single,recolour."""
-    renders: Annotated[Literal["right", "wrong"] | None, arg(help_behavior_hint="")] = None
-    """Score pictures drawn from the ground truth, or ones that are wrong in one thing, to try the scorers."""
-    size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
-    """Side of the pictures, a multiple of 32; by default what the model is for, and 96 for --renders."""
-    seed: int = 0
-    """Of prompts and noise."""
-    steps: int = 20
-    """Denoising steps."""
-    guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
-    """Classifier-free guidance scale; by default the model's."""
-    batch_size: int = 16
-    """Pictures made at once."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights and computation."""
-    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
-    """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
-    json: bool = False
-    """Print one JSON object instead."""
+class ListCommand:
+    """Lists the benchmarks: images a prompt, who scores, what --data takes."""
 
     def run(self) -> int:
         """Prints; returns the exit status."""
-        from deepgen_jax.nano import benchmark
-        from deepgen_jax.nano.reward import WorldReward
-        from deepgen_jax.nano.world.truth import SKILLS
-
-        skills = tuple(name.strip() for name in self.skills.split(",") if name.strip()) or SKILLS
-        if unknown := [name for name in skills if name not in SKILLS]:
-            raise DeepGenError(f"--skills has {unknown[0]!r}; use {', '.join(SKILLS)}")
-        for name, least in (("prompts", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("guidance", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
-        if (self.model is None) == (self.renders is None):
-            raise DeepGenError("give either a MODEL or --renders")
-        samples = benchmark.held_out_samples(self.prompts, self.seed, skills)
-        make, size, guidance = self._maker()
-        rows = benchmark.evaluate(samples, make, WorldReward(workers=1).read)
-        if self.json:
-            settings = {
-                "model": str(self.model or f"{self.renders} renders"), "prompts": self.prompts, "seed": self.seed,
-                "size": size, "steps": self.steps, "guidance": guidance,
-            }  # fmt: skip
-            print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))
-        else:
-            print("\n".join(benchmark.lines(rows)))
+        for name in BENCHMARKS.names():
+            benchmark = open_benchmark(name)
+            splits = f", --split {','.join(benchmark.splits)}" if benchmark.splits else ""
+            print(f"{name}: {benchmark.title}, {benchmark.task}")
+            plural = "s" if benchmark.images > 1 else ""
+            print(f"    {benchmark.images} image{plural} a prompt, scored by {_scorer(benchmark)}")
+            print(f"    --data {benchmark.inputs or 'not needed'}{splits}")
+            if benchmark.repository:
+                print(f"    {benchmark.repository}, licence {benchmark.licence}")
         return 0
 
-    def _maker(self) -> tuple[Maker, int, float | None]:
-        """What makes the pictures, their side, and the guidance that a model makes them with."""
-        from deepgen_jax.data.transforms import UNIT
-        from deepgen_jax.nano import benchmark
 
-        if self.size is not None and (self.size < UNIT or self.size % UNIT):
-            raise DeepGenError(f"--size is {self.size}; use a multiple of {UNIT}")
-        if self.renders is not None:
-            size = self.size or 96
-            return benchmark.renders(self.renders, size), size, None
-        from deepgen_jax.cli.image_run import load_pipeline
-        from deepgen_jax.cli.sampling import open_model
-        from deepgen_jax.stores.model_folder import locate
+@dataclass(frozen=True)
+class EvalArguments:
+    """The words after the command; a class of its own so that options can follow them in the help."""
 
-        assert self.model is not None
-        folder = locate(self.model)
-        config, _ = open_model(folder)
-        size = self.size or config.default_side
-        guidance = config.guidance(self.guidance)
-        pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
-        make = benchmark.generated(
-            pipe, size, steps=self.steps, guidance=guidance, seed=self.seed, batch_size=self.batch_size
+    benchmark: Annotated[Positional[str], arg(metavar="BENCHMARK")]
+    """Name of the benchmark; `deepgen eval list` lists them."""
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None
+    """Model folder, made by `deepgen convert`. Left out, or nano: the small model of the package."""
+
+
+@dataclass(frozen=True)
+class EvalCommand(EvalArguments):
+    """Makes a benchmark's images, laid out as its official scorer reads them; run again, it makes what is missing."""
+
+    data: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None
+    """The benchmark's official files or those of DeepGen's repositories; `deepgen eval list` says which."""
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: BENCHMARK-MODEL)")] = None
+    """Folder for the tree of images; records of the run lie in its subfolder .deepgen."""
+    images: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: beside the data)")] = None
+    """Where the pictures to edit lie."""
+    split: Annotated[str, arg(help_behavior_hint="(default: all)")] = ""
+    """Only these parts of the benchmark, such as en,zh_long."""
+    name: Annotated[str | None, arg(help_behavior_hint="(default: of the model folder)")] = None
+    """Name of the model in the tree, where the benchmark asks for one."""
+    limit: Annotated[int | None, arg(help_behavior_hint="(default: all)")] = None
+    """Only the first prompts."""
+    spread: bool = False
+    """With --limit: evenly spaced prompts, which see all categories, in place of the first."""
+    num_images: Annotated[int | None, arg(help_behavior_hint="(default: the benchmark's)")] = None
+    """Fewer images of each prompt."""
+    steps: Annotated[int | None, arg(help_behavior_hint="")] = None
+    """Denoising steps; by default 50 as published, or the model's own."""
+    guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
+    """Classifier-free guidance scale; by default 4 as published (DPG-Bench: 7.5), or the model's own."""
+    size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Side of the images; by default 512 as published, or the model's own."""
+    seed: int = 0
+    """Of the run; each image's own seed is derived from it and the image's file."""
+    batch_size: int = 4
+    """Images made at once; changes speed and memory, not the images."""
+    overwrite: bool = False
+    """Make all images again."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    """Split the work over devices: data=8 or, where memory is short, fsdp=8."""
+    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
+    processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
+
+    def run(self) -> int:
+        """Makes the images; returns the exit status."""
+        benchmark = open_benchmark(self.benchmark)
+        self._check(benchmark)
+        model = locate(self.model)
+        name = self.name or (NANO if self.model is None else Path(self.model).resolve().name)
+        out = self.out or Path(f"{self.benchmark}-{name}")
+        reading = Reading(self._data(benchmark), name, _split(benchmark, self.split), self.images)
+        items = fewer_images(chosen(benchmark.read(reading), self.limit, self.spread), self.num_images)
+        if not items:
+            raise DeepGenError(f"{reading.data} has no prompts of --split {self.split}; leave it out")
+        config, check_prompt = open_model(model)
+        settings = run_settings(
+            benchmark, config, seed=self.seed, steps=self.steps, guidance=self.guidance, side=self.size
         )
-        return make, size, guidance
+        self._say_own(benchmark, settings)
+        first = self.processes.join()
+        with self.processes.lifeline():
+            folder = RunFolder(out)
+            if first:
+                folder.write(self._description(benchmark, model, name, settings, items), items)
+            # Every process: hosts need not share a disk.
+            benchmark.prepare(items, reading, out)
+            requests, failures = plan_images(benchmark, items, settings, check_prompt, out)
+            if not self.processes.same((requests, settings, self.batch_size, self.mesh, self.dtype)):
+                raise DeepGenError("processes were asked for different images; give all the same words and files")
+            run = ImageRun(
+                model, settings, self.batch_size, self.dtype, self.mesh, self.compilation_cache, self.processes
+            )
+            if not first:
+                return run.follow(requests, into_folder=True)
+            sheets = benchmark.sheets(items)
+            result = run.fill_folder(
+                OutputFolder(out, folder.records),
+                requests,
+                failures,
+                overwrite=self.overwrite,
+                finish=lambda finished: write_grids(out, sheets, finished),
+                derived="grid" if sheets else "",
+            )
+        if result.status == 0:
+            print(_next(benchmark, out))
+        return result.status
+
+    def _check(self, benchmark: Benchmark) -> None:
+        for name, least in (("limit", 1), ("num_images", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
+        if self.seed > MAX_SEED:
+            raise DeepGenError(f"--seed is {self.seed}; use 0 to {MAX_SEED}")
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
+            raise DeepGenError(f"--guidance is {self.guidance}; use 0 or more")
+        if self.num_images is not None and self.num_images > benchmark.images:
+            raise DeepGenError(f"--num-images is {self.num_images}; {benchmark.title} takes at most {benchmark.images}")
+        for word in (self.name or "",):
+            if "/" in word or word.startswith("."):
+                raise DeepGenError(f"--name {word!r} cannot be the name of a folder; use letters, digits, - and _")
+
+    def _data(self, benchmark: Benchmark) -> Path:
+        """The data asked for, or rows of our own for the package's model."""
+        if self.data is not None:
+            return self.data
+        own = sorted(SAMPLES.glob(f"{self.benchmark}.*"))
+        if own and self.model in (None, NANO):
+            warn_user(f"no --data is given: {own[0].name} of the package is used, a few rows in the format of "
+                      f"{benchmark.title}")  # fmt: skip
+            return own[0]
+        if not benchmark.inputs:
+            return Path()
+        raise DeepGenError(f"give the inputs of {benchmark.title} with --data: {benchmark.inputs}")
+
+    def _say_own(self, benchmark: Benchmark, settings: Settings) -> None:
+        used = (settings.width, settings.steps, settings.guidance)
+        published = (benchmark.side, benchmark.steps, benchmark.guidance)
+        if used != published:
+            what = "{}x{} pixels, {} steps, guidance {:g}"
+            told = (what.format(side, side, steps, guidance) for side, steps, guidance in (used, published))
+            warn_user("settings are {}; published ones are {}".format(*told))
+
+    def _description(
+        self, benchmark: Benchmark, model: Path, name: str, settings: Settings, items: list[Item]
+    ) -> dict[str, Any]:
+        """What ``run.json`` holds: everything needed to make and read the run again."""
+        dtype = resolved_dtype(self.dtype)
+        return {
+            "benchmark": self.benchmark,
+            "title": benchmark.title,
+            "protocol": benchmark.protocol,
+            "model": name,
+            "model_folder": str(model.absolute()),
+            "model_fingerprint": Model.of(model, dtype).fingerprint,
+            "settings": {
+                "size": settings.width, "steps": settings.steps, "guidance": settings.guidance, "seed": self.seed,
+                "negative_prompt": settings.negative_prompt, "dtype": dtype, "padding": settings.padding,
+                "images a prompt": len(items[0].files), "seeds": "one an image, from the run's seed and its file",
+            },
+            "published_settings": {
+                "size": benchmark.side, "steps": benchmark.steps, "guidance": benchmark.guidance,
+                "images a prompt": benchmark.images,
+            },
+            "data": sorted({item.file for item in items}),
+            "prompts": len(items),
+            "limited": self.limit is not None,
+            "command": shlex.join(["deepgen", *sys.argv[1:]]),
+            "deepgen_jax": deepgen_jax.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """The word after the command."""
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder of a run."""
+
+
+@dataclass(frozen=True)
+class ScoreCommand(ScoreArguments):
+    """Scores a run's images: CVTG-2K by OCR here, judge benchmarks by a judge; for others it prints the command."""
+
+    judge: Annotated[str | None, arg(metavar="URL", help_behavior_hint="")] = None
+    """OpenAI-compatible server of the judge, such as http://localhost:8000."""
+    judge_model: Annotated[str, arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Name of the served model."""
+    api_key_variable: Annotated[str, arg(metavar="NAME", help_behavior_hint="")] = ""
+    """Environment variable that holds the server's token."""
+    concurrency: int = 16
+    """Requests under way at once."""
+    tries: int = 3
+    """How often a question is asked whose reply cannot be read."""
+    clip: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """CLIP ViT-L/14 as transformers stores it, for CVTG-2K's CLIPScore."""
+    results: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """What the official scorer wrote (GenEval, DPG-Bench), to take its scores into reports."""
+
+    def run(self) -> int:
+        """Prints the figures; returns the exit status."""
+        from deepgen_jax.evaluation import scoring
+        from deepgen_jax.rewards.judge import Judge
+
+        for name in ("tries", "concurrency"):
+            if getattr(self, name) < 1:
+                raise DeepGenError(f"--{name} is {getattr(self, name)}; use 1 or more")
+        folder = RunFolder(self.folder)
+        run, items = folder.read(), folder.items()
+        benchmark = open_benchmark(run["benchmark"])
+        if self.results is not None:
+            scores = scoring.score_from_official(benchmark, items, self.folder, self.results)
+        elif benchmark.scorer == "official":
+            print(_official(benchmark, self.folder, items))
+            return 0
+        elif benchmark.scorer == "ocr":
+            scores = scoring.score_by_ocr(benchmark, items, self.folder, self.clip)
+        elif benchmark.scorer == "exact":
+            scores = scoring.score_exactly(benchmark, items, self.folder)
+        elif self.judge is None or not self.judge_model:
+            raise DeepGenError(
+                f"{benchmark.title} is scored by a judge: give its server with --judge URL and --judge-model NAME; the "
+                f"official scorer: {benchmark.official(self.folder, items)[0]}"
+            )
+        else:
+            client = {"concurrency": self.concurrency, "api_key_variable": self.api_key_variable}
+            judge = Judge(self.judge, self.judge_model, client=client)
+            scores = scoring.score_by_judge(benchmark, items, self.folder, judge, self.tries)
+        path = scoring.write_scores(folder, scores)
+        for line in scoring.lines(benchmark.title, scores):
+            print(line)
+        print(f"scores written to {path}; `deepgen report {self.folder}` shows them beside published ones")
+        return 0 if len(scores.images) == scores.made else 1
+
+
+def _split(benchmark: Benchmark, text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in benchmark.splits:
+            known = ", ".join(benchmark.splits) or "none"
+            raise DeepGenError(f"--split {name}: {benchmark.title} has no such part; known: {known}")
+    return names
+
+
+def _scorer(benchmark: Benchmark) -> str:
+    scorers = {
+        "judge": "a judge (deepgen eval score --judge URL)",
+        "ocr": "OCR and CLIP (deepgen eval score)",
+        "official": "its own code (deepgen eval score prints the command)",
+        "exact": "exact code (deepgen eval score)",
+    }
+    return scorers[benchmark.scorer]
+
+
+def _next(benchmark: Benchmark, out: Path) -> str:
+    return f"next: deepgen eval score {out}" + (" --judge URL --judge-model NAME" * (benchmark.scorer == "judge"))
+
+
+def _official(benchmark: Benchmark, out: Path, items: list[Item]) -> str:
+    """How to run the official scorer on the tree."""
+    lines = [f"{benchmark.title} is scored by its own code; in a clone of {benchmark.repository}:"]
+    lines += [f"    {command}" for command in benchmark.official(out.absolute(), items)]
+    lines.append(f"then, for reports: deepgen eval score {out} --results FILE")
+    return "\n".join(lines)

@@ -37,10 +37,17 @@ class Subcommand:
 
 @dataclass(frozen=True)
 class Group:
-    """A subcommand with subcommands of its own."""
+    """A subcommand with subcommands.
+
+    Attributes:
+      commands: by name.
+      other: takes every other word, which is its first argument; ``placeholder`` stands for the word in help.
+    """
 
     summary: str
     commands: dict[str, Subcommand]
+    other: Subcommand | None = None
+    placeholder: str = ""
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -147,13 +154,35 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "eval": Group(
         "measure how good a model is",
         {
-            "nano": Subcommand(
+            "list": Subcommand(
+                "deepgen_jax.cli.eval", "ListCommand", "list the benchmarks and their inputs", ("deepgen eval list",)
+            ),
+            "score": Subcommand(
                 "deepgen_jax.cli.eval",
+                "ScoreCommand",
+                "score the images of a run, with 95% intervals",
+                (
+                    "deepgen eval score runs/wise --judge http://localhost:8000 --judge-model Qwen3-VL-32B",
+                    "deepgen eval score runs/geneval --results geneval.jsonl",
+                ),
+            ),
+            "nano": Subcommand(
+                "deepgen_jax.cli.eval_nano",
                 "NanoCommand",
-                "tell how often held-out prompts of the procedural world come out right, by skill",
+                "show how often held-out prompts of the procedural world come out right, by skill",
                 ("deepgen eval nano nano-model --prompts 200", "deepgen eval nano --renders right"),
             ),
         },
+        Subcommand(
+            "deepgen_jax.cli.eval",
+            "EvalCommand",
+            "make the images of a benchmark, laid out for its official scorer",
+            (
+                "deepgen eval geneval deepgen --data evaluation_metadata.jsonl --out runs/geneval",
+                "deepgen eval geneval nano --limit 8",
+            ),
+        ),
+        "BENCHMARK",
     ),
     "info": Subcommand(
         "deepgen_jax.cli.info",
@@ -244,13 +273,19 @@ def _dispatch(words: list[str]) -> int:
     if words and words[0] in ("-V", "--version"):
         print(f"deepgen-jax {__version__}")
         return 0
-    name, commands, rest = "", COMMANDS, words
+    name, rest = "", words
+    commands: Mapping[str, Subcommand | Group] = COMMANDS
+    other: Subcommand | None = None
+    placeholder = ""
     title = "DeepGen 1.0 in JAX: makes and edits images with one model."
     while True:
         if not rest or rest[0] in ("-h", "--help", "help"):
-            print(_overview(title, name, commands))
+            print(_overview(title, name, {**commands, placeholder: other} if other else commands))
             return 0
         entry = commands.get(rest[0])
+        if entry is None and other is not None:
+            entry = other
+            break
         if entry is None:
             close = difflib.get_close_matches(rest[0], commands, n=1)
             mend = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(commands)}"
@@ -258,7 +293,8 @@ def _dispatch(words: list[str]) -> int:
         name, rest = f"{name} {rest[0]}".strip(), rest[1:]
         if isinstance(entry, Subcommand):
             break
-        title, commands = f"{entry.summary[0].upper()}{entry.summary[1:]}.", dict(entry.commands)
+        title, commands = f"{entry.summary[0].upper()}{entry.summary[1:]}.", entry.commands
+        other, placeholder = entry.other, entry.placeholder
     command_type = getattr(importlib.import_module(entry.module), entry.name)
     command = _parse(command_type, name, entry, rest)
     return 0 if command is None else command.run()

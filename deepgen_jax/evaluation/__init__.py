@@ -1,1 +1,5 @@
-"""How good a model is, by programs."""
+"""Public benchmarks: reading their inputs, laying out images as official scorers read them, scoring, reports."""
+
+from deepgen_jax.evaluation import cvtg
+
+__all__ = ["cvtg"]
