@@ -143,6 +143,12 @@ COMMANDS: dict[str, Subcommand | Group] = {
                 "write its model folder with random weights, for configs/nano to train",
                 ("deepgen nano init --out out/nano/model",),
             ),
+            "words": Subcommand(
+                "deepgen_jax.cli.nano",
+                "WordsCommand",
+                "list the words of its training texts",
+                ("deepgen nano words --out out/nano/model/known_words.txt",),
+            ),
             "report": Subcommand(
                 "deepgen_jax.cli.nano",
                 "ReportCommand",

@@ -46,6 +46,23 @@ class InitCommand:
 
 
 @dataclass(frozen=True)
+class WordsCommand:
+    """Lists the words of nano's training texts, for warnings about prompts with other words."""
+
+    out: Path = Path("out/nano/model/known_words.txt")
+    """File to write, in the model folder."""
+
+    def run(self) -> int:
+        """Writes and prints the path; returns the exit status."""
+        from deepgen_jax.files import write_text
+        from deepgen_jax.nano.known_words import training_words
+
+        write_text(self.out, "\n".join(training_words()) + "\n")
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
 class ReportCommand:
     """Writes how nano was trained, its curves and its scores into its page."""
 

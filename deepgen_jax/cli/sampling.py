@@ -24,6 +24,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
+from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
@@ -140,6 +141,9 @@ class SamplingCommand(PromptArguments):
         failures += more
         if self.prompts is None and failures:
             raise DeepGenError(failures[0].reason)
+        known = read_known_words(self.folder)
+        if known is not None:
+            known.warn([request.prompt for request in requests])
         into_folder = _is_folder(self.out) or self.prompts is not None
         first = self.processes.join()
         with self.processes.lifeline():

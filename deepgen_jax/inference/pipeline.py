@@ -24,6 +24,7 @@ from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.defaults import Sampling, resolve_sampling, resolve_size
+from deepgen_jax.inference.known_words import KnownWords, read_known_words
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.inference.rows import OnStep, PreviewCallback, on_step_of, run_each_row
 from deepgen_jax.models import patches as grids
@@ -71,6 +72,8 @@ class DeepGenPipeline:
         self.scheduler = scheduler
         self.mesh = mesh
         self.params = params
+        #: Words that the model has seen, where its folder lists them; calls warn about others.
+        self.known_words: KnownWords | None = None
         self.model = DeepGen(config, dtype=jnp.dtype(dtype), attention=implementation)
         self._prompts = PromptEncoder(self.model, params, tokenizer, mesh)
 
@@ -91,7 +94,10 @@ class DeepGenPipeline:
         """
         from deepgen_jax.inference.loading import load_model
 
-        return cls(*load_model(locate(folder), dtype, mesh))
+        path = locate(folder)
+        pipeline = cls(*load_model(path, dtype, mesh))
+        pipeline.known_words = read_known_words(path)
+        return pipeline
 
     def __call__(
         self,
@@ -156,6 +162,8 @@ class DeepGenPipeline:
             latents = np.asarray(latents, np.float32)
             if latents.shape != (requests.count, *shape):
                 raise DeepGenError(f"latents have shape {latents.shape}, expected {(requests.count, *shape)}")
+        if self.known_words is not None:
+            self.known_words.warn(requests.prompts)
         decode = output_type != "latent"
 
         def run(requests: Requests, rows: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:

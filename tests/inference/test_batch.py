@@ -37,8 +37,8 @@ def test_plan_names_seeds_and_sizes():
     assert not failures
     assert [(r.file, r.seed) for r in requests] == [
         ("00000.png", 5), ("00003_0.png", 7), ("00003_1.png", 8), ("00003_2.png", 9), ("x.png", 5)]  # fmt: skip
-    assert requests[0].layout == (64, 64, 3, 4.0, ())
-    assert requests[4].layout == (32, 96, 9, 1.5, ())
+    assert requests[0].layout == (64, 64, 3, 4.0, "euler", ())
+    assert requests[4].layout == (32, 96, 9, 1.5, "euler", ())
     assert {r.negative_prompt for r in requests} == {"ugly"}
     assert plan([record(0, negative_prompt="")], SETTINGS, check_prompt)[0][0].negative_prompt == ""
     with pytest.warns(DeepGenWarning, match="a negative prompt has no effect at guidance 1"):
@@ -179,7 +179,7 @@ def test_references_of_an_exact_size_are_resized_bicubically(tmp_path: Path):
     picture.save(tmp_path / "a.png")
     exact = dataclasses.replace(SETTINGS, exact_reference_size=(64, 64), images=(tmp_path / "a.png",))
     requests, _ = plan([record(0)], exact, check_prompt)
-    assert requests[0].layout == (64, 64, 3, 4.0, ((64, 64),))
+    assert requests[0].layout == (64, 64, 3, 4.0, "euler", ((64, 64),))
     fake = FakePipeline()
     list(render(fake, requests, batch_sizes(requests, 1), exact))
     wanted = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC))
