@@ -20,21 +20,27 @@ class RewardServerCommand:
     """
 
     rewards: str
-    """Their names, with commas between them."""
+    """Names of the rewards, separated by commas."""
     options: str = "{}"
-    """JSON object, or file with one, of options by reward, such as '{"clip": {"folder": "clip-vit-large-patch14"}}'; an
-    option "kind" makes a reward of that kind under the name."""
+    """Options by reward, a JSON object or a file with one, such as '{"clip": {"folder": "clip-vit-large-patch14"}}'.
+    The
+    option "kind" sets the kind of a reward of another name, as module:Class or file.py:Class if it is your own."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 8100
     """Port to listen on; 0 takes a free one."""
-    max_body_mb: int = 256
+    max_body_mb: int = 128
     """Largest request, in MB."""
+    max_megapixels: float = 64.0
+    """Most pixels of all images of a request, in millions."""
+    max_connections: int = 64
+    """Most connections at once."""
 
     def run(self) -> int:
         """Serves; returns the exit status."""
         from deepgen_jax.rewards.registry import RewardConfig, make, suggestion
         from deepgen_jax.rewards.server import RewardServer
+        from deepgen_jax.rewards.server_limits import ServerLimits
 
         names = list(dict.fromkeys(filter(None, (name.strip() for name in self.rewards.split(",")))))
         if not names:
@@ -47,7 +53,12 @@ class RewardServerCommand:
         for name in names:
             given = dict(options.get(name, {}))
             rewards[name] = make(RewardConfig(name, str(given.pop("kind", "")), given))
-        with RewardServer(rewards, self.host, self.port, self.max_body_mb * 10**6) as server:
+        limits = ServerLimits(
+            body_bytes=self.max_body_mb * 10**6,
+            pixels=int(self.max_megapixels * 10**6),
+            connections=self.max_connections,
+        )
+        with RewardServer(rewards, self.host, self.port, limits) as server:
             print(f"serving {', '.join(names)} on http://{server.address[0]}:{server.address[1]}", flush=True)
             try:
                 server.serve()
@@ -63,7 +74,7 @@ def _options(text: str) -> Mapping[str, Mapping[str, Any]]:
         options = json.loads(text)
     except OSError as error:
         raise DeepGenError(f"--options {text}: {error.strerror}; give JSON or a file with it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DeepGenError(f"--options is no JSON ({error})") from error
     if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
         raise DeepGenError("--options must be a JSON object of objects, one a reward")

@@ -1,10 +1,14 @@
-"""What a reward is: it scores a batch of images, and says why where it gives no score."""
+"""The interface of rewards: a reward scores a batch of images, and gives the reason where it has no score."""
 
 from __future__ import annotations
 
 import abc
 import asyncio
+import http.client
+import json
 import math
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -12,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from deepgen_jax.errors import DeepGenError
 
@@ -50,6 +55,10 @@ class Missing:
     permanent: bool = False
 
 
+class ScoringFailed(Exception):
+    """A failure to be expected, such as of a service; its text is the reason by which missing scores are counted."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of a batch.
@@ -57,7 +66,7 @@ class Scores:
     Attributes:
       values: float32 [N], NaN where there is no score.
       missing: why, for every NaN, by its place in the batch.
-      notes: how often something worth knowing happened that did not cost a score.
+      notes: counts of events that did not cost a score, such as unreadable comparisons.
     """
 
     values: np.ndarray
@@ -66,10 +75,12 @@ class Scores:
 
     @classmethod
     def of(cls, results: Sequence[float | Missing], notes: Counter[str] | None = None) -> Scores:
-        """Scores from one result a sample; a value that is not finite is missing, too."""
-        checked = [
-            r if isinstance(r, Missing) or math.isfinite(r) else Missing("the score is not finite") for r in results
-        ]
+        """Scores from one result a sample; a value that is not finite in float32 is missing, too."""
+        with np.errstate(over="ignore"):
+            checked = [
+                r if isinstance(r, Missing) or np.isfinite(np.float32(r)) else Missing("the score is not finite")
+                for r in results
+            ]
         values = np.array([math.nan if isinstance(r, Missing) else r for r in checked], np.float32)
         missing = {i: r for i, r in enumerate(checked) if isinstance(r, Missing)}
         return cls(values, missing, Counter() if notes is None else notes)
@@ -97,26 +108,34 @@ class Reward(abc.ABC):
         long computations must not block.
 
         Raises:
-          DeepGenError: the reward cannot work at all, such as for want of a package.
+          DeepGenError: the reward cannot work at all, for example because a package is not installed.
+          Exception: an error that `is_expected` makes all scores of the batch missing; any other ends the run.
         """
 
     def counts(self) -> Counter[str]:
-        """What happened so far, such as requests sent, retries and failures by reason."""
+        """Events since the start, such as requests, retries and failures by reason."""
         return Counter()
 
     async def close(self) -> None:  # noqa: B027 - optional to implement
-        """Lets go of connections and threads."""
+        """Closes connections and threads."""
 
 
 class LocalReward(Reward):
-    """A reward computed image by image in threads of this process."""
+    """A reward computed image by image in threads of this process.
 
-    #: None for asyncio's own pool of threads.
+    Attributes:
+      executor: runs `score_one`; None for asyncio's default pool of threads.
+    """
+
     executor: Executor | None = None
 
     @abc.abstractmethod
     def score_one(self, sample: RewardSample) -> float | Missing:
-        """The score of one image; called from several threads at once."""
+        """The score of one image; called from several threads at once.
+
+        Raises:
+          Exception: an error that `is_expected` makes this score missing; any other ends the run.
+        """
 
     async def score(self, samples: Sequence[RewardSample]) -> Scores:
         loop = asyncio.get_running_loop()
@@ -125,16 +144,45 @@ class LocalReward(Reward):
 
 
 def guarded(function: Callable[[RewardSample], float | Missing], sample: RewardSample) -> float | Missing:
-    """``function(sample)``; an exception other than a DeepGenError is that sample's missing score."""
+    """``function(sample)``; `Missing` where it fails in a way that is to be expected."""
     try:
         return function(sample)
-    except DeepGenError:
-        raise
     except Exception as error:
+        if not is_expected(error):
+            raise
         return Missing(failure_reason(error))
 
 
-def failure_reason(error: Exception) -> str:
-    """An exception in one short line."""
+def is_expected(error: BaseException) -> bool:
+    """Whether an error comes from the outside, rather than from a mistake in a reward's code.
+
+    Such are `ScoringFailed`, errors of files and networks (OSError, which time-outs belong to, and those of HTTP
+    clients), and data that cannot be decoded as text, JSON or an image.
+    """
+    kinds: list[type[BaseException]] = [
+        ScoringFailed,
+        OSError,
+        TimeoutError,
+        EOFError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        http.client.HTTPException,
+        Image.DecompressionBombError,
+    ]
+    if "httpx" in sys.modules:
+        kinds.append(sys.modules["httpx"].HTTPError)
+    return isinstance(error, tuple(kinds))
+
+
+def failure_reason(error: BaseException) -> str:
+    """An error in one short line."""
     text = " ".join(str(error).split())[:120]
+    if isinstance(error, ScoringFailed) and text:
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def failure_place(error: BaseException) -> str:
+    """File, line and function in which an error was raised, such as "reward.py, line 12, in score_one"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name}" if frames else "an unknown place"

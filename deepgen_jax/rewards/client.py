@@ -15,7 +15,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.rewards.base import failure_reason
+from deepgen_jax.rewards.base import ScoringFailed, failure_reason
 from deepgen_jax.rewards.cache import AnswerCache, request_key
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class ClientConfig:
             raise DeepGenError("client.backoff_seconds and client.max_backoff_seconds must not be negative")
 
 
-class RequestFailed(Exception):
-    """A request got no usable answer; the text is a short reason to count by."""
+class RequestFailed(ScoringFailed):
+    """A request got no usable answer."""
 
 
 class _TryFailed(Exception):

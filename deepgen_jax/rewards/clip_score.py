@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores, failure_reason
+from deepgen_jax.rewards.base import Reward, RewardSample, Scores
 
 #: Mean and standard deviation of the training data, by colour.
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -60,14 +60,11 @@ class CLIPReward(Reward):
         self._turn = asyncio.Lock()
 
     async def score(self, samples: Sequence[RewardSample]) -> Scores:
-        results: list[float | Missing] = []
+        results: list[float] = []
         async with self._turn:
             for start in range(0, len(samples), self.batch_size):
                 batch = samples[start : start + self.batch_size]
-                try:
-                    results += await asyncio.to_thread(self._model.similarities, batch, self.batch_size)
-                except Exception as error:
-                    results += [Missing(failure_reason(error))] * len(batch)
+                results += await asyncio.to_thread(self._model.similarities, batch, self.batch_size)
         return Scores.of(results)
 
 

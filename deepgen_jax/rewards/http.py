@@ -79,6 +79,8 @@ class HTTPReward(Reward):
             return read_answer(answer, len(samples))
         except RequestFailed as failure:
             return [Missing(str(failure))] * len(samples)
+        except ValueError:
+            return [Missing("unreadable answer in the cache")] * len(samples)
 
 
 def _checked(answer: Any, count: int) -> dict[str, Any]:

@@ -1,18 +1,21 @@
-"""Pictures as the bytes that judges, scorers and the compressibility reward take."""
+"""Images as JPEG and PNG files, for judges, reward servers and the compressibility reward."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from deepgen_jax.errors import DeepGenError
 
-#: Largest picture that is accepted from outside, in pixels.
+#: Largest image that is accepted from outside, in pixels.
 MAX_PIXELS = 2**25
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 
 
 def encode(image: np.ndarray, format: str, quality: int = 95) -> bytes:
@@ -32,22 +35,48 @@ def png_base64(image: np.ndarray) -> str:
     return base64.b64encode(encode(image, "PNG")).decode()
 
 
+def png_base64_pixels(text: str) -> int:
+    """Number of pixels of a PNG file in base64, read from its header alone.
+
+    Raises:
+      DeepGenError: not base64, no PNG file, or too large.
+    """
+    head = _base64_bytes(text[:64])
+    if not head.startswith(_PNG_HEAD) or len(head) < 24:
+        raise DeepGenError("the image is not a PNG file")
+    width, height = struct.unpack(">II", head[16:24])
+    if not 0 < width * height <= MAX_PIXELS:
+        raise DeepGenError(f"the image has {width}x{height} pixels; send 1 to {MAX_PIXELS}")
+    return width * height
+
+
 def decode_png_base64(text: str) -> np.ndarray:
-    """The inverse of `png_base64`; other colour modes are converted to RGB.
+    """The inverse of `png_base64`, uint8 [H, W, 3]; other colour modes are converted to RGB.
 
     Raises:
       DeepGenError: not base64, no PNG file, damaged, or too large.
     """
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DeepGenError(f"the image is not base64 ({error})") from None
+    png_base64_pixels(text)
+    data = _base64_bytes(text)
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DeepGenError(f"the image has {picture.width}x{picture.height} pixels; send at most {MAX_PIXELS}")
             return np.array(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, DeepGenError):
-            raise
+    except (
+        UnidentifiedImageError,
+        OSError,
+        EOFError,
+        ValueError,
+        SyntaxError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise DeepGenError(f"the image is not a PNG file that can be read ({error})") from None
+
+
+def _base64_bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DeepGenError(f"the image is not base64 ({error})") from None

@@ -15,7 +15,15 @@ import numpy as np
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.background import BackgroundLoop
-from deepgen_jax.rewards.base import Missing, Reward, RewardSample, Scores, failure_reason
+from deepgen_jax.rewards.base import (
+    Missing,
+    Reward,
+    RewardSample,
+    Scores,
+    failure_place,
+    failure_reason,
+    is_expected,
+)
 from deepgen_jax.rewards.registry import RewardConfig, canonical, make, suggestion
 from deepgen_jax.rewards.result import RewardResult, concatenate
 from deepgen_jax.user_warnings import warn_user
@@ -191,8 +199,15 @@ class RewardMixture:
             scores = await self._rewards[k].score([samples[row] for row in rows])
         except DeepGenError as error:
             raise DeepGenError(f"reward {self.names[k]}: {error}") from error
-        except Exception as error:
+        except Exception as error:  # Rewards run code of others; what is not expected ends the run.
+            if not is_expected(error):
+                raise DeepGenError(
+                    f"reward {self.names[k]} failed with {failure_reason(error)} ({failure_place(error)}); correct the "
+                    "reward and resume the run"
+                ) from error
             scores = Scores.of([Missing(failure_reason(error))] * len(rows))
+        if len(scores.values) != len(rows):
+            raise DeepGenError(f"reward {self.names[k]} gave {len(scores.values)} scores of {len(rows)} images")
         return scores, time.monotonic() - start
 
     async def _retry(self, result: RewardResult) -> RewardResult:

@@ -1,11 +1,14 @@
-"""A server of local rewards, behind the JSON protocol of `protocol`; `http` is its client.
+"""An HTTP server of local rewards, with the JSON protocol of `protocol`; `http` is its client.
 
 ``GET /health`` answers ``{"status": "ok", "rewards": {NAME: {"needs_group": true or false}}}``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import sys
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,25 +17,31 @@ from typing import Any
 from deepgen_jax import __version__
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.background import BackgroundLoop
-from deepgen_jax.rewards.base import Reward, failure_reason
-from deepgen_jax.rewards.protocol import read_request, write_answer
+from deepgen_jax.rewards.base import Reward, failure_place, failure_reason, is_expected
+from deepgen_jax.rewards.protocol import RequestTooLarge, parse_request, write_answer
 from deepgen_jax.rewards.registry import suggestion
+from deepgen_jax.rewards.server_limits import Budget, Busy, Deadlines, ServerLimits
+from deepgen_jax.user_warnings import warn_user
 
-#: Largest request unless set otherwise.
-MAX_BODY_BYTES = 256 * 2**20
 #: A connection that is silent for so long is closed.
 _IDLE_SECONDS = 60.0
+#: Values of a request's JSON; images are a few long texts.
+_MAX_VALUES = 10**6
 
 
 class RewardServer:
-    """Serves rewards from threads of this process.
+    """Serves rewards from threads of this process, one per connection.
 
     Attributes:
       address: (host, port) that it listens on.
     """
 
     def __init__(
-        self, rewards: Mapping[str, Reward], host: str = "127.0.0.1", port: int = 0, max_body: int = MAX_BODY_BYTES
+        self,
+        rewards: Mapping[str, Reward],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        limits: ServerLimits | None = None,
     ) -> None:
         """Listens; `serve` answers.
 
@@ -40,13 +49,14 @@ class RewardServer:
           rewards: by the name that clients ask for.
           host: address of the interface; "0.0.0.0" for all.
           port: 0 takes a free one.
-          max_body: largest request in bytes.
+          limits: of requests and connections.
 
         Raises:
           DeepGenError: the address cannot be listened on.
         """
         self.rewards = dict(rewards)
-        self.max_body = max_body
+        self.limits = limits = limits or ServerLimits()
+        self.body_budget, self.pixel_budget = Budget(2 * limits.body_bytes), Budget(2 * limits.pixels)
         self.background = BackgroundLoop("rewards")
         self._busy = 0
         self._changed = threading.Condition()
@@ -81,7 +91,7 @@ class RewardServer:
         self.close()
 
     def count(self, change: int) -> None:
-        """Keeps account of the answers under way."""
+        """Counts the answers under way."""
         with self._changed:
             self._busy += change
             self._changed.notify_all()
@@ -95,7 +105,39 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler], owner: RewardServer) -> None:
         self.owner = owner
+        self.deadlines = Deadlines()
+        self._free = threading.Semaphore(owner.limits.connections)
         super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for a connection, or refuses it."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        body = json.dumps({"error": "too many connections; try again later"})
+        lines = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Content-Length: {len(body)}")
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall("\r\n".join((*lines, "Retry-After: 1", "Connection: close", "", body)).encode())
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.deadlines.set(request, None)
+            self._free.release()
+
+    def service_actions(self) -> None:
+        """Ends connections that take too long to send a request; called several times a second."""
+        for connection in self.deadlines.pop_expired():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that breaks is no error of the server."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
 
 
 class _Refused(Exception):
@@ -113,6 +155,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _IDLE_SECONDS
     server: _Server
 
+    def handle_one_request(self) -> None:
+        self._deadline(self.server.owner.limits.request_seconds)
+        super().handle_one_request()
+
     def do_GET(self) -> None:
         self._answer_with(self._health if self._path() == "/health" else self._wrong_path)
 
@@ -120,11 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer_with(self._score if self._path() == "/score" else self._wrong_path)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is written for a request that goes well."""
+        """Requests are not logged."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Errors that the base class finds, such as an unknown method, are JSON, too."""
+        """Answers errors found by the base class, such as an unknown method, with JSON."""
         self._send(code, {"error": message or self.responses.get(code, ("error",))[0]})
+
+    def _deadline(self, seconds: float | None) -> None:
+        self.server.deadlines.set(self.request, seconds)
 
     def _path(self) -> str:
         return self.path.partition("?")[0]
@@ -137,8 +186,12 @@ class _Handler(BaseHTTPRequestHandler):
                 status, answer = 200, method()
             except _Refused as refused:
                 status, answer = refused.status, {"error": str(refused)}
-            except Exception as error:
+            except Busy:
+                status, answer = 503, {"error": "other requests use the server's memory; try again later"}
+            except Exception as error:  # Rewards run code of others: one that fails must not end the server.
                 status, answer = 500, {"error": failure_reason(error)}
+                if not is_expected(error):
+                    warn_user(f"a reward failed: {failure_reason(error)} ({failure_place(error)})")
             self._send(status, answer)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
@@ -155,27 +208,45 @@ class _Handler(BaseHTTPRequestHandler):
         return {"status": "ok", "rewards": {name: {"needs_group": r.needs_group} for name, r in rewards.items()}}
 
     def _score(self) -> dict[str, Any]:
-        owner = self.server.owner
-        try:
-            name, samples = read_request(json.loads(self._body(owner.max_body)))
-        except DeepGenError as error:
-            raise _Refused(400, str(error)) from None
-        except (ValueError, RecursionError) as error:
-            raise _Refused(400, f"the body is no JSON ({failure_reason(error)})") from None
-        if name not in owner.rewards:
-            raise _Refused(404, f"unknown reward {name!r}; {suggestion(name, owner.rewards)}")
-        return write_answer(owner.background.submit(owner.rewards[name].score(samples)).result())
+        owner, limits = self.server.owner, self.server.owner.limits
+        length = self._length(limits.body_bytes)
+        with owner.body_budget.take(length, limits.wait_seconds):
+            try:
+                request = parse_request(_parse_json(self._body(length)), limits.pixels, limits.samples)
+            except RequestTooLarge as error:
+                raise _Refused(413, str(error)) from None
+            except DeepGenError as error:
+                raise _Refused(400, str(error)) from None
+            if request.reward not in owner.rewards:
+                raise _Refused(404, f"unknown reward {request.reward!r}; {suggestion(request.reward, owner.rewards)}")
+            with owner.pixel_budget.take(request.pixels, limits.wait_seconds):
+                try:
+                    samples = request.decode()
+                except DeepGenError as error:
+                    raise _Refused(400, str(error)) from None
+                future = owner.background.submit(owner.rewards[request.reward].score(samples))
+                try:
+                    return write_answer(future.result(limits.score_seconds))
+                except TimeoutError:
+                    if future.done():
+                        raise
+                    future.cancel()
+                    raise _Refused(504, f"the reward took more than {limits.score_seconds:g} s") from None
 
-    def _body(self, limit: int) -> bytes:
+    def _length(self, limit: int) -> int:
         text = self.headers.get("Content-Length", "")
         if "Transfer-Encoding" in self.headers or not text:
             raise _Refused(411, "send the body with its Content-Length")
-        if not text.isdigit():
+        if not (text.isascii() and text.isdigit()):
             raise _Refused(400, "the Content-Length is no number")
-        if int(text) > limit:
-            raise _Refused(413, f"the body has {text} bytes; send at most {limit}")
-        body = self.rfile.read(int(text))
-        if len(body) < int(text):
+        if len(text) > 18 or int(text) > limit:
+            raise _Refused(413, f"the body has {text[:20]} bytes; send at most {limit}")
+        return int(text)
+
+    def _body(self, length: int) -> bytes:
+        body = self.rfile.read(length)
+        self._deadline(None)
+        if len(body) < length:
             raise _Refused(400, "the body ends before its Content-Length")
         return body
 
@@ -185,8 +256,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         if status >= 400:
-            # What is left of the body that was refused must not be taken for the next request.
+            if status == 503:
+                self.send_header("Retry-After", "1")
+            # The rest of a refused body must not be read as the next request.
             self.send_header("Connection", "close")
             self.close_connection = True
         self.end_headers()
         self.wfile.write(data)
+
+
+def _parse_json(body: bytes) -> Any:
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise RequestTooLarge(f"the request holds more than {_MAX_VALUES} values; send fewer")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise DeepGenError(f"the body is no JSON ({failure_reason(error)})") from None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import Literal
 
 from deepgen_jax.rewards.base import Missing
 from deepgen_jax.rewards.mentions import NOUN, ZH_NOUN, mark_mentions
@@ -46,7 +46,7 @@ def read_verdict(reply: str | None) -> Verdict | Missing:
         if len(verdicts) > 1 or CONTRADICTION in readings:
             return CONTRADICTION
         if verdicts:
-            return cast(Verdict, verdicts.pop())
+            return verdicts.pop()
     return NO_VERDICT
 
 
@@ -241,7 +241,7 @@ def _compared(text: str) -> Verdict | Missing:
                 whole.add(chosen)
             elif not _NOWHERE.match(clause, match.end()):
                 limited.add(chosen)
-        if any((match := pattern.search(clause)) and not _negated(clause, match) for pattern in _TIES):
+        if any((tie := pattern.search(clause)) and not _negated(clause, tie) for pattern in _TIES):
             whole.add("tie")
     found = whole or (limited if not _ADVERSATIVE.search(text.lower()) else set())
     if len(found) > 1:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 import types
 import warnings
 
+import httpx
 import numpy as np
 import pytest
+from PIL import UnidentifiedImageError
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import Missing, Reward, RewardConfig, RewardSample, Scores, registry
+from deepgen_jax.rewards.base import ScoringFailed
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.user_warnings import DeepGenWarning
 
@@ -133,12 +137,49 @@ def test_reward_that_does_not_apply_is_no_failure():
     assert len(Flaky.made.seen) == 1
 
 
-def test_exception_is_a_missing_reward_with_its_reason():
-    config = RewardConfig("flaky", options={"error": RuntimeError("boom")})
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("boom"), "OSError: boom"),
+        (ConnectionResetError("boom"), "ConnectionResetError: boom"),
+        (TimeoutError(), "TimeoutError"),
+        (httpx.ReadTimeout("boom"), "ReadTimeout: boom"),
+        (UnidentifiedImageError("boom"), "UnidentifiedImageError: boom"),
+        (json.JSONDecodeError("boom", "", 0), "JSONDecodeError: boom: line 1 column 1 (char 0)"),
+        (ScoringFailed("the judge is out"), "the judge is out"),
+    ],
+)
+def test_expected_failure_is_a_missing_reward_with_its_reason(error, reason):
+    config = RewardConfig("flaky", options={"error": error})
     with mixture(config, JPEG, required_share=0.0) as rewards:
         result = rewards.collect([rewards.submit(samples(2), [{"flaky": 1.0, "jpeg": 1.0}] * 2)])
-    assert result.failures == {("flaky", "RuntimeError: boom"): 2}
+    assert result.failures == {("flaky", reason): 2}
     assert np.isfinite(result.rewards[:, 1]).all()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), KeyError("boom"), ValueError("boom"), ZeroDivisionError("boom")]
+)
+def test_programming_error_ends_the_run_with_its_cause(error):
+    config = RewardConfig("flaky", options={"error": error})
+    message = rf"reward flaky failed with {type(error).__name__}: .?boom.? \(.*test_mixture.py, line \d+, in score\)"
+    with (
+        mixture(config, JPEG, required_share=0.0) as rewards,
+        pytest.raises(DeepGenError, match=message) as caught,
+    ):
+        rewards.collect([rewards.submit(samples(2), [{"flaky": 1.0, "jpeg": 1.0}] * 2)])
+    assert caught.value.__cause__ is error
+
+
+def test_reward_with_another_number_of_scores_ends_the_run():
+    class Short(Reward):
+        async def score(self, samples):
+            return Scores.of([1.0])
+
+    with mixture(JPEG) as rewards:
+        rewards._rewards = (Short(),)
+        with pytest.raises(DeepGenError, match="jpeg gave 1 scores of 2 images"):
+            rewards.collect([rewards.submit(samples(2), [{"jpeg": 1.0}] * 2)])
 
 
 def test_error_of_use_ends_the_step():

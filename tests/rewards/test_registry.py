@@ -92,12 +92,27 @@ def test_one_bad_image_costs_no_other_its_score():
     class Fussy(LocalReward):
         def score_one(self, sample):
             if sample.group == 1:
-                raise RuntimeError("cannot\nlook")
+                raise OSError("cannot\nlook")
             return math.inf if sample.group == 2 else 0.5
 
     scores = asyncio.run(Fussy().score([sample(group=g) for g in range(4)]))
     np.testing.assert_array_equal(scores.values, np.array([0.5, np.nan, np.nan, 0.5], np.float32))
-    assert scores.failures == {"RuntimeError: cannot look": 1, "the score is not finite": 1}
+    assert scores.failures == {"OSError: cannot look": 1, "the score is not finite": 1}
+
+
+def test_programming_error_in_one_image_ends_the_batch():
+    class Wrong(LocalReward):
+        def score_one(self, sample):
+            return {}["score"]
+
+    with pytest.raises(KeyError, match="score"):
+        asyncio.run(Wrong().score([sample()]))
+
+
+def test_score_beyond_float32_is_missing():
+    scores = Scores.of([1e39, 1.0])
+    assert scores.failures == {"the score is not finite": 1}
+    assert np.isnan(scores.values[0])
 
 
 def test_missing_is_never_zero():

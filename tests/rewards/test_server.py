@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
+import zlib
 
 import httpx
 import numpy as np
@@ -20,7 +25,9 @@ from deepgen_jax.rewards import Missing, Reward, RewardConfig, RewardSample, Sco
 from deepgen_jax.rewards.image_codec import decode_png_base64, png_base64
 from deepgen_jax.rewards.protocol import read_answer, read_request, write_answer, write_request
 from deepgen_jax.rewards.server import RewardServer
+from deepgen_jax.rewards.server_limits import Budget, Busy, ServerLimits
 
+LIMITS = ServerLimits(body_bytes=100_000, pixels=1000, samples=6, connections=4, request_seconds=2, score_seconds=2)
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 
 
@@ -40,10 +47,15 @@ class Broken(Reward):
         raise RuntimeError("the model is gone")
 
 
+class Slow(Reward):
+    async def score(self, samples):
+        await asyncio.sleep(30)
+
+
 @pytest.fixture(scope="module")
 def server():
-    rewards = {"jpeg": make(RewardConfig("jpeg")), "echo": Echo(), "broken": Broken()}
-    with RewardServer(rewards, max_body=100_000) as server:
+    rewards = {"jpeg": make(RewardConfig("jpeg")), "echo": Echo(), "broken": Broken(), "slow": Slow()}
+    with RewardServer(rewards, limits=LIMITS) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
         yield server
@@ -100,6 +112,12 @@ def test_health(url):
     assert answer["rewards"]["echo"] == {"needs_group": True}
 
 
+def png(width, height):
+    """The head of a PNG file of any size, which is all that is looked at before the limits."""
+    head = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", width, height) + bytes([8, 2, 0, 0, 0])
+    return base64.b64encode(head + struct.pack(">I", zlib.crc32(head[12:]))).decode()
+
+
 def sample(**changes):
     return {"image": png_base64(IMAGE), "prompt": "a", **changes}
 
@@ -126,6 +144,12 @@ def sample(**changes):
         ("POST", "/score", {"reward": "jpeg", "samples": [sample(metadata=[])]}, 400, "metadata must be dict"),
         ("POST", "/score", {"reward": "jpeg", "samples": [sample(image="*")]}, 400, "not base64"),
         ("POST", "/score", {"reward": "jpeg", "samples": [sample(image="aGVsbG8=")]}, 400, "not a PNG"),
+        ("POST", "/score", {"reward": "jpeg", "samples": [sample(image=png(40, 40))]}, 413, "send at most 1000"),
+        ("POST", "/score", {"reward": "jpeg", "samples": [sample()] * 7}, 413, "7 samples; send at most 6"),
+        ("POST", "/score", {"reward": "jpeg", "samples": [sample(image=png(2**20, 2**20))]}, 400, "1048576x1048576"),
+        ("POST", "/score", {"reward": "jpeg", "samples": [sample(image=png(0, 5))]}, 400, "0x5 pixels"),
+        ("POST", "/score", {"reward": "jpeg", "samples": [sample(image=png(9, 9))]}, 400, "can be read"),
+        ("POST", "/score", {"reward": "slow", "samples": [sample()]}, 504, "more than 2 s"),
         ("POST", "/score", {"reward": "broken", "samples": [sample()]}, 500, "the model is gone"),
     ],
 )
@@ -134,6 +158,72 @@ def test_errors_are_json(url, method, path, body, status, message):
     answer = httpx.request(method, url + path, content=content)
     assert answer.status_code == status
     assert re.search(message, answer.json()["error"])
+
+
+def test_memory_is_bounded_whatever_the_images_hold(tmp_path):
+    """A request of 3 MB whose images would take 2.3 GB is refused before any of them is decoded."""
+    side = 5700
+    with RewardServer({"jpeg": make(RewardConfig("jpeg"))}) as server:
+        threading.Thread(target=server.serve, daemon=True).start()
+        body = {"reward": "jpeg", "samples": [sample(image=png(side, side))] * 24}
+        answer = httpx.post("http://{}:{}/score".format(*server.address), json=body)
+        server.stop()
+    assert (answer.status_code, f"{24 * side * side} pixels" in answer.json()["error"]) == (413, True)
+
+
+def test_many_values_are_refused_before_they_are_parsed():
+    with RewardServer({"jpeg": make(RewardConfig("jpeg"))}) as server:
+        threading.Thread(target=server.serve, daemon=True).start()
+        answer = httpx.post("http://{}:{}/score".format(*server.address), content=b"[" + b"{}," * 10**6)
+        server.stop()
+    assert (answer.status_code, "values" in answer.json()["error"]) == (413, True)
+
+
+def test_connections_are_bounded(server, url):
+    idle = [socket.create_connection(server.address) for _ in range(LIMITS.connections)]
+    try:
+        wait_for(lambda: status_of(url) == 503)
+        before = threading.active_count()
+        assert {status_of(url) for _ in range(10)} == {503}
+        assert threading.active_count() <= before
+    finally:
+        for connection in idle:
+            connection.close()
+    wait_for(lambda: status_of(url) == 200)
+
+
+def test_slow_requests_are_ended(server, url):
+    with socket.create_connection(server.address) as connection:
+        start = time.monotonic()
+        connection.settimeout(10)
+        connection.sendall(b"POST /score HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")
+        while data := connection.recv(4096):
+            assert b"200 OK" not in data
+        assert time.monotonic() - start < 8
+    wait_for(lambda: status_of(url) == 200)
+
+
+def status_of(url):
+    try:
+        return httpx.get(f"{url}/health").status_code
+    except httpx.TransportError:
+        # The refusal may be lost where the connection is reset.
+        return 503
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_waiting_for_memory_ends_with_busy():
+    budget = Budget(10)
+    with budget.take(6, 0.1), pytest.raises(Busy), budget.take(5, 0.1):
+        pass
+    with budget.take(10, 0.1):
+        pass
 
 
 def test_body_needs_its_length(url):
@@ -214,6 +304,8 @@ def test_command_serves_until_sigterm(tmp_path):
         (["--rewards", "jpeg", "--options", "nowhere.json"], "No such file"),
         (["--rewards", "jpeg", "--options", '{"jpeg": 1}'], "object of objects"),
         (["--rewards", "jpeg", "--port", "70000"], "cannot listen"),
+        (["--rewards", "jpeg", "--max-connections", "0"], "connections is 0; it must be above 0"),
+        (["--rewards", "jpeg", "--options", "[" * 100_000], "JSON"),
     ],
 )
 def test_command_refuses_bad_words(capsys, words, message):
