@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.cli.stopping import Terminated
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class RewardServerCommand:
     """Names of the rewards, separated by commas."""
     options: str = "{}"
     """Options by reward, a JSON object or a file with one, such as '{"clip": {"folder": "clip-vit-large-patch14"}}'.
-    The
-    option "kind" sets the kind of a reward of another name, as module:Class or file.py:Class if it is your own."""
+    The option "kind" sets the kind of a reward of another name, as module:Class or file.py:Class if it is your own."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 8100
@@ -38,7 +37,7 @@ class RewardServerCommand:
 
     def run(self) -> int:
         """Serves; returns the exit status."""
-        from deepgen_jax.rewards.registry import RewardConfig, make, suggestion
+        from deepgen_jax.rewards.registry import RewardConfig, make
         from deepgen_jax.rewards.server import RewardServer
         from deepgen_jax.rewards.server_limits import ServerLimits
 
@@ -48,7 +47,7 @@ class RewardServerCommand:
         options = _options(self.options)
         for name in options:
             if name not in names:
-                raise DeepGenError(f"--options are for {name!r}, which is not served; {suggestion(name, names)}")
+                raise DeepGenError(f"--options are for {name!r}, which is not served{did_you_mean(name, names)}")
         rewards = {}
         for name in names:
             given = dict(options.get(name, {}))

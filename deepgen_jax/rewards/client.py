@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 from deepgen_jax.rewards.base import ScoringFailed, failure_reason
 from deepgen_jax.rewards.cache import AnswerCache, request_key
 
@@ -210,12 +210,10 @@ class Client:
 
 
 def _config(values: Mapping[str, Any]) -> ClientConfig:
-    from deepgen_jax.rewards.registry import suggestion
-
     known = [field.name for field in dataclasses.fields(ClientConfig)]
     for name in values:
         if name not in known:
-            raise DeepGenError(f"client: unknown option {name!r}; {suggestion(name, known)}")
+            raise DeepGenError(f"client: unknown option {name!r}{did_you_mean(name, known)}")
     try:
         return ClientConfig(**values)
     except TypeError as error:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 import numpy as np
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 from deepgen_jax.rewards.background import BackgroundLoop
 from deepgen_jax.rewards.base import (
     Missing,
@@ -24,7 +24,7 @@ from deepgen_jax.rewards.base import (
     failure_reason,
     is_expected,
 )
-from deepgen_jax.rewards.registry import RewardConfig, canonical, make, suggestion
+from deepgen_jax.rewards.registry import RewardConfig, canonical, make
 from deepgen_jax.rewards.result import RewardResult, concatenate
 from deepgen_jax.user_warnings import warn_user
 
@@ -82,8 +82,8 @@ class RewardMixture:
         for name in wanted:
             if canonical(name) not in self.names:
                 raise DeepGenError(
-                    f"a data set wants the reward {name!r}, which is not among the run's; "
-                    f"{suggestion(canonical(name), self.names)}"
+                    f"a data set wants the reward {name!r}, which is not among the run's"
+                    f"{did_you_mean(canonical(name), self.names)}"
                 )
 
     def submit(

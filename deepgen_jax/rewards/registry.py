@@ -1,29 +1,40 @@
-"""Rewards by name. A new reward is one small file and one line here."""
+"""Rewards by name. Adding one: a `Reward` in a file, and its name in the registry.
+
+    register("my_reward", "my_package.my_module:MyReward")
+
+or an entry point of the group ``deepgen_jax.rewards`` in an installed package; or, without a name,
+``rewards.NAME.kind=my_module:MyReward`` or ``kind=path/to/my_reward.py:MyReward`` on the command line.
+"""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepgen_jax.errors import DeepGenError
-from deepgen_jax.rewards.base import Reward
+from deepgen_jax.errors import DeepGenError, did_you_mean
+from deepgen_jax.registry import Registry
+from deepgen_jax.rewards.base import Reward, failure_place, failure_reason
 
-#: Kind -> module and class, imported on first use. The class's keyword arguments are the reward's options.
-KINDS = {
-    "ocr": "deepgen_jax.rewards.ocr:OCRReward",
-    "clip": "deepgen_jax.rewards.clip_score:CLIPReward",
-    "preference": "deepgen_jax.rewards.preference:PreferenceReward",
-    "judge_score": "deepgen_jax.rewards.judge_score:JudgeScoreReward",
-    "ocr_judge": "deepgen_jax.rewards.ocr_judge:OCRJudgeReward",
-    "jpeg": "deepgen_jax.rewards.jpeg:JPEGReward",
-    "color_target": "deepgen_jax.rewards.color:ColorTargetReward",
-    "world": "deepgen_jax.nano.reward:WorldReward",
-    "http": "deepgen_jax.rewards.http:HTTPReward",
-}
+_HERE = "deepgen_jax.rewards"
+#: Kind -> class, whose keyword arguments are the options of the reward.
+REWARD_KINDS: Registry[Reward] = Registry(
+    "reward",
+    "deepgen_jax.rewards",
+    {
+        "ocr": f"{_HERE}.ocr:OCRReward",
+        "clip": f"{_HERE}.clip_score:CLIPReward",
+        "preference": f"{_HERE}.preference:PreferenceReward",
+        "judge_score": f"{_HERE}.judge_score:JudgeScoreReward",
+        "ocr_judge": f"{_HERE}.ocr_judge:OCRJudgeReward",
+        "jpeg": f"{_HERE}.jpeg:JPEGReward",
+        "color_target": f"{_HERE}.color:ColorTargetReward",
+        "http": f"{_HERE}.http:HTTPReward",
+    },
+    base=f"{_HERE}.base:Reward",
+)
+register = REWARD_KINDS.register
 
 #: Names that released prompt lists use for the same rewards.
 ALIASES = {"unifiedreward_think": "preference", "clip_sim": "clip"}
@@ -34,8 +45,8 @@ class RewardConfig:
     """One reward of a run.
 
     Attributes:
-      name: what data sets call it; also its kind unless ``kind`` says otherwise.
-      kind: one of `KINDS`, for a second reward of a kind or a name of one's own.
+      name: as data sets of prompts name it; also its kind, if that is not given.
+      kind: a name of `REWARD_KINDS`, ``module:Class`` or ``file.py:Class``.
       options: keyword arguments of the kind's class.
     """
 
@@ -45,7 +56,7 @@ class RewardConfig:
 
 
 def canonical(name: str) -> str:
-    """A reward's name, with the names of released prompt lists turned into those used here."""
+    """A reward's name here, also for a name of released prompt lists."""
     return ALIASES.get(name, name)
 
 
@@ -55,26 +66,25 @@ def make(config: RewardConfig) -> Reward:
     Raises:
       DeepGenError: kind or option unknown, an option missing or with a value that cannot be used.
     """
-    kind = canonical(config.kind or config.name)
-    if kind not in KINDS:
-        raise DeepGenError(f"unknown reward {kind!r}; {suggestion(kind, KINDS)}")
-    module, name = KINDS[kind].split(":")
-    reward_type = getattr(importlib.import_module(module), name)
-    parameters = inspect.signature(reward_type).parameters
+    where = f"reward {config.name}"
+    reward_type = REWARD_KINDS.load(canonical(config.kind or config.name), where)
+    named = {
+        name: parameter
+        for name, parameter in inspect.signature(reward_type).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward_type).parameters.values())
     for option in config.options:
-        if option not in parameters:
-            raise DeepGenError(f"reward {config.name}: unknown option {option!r}; {suggestion(option, parameters)}")
-    needed = [p.name for p in parameters.values() if p.default is p.empty and p.name not in config.options]
-    if needed:
-        raise DeepGenError(f"reward {config.name} needs the option {needed[0]!r}; set it in the reward's options")
+        if option not in named and not takes_any:
+            raise DeepGenError(f"{where}: unknown option {option!r}{did_you_mean(option, named)}")
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in config.options:
+            raise DeepGenError(f"{where} needs the option {name!r}; set rewards.{config.name}.options.{name}=...")
     try:
         return reward_type(**config.options)
     except DeepGenError as error:
-        raise DeepGenError(f"reward {config.name}: {error}") from error
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "did you mean ...?", or the list of what is known."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+        raise DeepGenError(f"{where}: {error}") from error
+    except Exception as error:  # A reward's own code may raise anything, also for an option of the wrong type.
+        raise DeepGenError(
+            f"{where} cannot be made: {failure_reason(error)} ({failure_place(error)}); check its options"
+        ) from error

@@ -15,11 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from deepgen_jax import __version__
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, did_you_mean
 from deepgen_jax.rewards.background import BackgroundLoop
 from deepgen_jax.rewards.base import Reward, failure_place, failure_reason, is_expected
 from deepgen_jax.rewards.protocol import RequestTooLarge, parse_request, write_answer
-from deepgen_jax.rewards.registry import suggestion
 from deepgen_jax.rewards.server_limits import Budget, Busy, Deadlines, ServerLimits
 from deepgen_jax.user_warnings import warn_user
 
@@ -218,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
             except DeepGenError as error:
                 raise _Refused(400, str(error)) from None
             if request.reward not in owner.rewards:
-                raise _Refused(404, f"unknown reward {request.reward!r}; {suggestion(request.reward, owner.rewards)}")
+                raise _Refused(404, f"unknown reward {request.reward!r}{did_you_mean(request.reward, owner.rewards)}")
             with owner.pixel_budget.take(request.pixels, limits.wait_seconds):
                 try:
                     samples = request.decode()

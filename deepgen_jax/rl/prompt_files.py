@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from deepgen_jax.errors import DeepGenError
-from deepgen_jax.rewards.registry import canonical, suggestion
+from deepgen_jax.errors import DeepGenError, did_you_mean
+from deepgen_jax.rewards.registry import canonical
 from deepgen_jax.user_warnings import warn_user
 
 #: "sample_proportional": a data set's chance is its weight times its size; "weight_only": its weight alone.
@@ -107,7 +107,7 @@ def read_prompt_config(
     config = _mapping(_load_yaml(path), f"{path}", {"sampling_mode", "datasets"})
     mode = config.get("sampling_mode", _MODES[0])
     if mode not in _MODES:
-        raise DeepGenError(f"{path}: sampling_mode is {mode!r}; {suggestion(str(mode), _MODES)}")
+        raise DeepGenError(f"{path}: sampling_mode is {mode!r}{did_you_mean(str(mode), _MODES)}")
     entries = config.get("datasets")
     if not isinstance(entries, list) or not entries:
         raise DeepGenError(f"{path}: 'datasets' must be a list of at least one data set")
@@ -190,7 +190,7 @@ def _mapping(values: Any, where: str, known: set[str]) -> dict[str, Any]:
         raise DeepGenError(f"{where} is no mapping; it may have {', '.join(sorted(known))}")
     for name in values:
         if name not in known:
-            raise DeepGenError(f"{where}: unknown field {name!r}; {suggestion(str(name), sorted(known))}")
+            raise DeepGenError(f"{where}: unknown field {name!r}{did_you_mean(str(name), sorted(known))}")
     return values
 
 

@@ -45,8 +45,9 @@ def apply(config: T, words: Sequence[str]) -> T:
 
     A word is ``path.to.field=value``. Texts are taken as they are; tuples are ``a,b`` or JSON ``["a", "b"]``; mappings,
     whole dataclasses (what is left out takes its default) and anything deeper are JSON; ``null`` is None. An item of a
-    tuple goes by its index or, where it has one, by its name: ``data.sources.pairs.path=/data/pairs.json``. The order
-    of the words does not matter: each dataclass is made, and checks itself, once, with all its changes.
+    tuple goes by its index or, where it has one, by its name: ``data.sources.pairs.path=/data/pairs.json``. A name that
+    is not there is added, if its kind is given: ``rewards.mine.kind=mine.py:Mine``. The order of the words does not
+    matter: each dataclass is made, and checks itself, once, with all its changes.
 
     Raises:
       DeepGenError: a word names no field, its value does not fit, it is given twice, or the result is refused.
@@ -144,7 +145,7 @@ def _clash(one: _Change, other: _Change) -> DeepGenError:
 def _changed(value: Any, hint: Any, node: _Tree | _Change, path: str = "") -> Any:
     """``value`` (at ``path``, of type ``hint``) with the changes below ``node``."""
     if isinstance(node, _Change):
-        return parse(hint, node.text, _short(node.word))
+        return _json_or_text(node.text) if hint is Any else parse(hint, node.text, _short(node.word))
     if dataclasses.is_dataclass(value):
         return _changed_dataclass(value, node, path)
     if isinstance(value, tuple):
@@ -182,6 +183,9 @@ def _changed_tuple(value: tuple[Any, ...], hint: Any, node: _Tree, path: str) ->
             index = names.index(key)
         elif key.isdecimal() and int(key) < len(items):
             index = int(key)
+        elif (added := _new_item(item_hint(hint, len(items)), key, child, f"{path}.{key}")) is not None:
+            items.append(added)
+            continue
         else:
             known = [str(name or index) for index, name in enumerate(names)]
             raise DeepGenError(f"{_short(first.word)}: {path} has no item {key!r}{did_you_mean(key, known)}")
@@ -190,6 +194,36 @@ def _changed_tuple(value: tuple[Any, ...], hint: Any, node: _Tree, path: str) ->
         touched[index] = first
         items[index] = _changed(items[index], item_hint(hint, index), child, f"{path}.{key}")
     return tuple(items)
+
+
+def _json_or_text(text: str) -> Any:
+    """A value whose type is not known, such as an option of a reward: JSON if it is that, else the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _new_item(hint: Any, name: str, node: _Tree | _Change, path: str) -> Any:
+    """A named item that is not there yet, such as a reward or a data source, if its kind is given; else None."""
+    fields = {field.name: field for field in dataclasses.fields(hint)} if dataclasses.is_dataclass(hint) else {}
+    if not {"name", "kind"} <= fields.keys() or isinstance(node, _Change) or "kind" not in node:
+        return None
+    for field in fields.values():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in ("name", *node):
+            raise DeepGenError(f"{_short(_first(node).word)}: {path} is new and needs {path}.{field.name}=... as well")
+    empty = {
+        field.name: None if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in fields.values()
+    }
+    hints = typing.get_type_hints(hint)
+    values: dict[str, Any] = {"name": name}
+    for key, child in node.items():
+        if key not in fields:
+            raise DeepGenError(f"{_short(_first(child).word)}: {path} has no field {key!r}{did_you_mean(key, fields)}")
+        values[key] = _changed(empty[key], hints[key], child, f"{path}.{key}")
+    return hint(**values)
 
 
 def _short(word: str) -> str:

@@ -182,7 +182,7 @@ def test_token_comes_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"concurency": 1}, "did you mean 'concurrency'"),
+        ({"concurency": 1}, "did you mean concurrency"),
         ({"tries": 0}, "at least 1"),
         ({"read_seconds": 0}, "above 0"),
         ({"max_answer_mb": 0}, "above 0"),

@@ -46,7 +46,7 @@ def flaky(monkeypatch):
     module = types.ModuleType("flaky_reward")
     module.Flaky = Flaky
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(registry.KINDS, "flaky", "flaky_reward:Flaky")
+    registry.register("flaky", "flaky_reward:Flaky")
 
 
 def samples(count, group_size=2):
@@ -199,7 +199,7 @@ def test_released_reward_names_find_their_columns():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([{"jpg": 1.0}] * 2, "wants the reward 'jpg'.*did you mean 'jpeg'"),
+        ([{"jpg": 1.0}] * 2, "wants the reward 'jpg'.*did you mean jpeg"),
         ([{"jpeg": 1.0}], "2 samples with 1 weights"),
         ([{"jpeg": float("nan")}] * 2, "must be finite"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import Missing, RewardConfig, RewardSample, Scores, make
 from deepgen_jax.rewards.base import LocalReward
-from deepgen_jax.rewards.registry import KINDS
+from deepgen_jax.rewards.registry import REWARD_KINDS
 
 URL = "http://127.0.0.1:9"
 NEEDED = {
@@ -28,13 +28,22 @@ def sample(image=None, prompt="a fox", group=0):
     return RewardSample(np.zeros((16, 24, 3), np.uint8) if image is None else image, prompt, group)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clip"])
+@pytest.mark.parametrize("kind", [kind for kind in REWARD_KINDS.names() if kind != "clip"])
 def test_every_kind_is_made(kind):
     if kind == "ocr":
         pytest.importorskip("rapidocr")
     reward = make(RewardConfig(kind, options=NEEDED.get(kind, {})))
-    assert type(reward).__name__ == KINDS[kind].split(":")[1]
+    assert type(reward).__name__ == REWARD_KINDS.target(kind).split(":")[1]
     assert reward.needs_group == (kind == "preference")
+
+
+def test_exact_reward_of_the_procedural_world_is_an_entry_point():
+    assert REWARD_KINDS.target("world") == "deepgen_jax.nano.reward:WorldReward"
+    code = (
+        "import sys; from deepgen_jax.rewards.registry import REWARD_KINDS; REWARD_KINDS.names();"
+        "print('deepgen_jax.nano' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_released_names_mean_the_same_rewards():
@@ -44,9 +53,9 @@ def test_released_names_mean_the_same_rewards():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RewardConfig("jpg"), "did you mean 'jpeg'"),
+        (RewardConfig("jpg"), "did you mean jpeg"),
         (RewardConfig("pickscore"), "known: ocr, clip"),
-        (RewardConfig("small", "jpeg", {"qualty": 90}), "reward small: .*'qualty'; did you mean 'quality'"),
+        (RewardConfig("small", "jpeg", {"qualty": 90}), "reward small: .*'qualty'; did you mean quality"),
         (RewardConfig("preference"), "needs the option 'url'"),
         (RewardConfig("jpeg", options={"sign": 0}), "reward jpeg: sign is 0"),
         (RewardConfig("color_target", options={"target": [300, 0, 0]}), "from 0 to 255"),
@@ -54,6 +63,10 @@ def test_released_names_mean_the_same_rewards():
         (RewardConfig("preference", options={"url": URL, "template": "Which?"}), "lacks {prompt}"),
         (RewardConfig("judge_score", options={"url": URL, "model": "m", "low": 5, "high": 5}), "no range"),
         (RewardConfig("clip", options={"folder": "/nowhere"}), "does not exist"),
+        (RewardConfig("ocr", options={"workers": "many"}), r"reward ocr cannot be made: TypeError: .*ocr.py, line \d+"),
+        (RewardConfig("mine", "nowhere:Mine"), "reward mine: nowhere cannot be imported"),
+        (RewardConfig("mine", "no/where.py:Mine"), "reward mine: .*where.py is no Python file"),
+        (RewardConfig("mine", "json:JSONDecoder"), "json:JSONDecoder is no subclass of .*Reward"),
         (RewardConfig("judge_score", options={"url": URL, "model": ""}), "model is empty"),
     ],
 )

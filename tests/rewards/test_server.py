@@ -134,7 +134,7 @@ def sample(**changes):
         ("POST", "/score", b"[" * 50000, 400, "no JSON"),
         ("POST", "/score", b"[]", 400, "no JSON object"),
         ("POST", "/score", b"x" * 100_001, 413, "at most 100000"),
-        ("POST", "/score", {"reward": "jpg", "samples": [sample()]}, 404, "did you mean 'jpeg'"),
+        ("POST", "/score", {"reward": "jpg", "samples": [sample()]}, 404, "did you mean jpeg"),
         ("POST", "/score", {"reward": 1, "samples": [sample()]}, 400, "'reward' must be"),
         ("POST", "/score", {"reward": "jpeg", "samples": []}, 400, "at least one"),
         ("POST", "/score", {"reward": "jpeg", "samples": [sample()], "x": 1}, 400, "unknown field 'x'"),
@@ -297,7 +297,7 @@ def test_command_serves_until_sigterm(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rewards", "jpg"], "did you mean 'jpeg'"),
+        (["--rewards", "jpg"], "did you mean jpeg"),
         (["--rewards", ","], "name at least one"),
         (["--rewards", "jpeg", "--options", '{"ocr": {}}'], "not served"),
         (["--rewards", "jpeg", "--options", "{"], "no JSON"),

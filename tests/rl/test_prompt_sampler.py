@@ -149,9 +149,9 @@ ENTRY = {"name": "a", "path": "a.txt", "rewards": [{"clip": 1}]}
     [
         ([], "is no mapping"),
         ({"datasets": []}, "at least one data set"),
-        ({"datasets": [ENTRY], "sampling": "x"}, "unknown field 'sampling'; did you mean 'sampling_mode'"),
-        ({"datasets": [ENTRY], "sampling_mode": "weights_only"}, "did you mean 'weight_only'"),
-        ({"datasets": [ENTRY | {"weight": 2}]}, "unknown field 'weight'; did you mean 'sample_weight'"),
+        ({"datasets": [ENTRY], "sampling": "x"}, "unknown field 'sampling'; did you mean sampling_mode"),
+        ({"datasets": [ENTRY], "sampling_mode": "weights_only"}, "did you mean weight_only"),
+        ({"datasets": [ENTRY | {"weight": 2}]}, "unknown field 'weight'; did you mean sample_weight"),
         ({"datasets": [ENTRY | {"sample_weight": "3x"}]}, "must be a number"),
         ({"datasets": [ENTRY | {"sample_weight": 0}]}, "must be above 0"),
         ({"datasets": [ENTRY | {"rewards": []}]}, "at least one reward"),
