@@ -135,7 +135,7 @@ class ImageRun:
     ) -> list[Failure]:
         """Loads the model and makes ``todo``, saving image by image, until done or ``stopped`` (any process)."""
         pipe = load_pipeline(self.folder, resolved_dtype(self.dtype), self._mesh, self.compilation_cache)
-        if self.processes.of_any(stopped()):
+        if self.processes.any(stopped()):
             return []
         sizes = batch_sizes(planned, self._whole_batch())
         failures: list[Failure] = []
@@ -148,13 +148,13 @@ class ImageRun:
                         save(request, result)
                 bar.set_description_str("", refresh=False)
                 bar.update(len(batch))
-                if self.processes.of_any(stopped()):
+                if self.processes.any(stopped()):
                     break
         return failures
 
     def _missing(self, requests: Sequence[Request], missing: Collection[str]) -> list[Request]:
         """Those whose files the first process counts among ``missing``."""
-        chosen = self.processes.of_first([request.file in missing for request in requests])
+        chosen = self.processes.broadcast([request.file in missing for request in requests])
         return [request for request, wanted in zip(requests, chosen, strict=True) if wanted]
 
     def _whole_batch(self) -> int:

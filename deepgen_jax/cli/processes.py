@@ -19,7 +19,7 @@ class ProcessOptions:
     """Which of them this is, with an address."""
 
     def join(self) -> bool:
-        """Joins the others, if there are any; tells whether this process is the one that writes and speaks for all.
+        """Joins the others, if there are any; returns whether this is process 0, which writes and prints for all.
 
         Raises:
           DeepGenError: the options do not fit each other, or the others were not reached.
@@ -33,13 +33,13 @@ class ProcessOptions:
         hosts.join(self.coordinator, self.num_processes, self.process_id)
         return jax.process_index() == 0
 
-    def lifeline(self) -> contextlib.AbstractContextManager[object]:
-        """What the work is done in, so that all end where one does; see `deepgen_jax.parallel.peer_watch`."""
+    def peer_watch(self) -> contextlib.AbstractContextManager[object]:
+        """Context in which all processes stop when one fails; see `deepgen_jax.parallel.peer_watch`."""
         if self._alone:
             return contextlib.nullcontext()
-        from deepgen_jax.parallel.peer_watch import Lifeline
+        from deepgen_jax.parallel.peer_watch import PeerWatch
 
-        return Lifeline()
+        return PeerWatch()
 
     @property
     def mesh(self) -> str | None:
@@ -52,21 +52,21 @@ class ProcessOptions:
 
         return usual_mesh_of(jax.devices())
 
-    def of_first(self, mine: Sequence[bool]) -> list[bool]:
-        """What the process that writes passes, on all; all pass as many."""
+    def broadcast(self, mine: Sequence[bool]) -> list[bool]:
+        """The values of process 0, which writes, on all processes; all pass equally many."""
         if self._alone:
             return list(mine)
         from deepgen_jax.parallel import hosts
 
-        return hosts.of_first(mine)
+        return hosts.broadcast(mine)
 
-    def of_any(self, mine: bool) -> bool:
-        """Whether a process passes True, on all."""
+    def any(self, mine: bool) -> bool:
+        """Whether any process passes True, on all processes."""
         if self._alone:
             return mine
         from deepgen_jax.parallel import hosts
 
-        return hosts.of_any(mine)
+        return hosts.any_process(mine)
 
     def same(self, value: object) -> bool:
         """Whether all processes pass what has the same `repr`, on all."""

@@ -146,7 +146,7 @@ class SamplingCommand(PromptArguments):
             known.warn([request.prompt for request in requests])
         into_folder = _is_folder(self.out) or self.prompts is not None
         first = self.processes.join()
-        with self.processes.lifeline():
+        with self.processes.peer_watch():
             if not self.processes.same((requests, settings, self.batch_size, self.mesh, self.dtype)):
                 raise DeepGenError("processes were asked for different images; give all the same words and files")
             run = self._run(settings)

@@ -66,7 +66,7 @@ class TrainCommand:
                 print(f"deepgen: {text}", file=sys.stderr, flush=True)
 
         say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
-        with self.processes.lifeline(), Stop(graceful=True, unit="step") as stop:
+        with self.processes.peer_watch(), Stop(graceful=True, unit="step") as stop:
             outcome = train(config, mesh, stop, say)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")

@@ -1,10 +1,10 @@
-"""A small process beside one of several: says why that one ended where it could not say so itself.
+"""A watchdog process that reports why another process was aborted before it could report so itself.
 
-When process 0 is gone, JAX's runtime aborts the others from a thread of its own, often before anything in Python has
-run. This process holds the same connection to process 0 (see `deepgen_jax.parallel.peer_watch`) and finds there what
-had happened. It runs as a file by itself, with nothing but the standard library, so that it is there in milliseconds.
+When process 0 is gone, JAX's runtime aborts the others from a thread of its own, often before any Python code runs.
+The watchdog shares the connection to process 0 (see `deepgen_jax.parallel.peer_watch`) and reads the reason from it. It
+runs as a file on its own, with the standard library alone, so that it starts in milliseconds.
 
-    python witness.py CONNECTION "what to do then" < PIPE
+    python exit_reporter.py CONNECTION "what to do next" < PIPE
 
 CONNECTION is a file descriptor; only the watched process holds the other end of the pipe.
 """
@@ -13,12 +13,14 @@ import select
 import socket
 import sys
 
-#: Seconds that the news of process 0 may take after the watched process ended.
-PATIENCE = 3.0
+#: Seconds to wait for the message of process 0 after the watched process has ended.
+TIMEOUT = 3.0
+#: Messages: a process is done, or failed, with the reason after a space.
+DONE, FAILED = "done", "failed"
 
 
 def receive(connection: socket.socket) -> str:
-    """One line; "" where the connection was closed."""
+    """One message, a line; "" if the connection was closed."""
     text = b""
     try:
         while not text.endswith(b"\n"):
@@ -30,24 +32,24 @@ def receive(connection: socket.socket) -> str:
     return text.decode(errors="replace").strip()
 
 
-def reason(word: str, process: int) -> str:
-    """Why everything ends after this word of a process, "" of one that said none."""
-    return word.removeprefix("ended ") or f"process {process} was killed or its machine is gone"
+def failure_reason(message: str, process: int) -> str:
+    """The reason in the last message of a process, "" if it closed the connection without one."""
+    return message.removeprefix(f"{FAILED} ") or f"process {process} was killed or its machine is gone"
 
 
-def message(reason: str, mend: str) -> str:
-    """The line that tells it."""
-    return f"deepgen: error: {reason}; {mend}"
+def error_line(reason: str, advice: str) -> str:
+    """The line on stderr."""
+    return f"deepgen: error: {reason}; {advice}"
 
 
-def main(connection: socket.socket, mend: str) -> None:
-    """Waits until the watched process ends; speaks only if it did so without a word and process 0 is gone or failed."""
+def main(connection: socket.socket, advice: str) -> None:
+    """Waits for the watched process to end; prints only if it was aborted because process 0 failed or is gone."""
     if sys.stdin.buffer.read(1):
         return
-    if not select.select([connection], [], [], PATIENCE)[0]:
-        return  # process 0 is alive: the watched process alone was killed, and the lifeline of process 0 says so
-    if (word := receive(connection)) != "bye":
-        print(message(reason(word, 0), mend), file=sys.stderr, flush=True)
+    if not select.select([connection], [], [], TIMEOUT)[0]:
+        return  # Process 0 is alive: only the watched process was killed, which process 0 reports.
+    if (message := receive(connection)) != DONE:
+        print(error_line(failure_reason(message, 0), advice), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several hosts as one program: joining them, and agreeing without waiting."""
+"""Multi-host programs: joining processes, and agreement between them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from deepgen_jax.parallel.mesh import AXES
 
 
 def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Makes this process one of several, each with its own devices.
+    """Initialises JAX for several processes, each with its own devices.
 
     Args:
-      coordinator: address:port of process 0; "auto" asks the cluster (SLURM, Kubernetes, TPU VMs) for everything; ""
-        for a process on its own.
-      num_processes, process_id: how many and which, with an address.
+      coordinator: address:port of process 0; "auto" detects the cluster (SLURM, Kubernetes, TPU VMs); "" for a single
+        process.
+      num_processes, process_id: number of processes and index of this one, with an address.
 
     Raises:
-      DeepGenError: the arguments do not fit each other, or the others were not reached.
+      DeepGenError: the arguments do not fit each other, or the others cannot be reached.
     """
     if not coordinator:
         if num_processes or process_id >= 0:
             raise DeepGenError("--num-processes and --process-id need --coordinator ADDRESS:PORT")
         return
-    # Programs in flight at once would meet each other's collectives.
+    # Collectives of programs in flight at once could be matched with each other.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if coordinator == "auto":
@@ -42,34 +42,34 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1) ->
             )
         else:
             jax.distributed.initialize(coordinator, num_processes, process_id)
-        # Connections are made now, while all are at the same point: they have half a minute to meet.
+        # Make connections now, while all processes are at the same point: they have half a minute.
         multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DeepGenError(f"process {process_id} could not join {coordinator}: {reason}") from error
 
 
-def of_first(mine: Sequence[bool]) -> list[bool]:
-    """What process 0 passes, on all processes; every one passes as many."""
-    told = multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))
-    return [bool(value) for value in np.asarray(told)]
+def broadcast(mine: Sequence[bool]) -> list[bool]:
+    """The values of process 0, on all processes; all pass equally many."""
+    values = multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))
+    return [bool(value) for value in np.asarray(values)]
 
 
-def of_any(mine: bool) -> bool:
-    """Whether one of the processes passes True, on all of them; each waits for the others."""
+def any_process(mine: bool) -> bool:
+    """Whether any process passes True, on all processes; a collective."""
     return bool(np.any(multihost_utils.process_allgather(np.asarray(mine, np.int32))))
 
 
 def same_on_all(value: object) -> bool:
-    """Whether all processes pass what has the same `repr`, on all of them."""
+    """Whether all processes pass a value with the same `repr`, on all processes; a collective."""
     digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint32)
-    return not of_any(bool(np.any(np.asarray(multihost_utils.broadcast_one_to_all(digest)) != digest)))
+    return not any_process(bool(np.any(np.asarray(multihost_utils.broadcast_one_to_all(digest)) != digest)))
 
 
 class Agreement:
-    """Lets all hosts learn that one of them was asked to stop, at the same step.
+    """Lets all hosts learn at the same step that one of them was asked to stop.
 
-    The answer of one call is what was said at the call before, so that no host waits for a device.
+    Each call returns the result of the previous one, so that no host waits for a device.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -80,10 +80,10 @@ class Agreement:
         self._last: jax.Array | None = None
 
     def any(self, mine: bool) -> bool:
-        """Says ``mine`` and tells whether a host said True: now if there is one host, else at the call before."""
+        """Whether any host passed True: in this call if there is one host, else in the previous one."""
         if self._alone:
             return mine
-        said = np.full(self._local, mine, np.int32)
-        last, array = self._last, jax.make_array_from_process_local_data(self._sharding, said)
+        values = np.full(self._local, mine, np.int32)
+        last, array = self._last, jax.make_array_from_process_local_data(self._sharding, values)
         self._last = self._any(array)
         return last is not None and bool(np.asarray(last.addressable_data(0)))

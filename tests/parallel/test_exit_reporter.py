@@ -1,4 +1,4 @@
-"""The witness beside a process says why that one ended, if it could not say so itself."""
+"""The watchdog of a process reports why that one was aborted, if it could not report so itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ GONE = "deepgen: error: process 0 was killed or its machine is gone; start again
 FAILED = "deepgen: error: process 0 ended: the disk is full; start again\n"
 
 
-def words(*, dismissed: bool, sent: bytes, closed: bool) -> str:
-    """What a witness says when the watched process ends; ``sent`` and ``closed`` are process 0's doing before that."""
+def printed(*, dismissed: bool, sent: bytes, closed: bool) -> str:
+    """What a watchdog prints when the watched process ends, after process 0 has sent `sent` and perhaps `closed`."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = [sys.executable, "-I", "-S", exit_reporter.__file__, str(theirs.fileno()), "start again"]
@@ -35,12 +35,12 @@ def words(*, dismissed: bool, sent: bytes, closed: bool) -> str:
     ("dismissed", "sent", "closed", "said"),
     [
         (False, b"", True, GONE),
-        (False, b"ended process 0 ended: the disk is full\n", True, FAILED),
-        (False, b"bye\n", True, ""),
+        (False, b"failed process 0 ended: the disk is full\n", True, FAILED),
+        (False, b"done\n", True, ""),
         (False, b"", False, ""),
         (True, b"", True, ""),
     ],
-    ids=["process 0 killed", "process 0 failed", "process 0 done", "killed by itself", "spoke itself"],
+    ids=["process 0 killed", "process 0 failed", "process 0 done", "killed by itself", "reported itself"],
 )
-def test_words(dismissed, sent, closed, said):
-    assert words(dismissed=dismissed, sent=sent, closed=closed) == said
+def test_reason(dismissed, sent, closed, said):
+    assert printed(dismissed=dismissed, sent=sent, closed=closed) == said
