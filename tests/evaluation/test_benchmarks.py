@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import benchmark_data as data
-from support.fake_pipeline import FakePipeline, check_prompt
+from support.benchmark_data import make, tree
+from support.fake_pipeline import FakePipeline
 
-from deepgen_jax.cli import eval as eval_command
-from deepgen_jax.cli import image_run
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
@@ -26,33 +25,6 @@ from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.user_warnings import collect_warnings
 
 NAMES = sorted(data.WRITERS)
-
-
-@pytest.fixture
-def pipe(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    """The command's pipeline; the model folder need not exist."""
-    fake = FakePipeline()
-    monkeypatch.setattr(image_run, "load_pipeline", lambda *args: fake)
-    monkeypatch.setattr(eval_command, "open_model", lambda folder: (DeepGenConfig(), check_prompt))
-    return fake
-
-
-def tree(out: Path) -> set[str]:
-    """Files of the official tree."""
-    paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    return {path.as_posix() for path in paths if path.parts[0] != RECORDS}
-
-
-def make(name: str, folder: Path, *words: str) -> Path:
-    """Runs the command on three rows of our own; returns the folder of the tree."""
-    source = folder / "data"
-    if not source.exists():
-        source.mkdir()
-        (folder / "data.txt").write_text(str(data.WRITERS[name](source)))
-    out = folder / "out"
-    given = ["--data", (folder / "data.txt").read_text(), "--out", str(out), "--name", data.MODEL, "--size", "64"]
-    assert main(["eval", name, str(folder / "model"), *given, "--steps", "2", "--dtype", "float32", *words]) == 0
-    return out
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from deepgen_jax.cli.main import main
+from deepgen_jax.evaluation.run import RECORDS
+
 MODEL = "m"
 
 
@@ -180,3 +183,21 @@ TREES: dict[str, set[str]] = {
     },
     "uniredit": {"attribute/0.png", "sokoban/1.png", "sokoban/2.png"},
 }
+
+
+def tree(out: Path) -> set[str]:
+    """Files of the official tree."""
+    paths = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    return {path.as_posix() for path in paths if path.parts[0] != RECORDS}
+
+
+def make(name: str, folder: Path, *words: str) -> Path:
+    """Runs the command on three rows of our own; returns the folder of the tree."""
+    source = folder / "data"
+    if not source.exists():
+        source.mkdir()
+        (folder / "data.txt").write_text(str(WRITERS[name](source)))
+    out = folder / "out"
+    given = ["--data", (folder / "data.txt").read_text(), "--out", str(out), "--name", MODEL, "--size", "64"]
+    assert main(["eval", name, str(folder / "model"), *given, "--steps", "2", "--dtype", "float32", *words]) == 0
+    return out
