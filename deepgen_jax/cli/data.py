@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath
 
 if TYPE_CHECKING:
     from deepgen_jax.data.data_config import DataConfig
@@ -44,7 +45,7 @@ class RunArguments:
 class InspectCommand(RunArguments):
     """Reads indices, some samples and their texts; builds the indices that training needs if they are not there."""
 
-    contact_sheet: Annotated[str, arg(metavar="PNG")] = "contact_sheet.png"
+    contact_sheet: Annotated[LocalPath, arg(metavar="PNG")] = "contact_sheet.png"
     """Where to write a picture of samples of every bucket with their texts; "" for none."""
     seconds: float = 5.0
     """How long to measure the speed of reading; 0 for not at all."""
@@ -92,7 +93,7 @@ class CacheCommand(RunArguments):
     """Samples of one file."""
     batch_size: int = 8
     """Samples encoded at a time, rounded up to a multiple of this machine's devices."""
-    compilation_cache: str | None = None
+    compilation_cache: LocalPath | None = None
     """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
 
     def run(self) -> int:

@@ -19,6 +19,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
 from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
 from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_images, run_settings
+from deepgen_jax.files import LocalPath
 from deepgen_jax.inference.batch import Settings
 from deepgen_jax.inference.grids import write_grids
 from deepgen_jax.inference.outputs import Model, OutputFolder
@@ -94,7 +95,7 @@ class EvalCommand(EvalArguments):
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
     """Split the work over devices: data=8 or, where memory is short, fsdp=8."""
-    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    compilation_cache: Annotated[LocalPath | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 

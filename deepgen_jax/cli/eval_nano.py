@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath
 
 if TYPE_CHECKING:
     from deepgen_jax.nano.benchmark import Maker
@@ -45,7 +46,7 @@ class NanoCommand(NanoArguments):
     """Pictures made at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and computation."""
-    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    compilation_cache: Annotated[LocalPath | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     json: bool = False
     """Print one JSON object instead."""

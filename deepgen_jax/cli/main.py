@@ -21,6 +21,7 @@ from typing import Any
 from deepgen_jax import __version__
 from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import refuse_urls
 from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
 from deepgen_jax.user_warnings import collect_warnings
 
@@ -315,7 +316,7 @@ def _parse(command_type: type, name: str, entry: Subcommand, words: list[str]) -
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            command: Any = tyro.cli(
                 command_type,
                 prog=f"deepgen {name}",
                 args=words,
@@ -326,6 +327,8 @@ def _parse(command_type: type, name: str, entry: Subcommand, words: list[str]) -
         if not end.code:
             return None
         raise DeepGenError(f"{one_line(said.getvalue())}; see deepgen {name} --help") from None
+    refuse_urls(command, lambda field: f"--{field.replace('_', '-')}")
+    return command
 
 
 def one_line(box: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import string
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath, refuse_url
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
@@ -46,7 +48,7 @@ class PromptArguments:
 class SamplingCommand(PromptArguments):
     """Options of both commands, and what they do."""
 
-    out: Annotated[str | None, arg(metavar="PATH", help_behavior_hint="(default: image.png)")] = None
+    out: Annotated[LocalPath | None, arg(metavar="PATH", help_behavior_hint="(default: image.png)")] = None
     """Image file (.png, .jpg, .webp; several images get _0, _1, ... before the suffix), or a folder, which can be
     resumed and gets a metadata.jsonl."""
     overwrite: bool = False
@@ -87,7 +89,7 @@ class SamplingCommand(PromptArguments):
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
     mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
     """Split the work over devices: data=8 or, where memory is short, fsdp=8 for many images, tensor=8 for each."""
-    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    compilation_cache: Annotated[LocalPath | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     max_image_megapixels: float = 64.0
     """Larger image files are refused before they are decoded."""
@@ -161,6 +163,8 @@ class SamplingCommand(PromptArguments):
             if self.text is None:
                 after = "the command" if self.model is None else "the model folder"
                 raise DeepGenError(f"there is no prompt; write it after {after}, or give a file with --prompts")
+            if not set(self.text) & set(string.whitespace):
+                refuse_url(self.text, "MODEL")
             prompt = _checked_text(self.text, "prompt")
             if not prompt.strip():
                 raise DeepGenError("the prompt is empty; write what to show")

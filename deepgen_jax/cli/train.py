@@ -12,6 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class TrainCommand:
     """Changes to it, such as steps=1000 optimizer.learning_rate=2e-5 data.sources.pairs.path=/data/pairs.json."""
     show: bool = False
     """Print the whole configuration as JSON, and do nothing else."""
-    compilation_cache: str | None = None
+    compilation_cache: LocalPath | None = None
     """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
     stopped_status: Annotated[int, arg(metavar="STATUS")] = 0
     """What to end with after SIGTERM, 0 to 255: not 0 where a scheduler starts again only what failed."""

@@ -12,6 +12,7 @@ from deepgen_jax.data.images import MAX_PIXELS
 from deepgen_jax.data.source_kinds import SOURCE_KINDS
 from deepgen_jax.data.transforms import MODES, target_size
 from deepgen_jax.errors import DeepGenError, did_you_mean
+from deepgen_jax.files import LocalPath
 
 T = TypeVar("T")
 
@@ -137,7 +138,7 @@ class DataConfig:
     token_multiple: int = 64
     padding: str = "masked"
     max_bad_share: float = 0.05
-    cache_dir: str = ""
+    cache_dir: LocalPath = ""
     threads: int = 0
     workers: int = 0
     prefetch: int = 2

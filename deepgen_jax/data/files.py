@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import refuse_url
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # What object stores call the identity of a file's content, best first.
@@ -41,6 +42,8 @@ class Blob(NamedTuple):
 
 def cache_folder(chosen: str = "") -> Path:
     """Where what is derived from data is kept: ``chosen``, else ``$DEEPGEN_CACHE``, else ``~/.cache/deepgen-jax``."""
+    if not chosen and (given := os.environ.get("DEEPGEN_CACHE")):
+        refuse_url(given, "$DEEPGEN_CACHE")
     return Path(chosen or os.environ.get("DEEPGEN_CACHE") or Path.home() / ".cache" / "deepgen-jax")
 
 

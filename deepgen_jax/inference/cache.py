@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from deepgen_jax.files import refuse_url
 from deepgen_jax.user_warnings import warn_user
 
 #: Names the folder, or "off".
@@ -34,6 +35,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     if choice == "off" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
         return None
+    refuse_url(choice, "the folder of compiled programs")
     path = Path(choice).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import refuse_url
 from deepgen_jax.inference.requests import MAX_SEED
 
 #: Names of a line's fields; all but ``prompt`` may be absent.
@@ -324,6 +325,8 @@ def _images(value: Any, folder: Path) -> tuple[Path, ...]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) and path for path in paths):
         raise DeepGenError(f"'image' is {_shown(value)}, expected a path or a list of paths")
+    for path in paths:
+        refuse_url(path, "'image'")
     # Joining keeps an absolute path as it is.
     return tuple(folder / path for path in paths)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import refuse_url
 from deepgen_jax.user_warnings import warn_user
 
 
@@ -40,6 +41,7 @@ class AnswerCache:
         self._entries = entries
         self._answers: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
+        refuse_url(path, "the path of cached answers")
         self._file: TextIO | None = self._open(Path(path)) if path else None
 
     def get(self, key: str) -> Any:

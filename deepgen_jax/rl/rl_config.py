@@ -8,6 +8,7 @@ from typing import Literal
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_config import RunConfig, Trainable, _at_least
@@ -27,7 +28,7 @@ class PromptsConfig:
       absent: what to do about files that a YAML names and that are not there.
     """
 
-    path: str
+    path: LocalPath
     mode: Literal["sample_proportional", "weight_only"] | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
     absent: Literal["error", "skip"] = "error"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.files import refuse_url
 
 if TYPE_CHECKING:
     import jax
@@ -64,6 +65,8 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
     Raises:
       DeepGenError: the package's nano is asked for, and the package has none.
     """
+    if model is not None:
+        refuse_url(model, "the model")
     if model is not None and (Path(model) != Path(NANO) or os.path.isdir(model)):
         return Path(model)
     if not (PACKAGED / NANO).is_dir():

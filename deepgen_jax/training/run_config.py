@@ -8,6 +8,7 @@ from typing import Literal
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import LocalPath, refuse_urls
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig
 
@@ -91,7 +92,7 @@ class SampleConfig:
 
     every: int = 0
     prompts: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
+    images: tuple[LocalPath, ...] = ()
     size: int = 512
     num_inference_steps: int = 50
     guidance_scale: float | None = None
@@ -126,9 +127,9 @@ class RunConfig:
       max_bad_steps: the run stops after so many steps in a row without a finite loss and gradient.
     """
 
-    model: str
-    out: str
-    start: str = ""
+    model: LocalPath
+    out: LocalPath
+    start: LocalPath = ""
     steps: int
     trains: tuple[Trainable, ...]
     seed: int = 0
@@ -144,6 +145,7 @@ class RunConfig:
     samples: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
+        refuse_urls(self)
         _at_least("steps", self.steps, 1)
         _at_least("max_bad_steps", self.max_bad_steps, 1)
         if not 0 <= self.seed < 2**32:
