@@ -191,6 +191,15 @@ COMMANDS: dict[str, Subcommand | Group] = {
         ),
         "BENCHMARK",
     ),
+    "explain": Subcommand(
+        "deepgen_jax.cli.explain",
+        "ExplainCommand",
+        "show which words and think tokens act where, and which layers matter",
+        (
+            'deepgen explain "a large red circle left of a small blue square" --world 64',
+            'deepgen explain deepgen "make it night" --image fox.png --steps 20 --out night.html',
+        ),
+    ),
     "info": Subcommand(
         "deepgen_jax.cli.info",
         "InfoCommand",

@@ -117,6 +117,14 @@ class PromptTokenizer:
         """Token ids of plain text, special tokens recognised, none added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Characters [start, end) of ``text`` that each of its tokens stands for."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included; bytes that are no whole character become U+FFFD."""
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
     def __call__(
         self, text: str, image_sizes: Sequence[tuple[int, int]] | None = None, max_tokens: int | None = None
     ) -> TokenizedPrompt:

@@ -74,6 +74,7 @@ class DeepGenPipeline:
         self.params = params
         #: Words that the model has seen, where its folder lists them; calls warn about others.
         self.known_words: KnownWords | None = None
+        self.tokenizer = tokenizer
         self.model = DeepGen(config, dtype=jnp.dtype(dtype), attention=implementation)
         self._prompts = PromptEncoder(self.model, params, tokenizer, mesh)
 

@@ -23,7 +23,7 @@ from deepgen_jax.models.attention import Attention, attention
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
 from deepgen_jax.models.layout import head_rows, split_tokens, token_rows
 from deepgen_jax.models.patches import sincos_table
-from deepgen_jax.models.stack import Remat, rematerialised, scanned
+from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, rematerialised, scanned
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
@@ -112,6 +112,8 @@ class JointAttention(nn.Module):
 
         out = attention(query, key, value, **visible, implementation=self.attention)
         out = rearrange(out, "b n h d -> b n (h d)")
+        # Read by `deepgen_jax.evaluation.explain`; nothing is stored unless the caller makes the collection mutable.
+        self.sow(ATTENTION_OUTPUTS, "out", out, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         image_out = Linear(cfg.hidden_size, dtype=dtype, name="to_out")(out[:, :num_queries])
         if self.context_pre_only:
             return image_out, None

@@ -11,6 +11,8 @@ from flax import linen as nn
 from deepgen_jax.models.layers import FLASH_RESULTS, KEPT, LORA
 
 Remat = Literal["none", "dots", "flash", "full"]
+#: Collection of the joint attention's outputs, [layers, B, queries, D], for those who ask for it as mutable.
+ATTENTION_OUTPUTS = "attention_outputs"
 # Fused attention on GPUs, whose results are found by the operation, as they include statistics that have no name.
 FLASH = "dot_product_attention_fwd_wrapper"
 
@@ -45,7 +47,7 @@ def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]
     """
     return nn.scan(
         body,
-        variable_axes={"params": 0, LORA: 0},
+        variable_axes={"params": 0, LORA: 0, ATTENTION_OUTPUTS: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,) * broadcast_inputs,
         length=length,
