@@ -116,7 +116,7 @@ class EvalCommand(EvalArguments):
         )
         self._say_own(benchmark, settings)
         first = self.processes.join()
-        with self.processes.lifeline():
+        with self.processes.peer_watch():
             folder = RunFolder(out)
             if first:
                 folder.write(self._description(benchmark, model, name, settings, items), items)
