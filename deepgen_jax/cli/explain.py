@@ -126,7 +126,7 @@ class ExplainCommand(ExplainArguments):
     def _settings(self, pipe: DeepGenPipeline, model: str | None, prompt: str) -> dict[str, Any]:
         import shlex
 
-        side, steps = self.size or pipe.config.default_side, self.steps or 4
+        side, steps = self.size or pipe.config.default_side, self.steps or pipe.config.num_inference_steps
         if side % pipe.config.image_multiple:
             raise DeepGenError(f"--size is {side}; use a multiple of {pipe.config.image_multiple}")
         words = ["deepgen", "explain", *([model] if model else []), prompt]
