@@ -214,7 +214,9 @@ def _check_regular(path: Path, status: os.stat_result, max_bytes: int | None) ->
 def locked(
     folder: Path, fix: str = "wait until it ends, or choose another folder", *, wait: bool = False
 ) -> Iterator[None]:
-    """Holds ``folder`` for this process within the block; the folder is made where it is missing.
+    """Holds ``folder`` for this process within the block.
+
+    The folder is made where it is missing, and removed again if it is empty at the end.
 
     The system releases the lock when the process ends, however it ends. One process of a multi-process run, the one
     that writes, holds it for all. A file system without locks is reported once and not locked.
@@ -227,12 +229,18 @@ def locked(
     Raises:
       DeepGenError: another process, or another thread of this one, holds the folder, or it cannot be written.
     """
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _holding(folder, folder / LOCK_FILE, fix, wait):
-        yield
+    try:
+        with _holding(folder, folder / LOCK_FILE, fix, wait):
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 @contextlib.contextmanager

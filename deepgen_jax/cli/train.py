@@ -26,6 +26,9 @@ class TrainCommand:
     """A .py file with `get_config()`, or the name of a packaged one, such as pretrain or sft."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = field(default=())
     """Changes to it, such as steps=1000 optimizer.learning_rate=2e-5 data.sources.pairs.path=/data/pairs.json."""
+    resume_from: Annotated[str, arg(metavar="STEP")] = ""
+    """Continue from the checkpoint of this step, or from the one before the newest (previous); later ones are put
+    aside."""
     show: bool = False
     """Print the whole configuration as JSON, and do nothing else."""
     compilation_cache: LocalPath | None = None
@@ -68,7 +71,7 @@ class TrainCommand:
 
         say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
         with self.processes.peer_watch(), Stop(graceful=True, unit="step") as stop:
-            outcome = train(config, mesh, stop, say)
+            outcome = train(config, mesh, stop, say, self.resume_from)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:

@@ -15,11 +15,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.chips import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
-from deepgen_jax.stores.checkpoint import Checkpoints
+from deepgen_jax.stores.checkpoint import Checkpoints, set_aside
 from deepgen_jax.stores.lineage import newest_origin, origin_of
 from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
 from deepgen_jax.training import overrides
@@ -60,32 +61,45 @@ class Outcome:
     skipped: int
 
 
-def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], None]) -> Outcome:
-    """Runs a stage to its last step, going on from the newest checkpoint in ``config.out``.
+def train(
+    config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], None], resume_from: str = ""
+) -> Outcome:
+    """Runs a stage to its last step, from the newest checkpoint in ``config.out`` if there is one.
+
+    The first process holds the run's folder for all until the run ends.
 
     Args:
       config: of the run.
       mesh: of all hosts' devices.
-      stop: looked at between steps; when it is set, the run saves and returns.
-      say: takes lines for a person.
+      stop: checked between steps; when it is set, the run saves and returns.
+      say: prints a line.
+      resume_from: the step of the checkpoint to continue from, or "previous" for the one before the newest; later ones
+        are put aside. "" for the newest.
 
     Raises:
-      DeepGenError: something in the config cannot be used, or too many steps in a row were not finite. Checkpoints
-        that are complete stay.
+      DeepGenError: something in the config cannot be used, another process trains in ``config.out``, a checkpoint
+        cannot be written, or too many steps in a row were not finite. Complete checkpoints stay.
     """
     check_images(config.samples)
     run = Path(config.out)
-    describe(run, config, f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
     with ExitStack() as stack:
+        if jax.process_index() == 0:
+            # Where this fails, the other processes learn it from their connection to this one.
+            stack.enter_context(files.locked(run, "wait until it ends, stop it, or give another out"))
+            files.remove_partials(run)
+            if resume_from and (folder := set_aside(run, _step_to_resume(run, resume_from))):
+                say(f"later checkpoints were moved to {folder}; remove it when it is not needed")
+        describe(run, config, f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
         stage = make_stage(config, mesh)
         stack.callback(stage.close)
-        checkpoints = stack.enter_context(Checkpoints(run, config.checkpoints))
+        kept = config.checkpoints
+        checkpoints = stack.enter_context(Checkpoints(run, kept.keep_last, kept.keep_every))
         start, skipped = 0, 0
         if (latest := checkpoints.latest()) is not None:
             state, position = checkpoints.restore(latest, stage.state)
             stage.resume(state, position["stage"])
             start, skipped = latest, position["skipped"]
-            say(f"goes on from step {start} of {run}")
+            say(f"continues from step {start} of {run}")
         for line in stage.summary():
             say(line)
         if start >= config.steps:
@@ -95,6 +109,18 @@ def train(config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], 
         tracker = stack.enter_context(Tracker(run, config.log, overrides.to_json(config), start, process_index=host))
         bar = stack.enter_context(Progress(config.steps, start)) if host == 0 else None
         return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped).run(start, stop)
+
+
+def _step_to_resume(run: Path, asked: str) -> int:
+    """The step that ``--resume-from`` names."""
+    steps = saved_steps(run)
+    if asked.isdecimal():
+        return int(asked)
+    if asked != "previous":
+        raise DeepGenError(f"--resume-from is {asked!r}; give the step of a checkpoint, or previous")
+    if len(steps) < 2:
+        raise DeepGenError(f"{run} has {len(steps)} checkpoint{'s'[:len(steps) != 1]}, so none before the newest")
+    return steps[-2]
 
 
 def describe(run: Path, config: RunConfig, devices: str = "") -> None:
@@ -123,7 +149,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
             before, now = _setting(earlier["config"], name), _setting(values["config"], name)
             if of(before) != of(now):
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
-    elif run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and any(path.name != files.LOCK_FILE for path in run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
     origin = origin_of(config) if saved else newest_origin(config)
     values["origin"] = origin.to_json()
@@ -133,11 +159,9 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     if jax.process_index() == 0:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{RUN_FILE}.new")
-            temporary.write_text(json.dumps(values, indent=2), encoding="utf-8")
-            temporary.replace(path)
         except OSError as error:
-            raise DeepGenError(f"{run} cannot be written ({error.strerror}); give another out") from None
+            raise files.write_error(run, error) from error
+        files.write_text(path, json.dumps(values, indent=2))
         for at in set(origin.inherited.values()):
             pin(at.run, at.step)
     if jax.process_count() > 1:  # all go by what the first has pinned
@@ -179,6 +203,7 @@ class _Loop:
             report = self._stage.step()
             step += 1
             asked = agreement.any(stop.signum is not None)
+            self._checkpoints.check()
             if pending:
                 self._finish(*pending, begun)
             pending = step, report, begun

@@ -34,6 +34,9 @@ def config(tmp_path, folders):
         (["mesh=data=3"], "needs 3 devices"),
         (["--process-id", "1"], "need --coordinator"),
         (["data.micro_batch=8", "data.sources.pictures.path=gone.json"], "gone.json"),
+        (["--resume-from", "last"], "--resume-from is 'last'; give the step of a checkpoint, or previous"),
+        (["--resume-from", "3"], "has no checkpoint of step 3; it has none"),
+        (["--resume-from", "previous"], "has 0 checkpoints, so none before the newest"),
         (["--stopped-status", "-1"], "--stopped-status is -1; give one from 0 to 255"),
         (["optimizer.warmup=9"], "lower optimizer.warmup"),
     ],
@@ -48,7 +51,7 @@ def test_bad_input_is_one_line(words, message, config, capsys, tmp_path):
 
 @pytest.mark.parametrize(("words", "status"), [((), 0), (("--stopped-status", "7"), 7)])
 def test_status_after_sigterm(words, status, config, capsys, monkeypatch):
-    def train(config, mesh, stop, say):
+    def train(config, mesh, stop, say, resume_from):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
         return loop.Outcome(step=3, finished=False, skipped=0)

@@ -121,7 +121,7 @@ def test_killed_in_an_update(folder, whole):
     # A checkpoint is whole before the next one is begun.
     words = ("mesh=data=1", f"out={folder}/killed", "checkpoints.every=1")
     die(folder, "update", 3, *words)
-    assert "goes on from step" in runs.finish(runs.start(folder, *words))
+    assert "continues from step" in runs.finish(runs.start(folder, *words))
     assert_same_run(folder / "killed", whole)
 
 

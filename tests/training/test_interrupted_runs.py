@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import signal
 import time
 
@@ -70,6 +72,41 @@ def kill_at_random(folder, out, steps, kills, seed=0):
     runs.finish(train(folder, out, steps))
 
 
+def test_one_run_trains_in_a_folder(folder, whole):
+    out = folder / "shared"
+    first = train(folder, out, MANY_STEPS)
+    while not (out / "metrics.jsonl").is_file():
+        time.sleep(0.02)
+        assert first.poll() is None, first.communicate()[0]
+    text = runs.finish(train(folder, out, MANY_STEPS), status=2)
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert f"{out} is in use by process {first.pid} on " in errors[0]
+    assert "Traceback" not in text
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    # Its death releases the folder; no step is logged twice.
+    steps = max(STEPS, len(runs.metrics(out)))
+    runs.finish(train(folder, out, steps))
+    assert runs.losses(out)[:STEPS] == runs.losses(whole)
+
+
+def test_a_damaged_checkpoint_and_the_one_before(folder, whole):
+    out = folder / "damaged"
+    shutil.copytree(whole, out)
+    data = max((out / "checkpoints" / "12" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(b"")
+    text = runs.finish(train(folder, out, STEPS), status=2)
+    (error,) = [line for line in text.splitlines() if "error:" in line]
+    assert re.search(r"checkpoint .*/12 cannot be used \(.+\); --resume-from previous continues from step 10", error)
+    text = runs.finish(train(folder, out, STEPS, "--resume-from", "previous"))
+    assert f"moved to {out}/set-aside" in text
+    assert "from step 10 of" in text
+    assert [path.name for path in (out / "set-aside").iterdir()] == ["12"]
+    assert_same_run(out, whole, STEPS)
+
+
 def test_killed_once(folder, whole):
     kill_at_random(folder, folder / "killed", STEPS, kills=1, seed=1)
     assert_same_run(folder / "killed", whole, STEPS)
@@ -91,7 +128,7 @@ def test_sigterm_saves_and_resumes_on_other_devices(folder, whole):
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM after step" in runs.finish(process)
     assert len(runs.losses(out)) < STEPS
-    assert "goes on from step" in runs.finish(train(folder, out, STEPS, "mesh=fsdp=4", devices=4))
+    assert "continues from step" in runs.finish(train(folder, out, STEPS, "mesh=fsdp=4", devices=4))
     np.testing.assert_allclose(runs.losses(out), runs.losses(whole), rtol=1e-6)
     assert runs.sample_ids(out) == runs.sample_ids(whole)
     parameters = runs.parameters(out)

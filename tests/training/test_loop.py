@@ -115,7 +115,7 @@ def test_goes_on_where_it_was_stopped(config, run):
     assert (outcome.step, outcome.finished) == (5, False)
     assert checkpoints(config)[-1] == 5
     outcome, stage, said = run(config)
-    assert any("goes on from step 5" in line for line in said)
+    assert any("continues from step 5" in line for line in said)
     assert outcome.finished
     np.testing.assert_array_equal(stage.state.trainable["params"]["x"], 10)
     assert [line["step"] for line in logged(config)] == list(range(1, 11))

@@ -89,11 +89,31 @@ def test_four_processes_resume_in_one_and_in_two(folder, alone):
     for step in (4, 5):
         shutil.rmtree(out / "checkpoints" / str(step))
     shutil.copytree(out, folder / "four-in-two")
-    assert "goes on from step 2" in runs.finish(runs.start(folder, *words, "mesh=data=1"))
+    assert "continues from step 2" in runs.finish(runs.start(folder, *words, "mesh=data=1"))
     for process in start_processes(folder, 2, STAGE_1, f"out={folder}/four-in-two", "mesh=data=1,fsdp=2"):
         runs.finish(process)
     for run in (out, folder / "four-in-two"):
         np.testing.assert_allclose(runs.losses(run), runs.losses(alone(STAGE_1)), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_train_together_hold_their_folder(folder):
+    out = folder / "held"
+    words = (STAGE_1, "mesh=data=1,fsdp=2", f"out={out}", "steps=1000", "checkpoints.every=2")
+    first = start_processes(folder, 2, *words)
+    while not (out / "metrics.jsonl").is_file():
+        time.sleep(0.1)
+        assert all(process.poll() is None for process in first)
+    message = f"{out} is in use by process {first[0].pid} on "
+    for process in start_processes(folder, 2, *words):
+        assert message in runs.finish(process, status=2)
+    assert message in runs.finish(runs.start(folder, STAGE_1, f"out={out}"), status=2)
+    for process in first:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    steps = len(runs.metrics(out)) + 1
+    runs.finish(runs.start(folder, STAGE_1, f"out={out}", f"steps={steps}", "mesh=data=1"))
+    assert len(runs.losses(out)) == steps
 
 
 @pytest.mark.slow
