@@ -231,10 +231,6 @@ def locked(
     """
     new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    try:
         with _holding(folder, folder / LOCK_FILE, fix, wait):
             yield
     finally:
@@ -374,7 +370,14 @@ def _acquire(what: Path, lock: Path, fix: str, wait: bool) -> int | None:
         return None
     while True:
         try:
+            if lock.parent == what:
+                # Again each time: whoever held it last removes the folder that it left empty.
+                what.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError as error:
+            if lock.parent == what and what.parent.is_dir():
+                continue
+            raise write_error(what, error, lock) from error
         except OSError as error:
             raise write_error(what, error, lock) from error
         try:
