@@ -26,6 +26,7 @@ CONVERT = ["torch>=2.7"]
 # rapidocr from 3.10 on holds the ONNX models that it uses by default, and so downloads nothing.
 REWARDS = ["rapidfuzz>=3.9", "httpx>=0.27", "rapidocr>=3.10,<4", "onnxruntime>=1.20"]
 CURVES = ["matplotlib>=3.9", "tensorboardX>=2.6"]
+SERVE = ["starlette>=1.0", "uvicorn>=0.34", "python-multipart>=0.0.20", "prometheus_client>=0.21"]
 DATA = ["grain>=0.2.18", "array_record>=0.8", "fsspec>=2024.6", "pyarrow>=17.0", "tensorflow-datasets>=4.9.7"]
 EVAL = [*REWARDS, "pyarrow>=17.0"]
 TPU = "jax[tpu]>=0.10,<0.13"
@@ -36,6 +37,8 @@ EXTRAS = {
     "tpu": [TPU],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "data": DATA,
+    "serve": SERVE,
+    "demo": [*SERVE, "httpx>=0.27", "gradio>=6,<7"],
     "log": [*CURVES, "wandb>=0.19"],
     "test": [
         *CONVERT,
@@ -43,6 +46,9 @@ EXTRAS = {
         *DATA,
         *CURVES,
         f"{TPU}; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        *SERVE,
+        "openai>=2.0",
+        "gradio>=6,<7",
         "diffusers>=0.35",
         "pytest>=8.3",
         "pytest-xdist>=3.6",

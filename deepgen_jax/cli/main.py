@@ -221,6 +221,15 @@ COMMANDS: dict[str, Subcommand | Group] = {
         "score images for training runs on other machines",
         ("deepgen reward-server --rewards ocr,jpeg --host 0.0.0.0 --port 8100",),
     ),
+    "serve": Subcommand(
+        "deepgen_jax.cli.serve",
+        "ServeCommand",
+        "answer OpenAI's image requests over HTTP",
+        (
+            "deepgen serve --port 8000 --warm",
+            "deepgen serve deepgen --host 0.0.0.0 --api-keys keys.txt --max-batch 8",
+        ),
+    ),
     "plot": Subcommand(
         "deepgen_jax.cli.plot",
         "PlotCommand",
