@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepgen_jax.flow.samplers import State
+from deepgen_jax.models.patches import patchify
 from deepgen_jax.serving.jobs import Job
 
 
@@ -33,18 +36,26 @@ def noised(source: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     return (1 - sigma) * source + sigma * noise
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="patch_size")
 def keep_outside(
-    sample: jax.Array, mask: jax.Array, source: jax.Array, noise: jax.Array, sigma: jax.Array
-) -> jax.Array:
-    """``sample`` inside the mask, the source at noise level ``sigma`` outside (RePaint, arXiv 2201.09865, for flows).
+    state: State, mask: jax.Array, source: jax.Array, noise: jax.Array, sigma: jax.Array, patch_size: int
+) -> State:
+    """The sampler's state with the source, at noise level ``sigma``, outside the mask.
+
+    What RePaint (arXiv 2201.09865, eq. 8) does for diffusion, with the flow's own noising; previews show the clean
+    source there.
 
     Args:
-      sample, source, noise: [B, C, h, w] float32.
-      mask: [B, 1, h, w], True where the picture may change.
-      sigma: scalar.
+      state: its ``x`` and ``clean`` are tokens [B, T, D].
+      mask: bool [B, 1, h, w], True where the picture may change.
+      source, noise: [B, C, h, w] float32.
+      sigma: scalar, the level of ``state.x``.
+      patch_size: of the tokens.
     """
-    return jnp.where(mask, sample, (1 - sigma) * source + sigma * noise)
+    inside = patchify(jnp.broadcast_to(mask, source.shape), patch_size)
+    source, noise = patchify(source, patch_size), patchify(noise, patch_size)
+    kept = (1 - sigma) * source + sigma * noise
+    return state._replace(x=jnp.where(inside, state.x, kept), clean=jnp.where(inside, state.clean, source))
 
 
 def composite(image: np.ndarray, job: Job) -> np.ndarray:

@@ -23,7 +23,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.serving.errors import APIError
 from deepgen_jax.serving.metrics import Metrics
 
-#: Gets one record of each request.
+#: Gets one record of each request but those of probes and scrapers.
 AccessLog = Callable[[dict[str, Any]], None]
 
 #: Routes that need no key: probes and scrapers have none.
@@ -112,7 +112,7 @@ class Watch:
             # Where nothing was sent, the client was gone.
             self._metrics.requests.labels(route, str(status or 499)).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
-            if self._log is not None:
+            if self._log is not None and path not in _OPEN:
                 record = {
                     "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "id": request_id,
                     "client": (scope.get("client") or ("",))[0], "method": scope["method"], "path": path,
