@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -77,6 +77,7 @@ class Request:
       source: where it was asked for, "FILE:LINE", for messages.
       images: paths of the references.
       reference_sizes: (width, height) at which they enter the model.
+      metadata: JSON values that do not change the image but belong to its metadata.
     """
 
     file: str
@@ -91,6 +92,7 @@ class Request:
     sampler: str = "euler"
     images: tuple[Path, ...] = ()
     reference_sizes: tuple[tuple[int, int], ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def layout(self) -> Layout:
@@ -129,7 +131,7 @@ def plan(
     failures: list[Failure] = []
     taken: dict[str, str] = {}
     for record in records:
-        where = f"{source}:{record.line}" if source else "the prompt"
+        where = record.place or (f"{source}:{record.line}" if source else "the prompt")
         try:
             planned = _requests(record, settings, check_prompt, where)
             for request in planned:
@@ -227,6 +229,7 @@ def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, whe
             sampler=record.sampler or settings.sampler,
             images=tuple(images),
             reference_sizes=reference_sizes,
+            metadata=record.metadata,
         )
         for k in range(count)
     ]

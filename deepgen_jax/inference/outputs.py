@@ -95,6 +95,7 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
         "deepgen_jax": deepgen_jax.__version__,
         "jax": version("jax"),
         "fingerprint": digest,
+        **({"metadata": dict(request.metadata)} if request.metadata else {}),
     }
 
 

@@ -1,45 +1,55 @@
-"""Prompt files: ``.txt`` (one prompt a line), ``.jsonl`` (one object a line) and ``.csv`` (with a header).
+"""Records of prompt files: what a row asks for beside its prompt, such as seed, size and reference images.
 
-A line that cannot be used is reported with its number and the others are read all the same.
+`deepgen_jax.inference.prompt_rows` reads the files. A row that cannot be used is reported with its place.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import difflib
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import refuse_url
+from deepgen_jax.inference.prompt_rows import PROMPT_COLUMNS, Row, check_text, misspelled, read_rows, shown
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.user_warnings import warn_user
 
-#: Names of a line's fields; all but ``prompt`` may be absent.
+#: Names of a record's fields, compared without case; all but the prompt may be absent.
 FIELDS = (
     "prompt", "negative_prompt", "image", "images", "seed", "size", "width", "height", "id", "name", "num_images",
     "steps", "guidance", "sampler",
 )  # fmt: skip
-# A CSV cell or a path list may be long; the csv module's own limit is 128 KiB.
-_MAX_CELL = 2**24
+#: Images of one record, and steps of one image, at most.
+MAX_IMAGES, MAX_STEPS = 100_000, 10_000
+
+# Other names of the id, which public files use; "id" and "name" come first.
+_ID_COLUMNS = ("prompt_id", "key")
+# What a metadata.jsonl says of its images beside a record's fields.
+_METADATA_FIELDS = frozenset(
+    {
+        "file", "padding", "dtype", "model", "model_fingerprint", "fingerprint", "deepgen_jax", "jax", "image_sha256",
+        "reference_posterior", "max_reference_pixels", "exact_reference_size", "metadata",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Record:
-    """One usable line. What the line leaves out is None, and taken from the command line's settings.
+    """One usable row. What the row leaves out is None, and taken from the command line's settings.
 
     Attributes:
-      index: number of the line among the file's prompts, from 0, bad ones counted, blank ones not.
-      line: line number in the file, from 1.
+      index: number of the row in its file, from 0, bad ones counted, blank lines not.
+      line: line in the file, from 1.
       images: reference images; relative paths have been taken relative to the file's folder.
       width, height: pixels; both or none.
       name: file name of the image without its suffix.
+      metadata: the other fields, JSON values, for the image's metadata.
+      place: "FILE:LINE" for messages; "" where the record is from no file.
     """
 
     index: int
@@ -55,11 +65,13 @@ class Record:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that was left out, and why."""
+    """A row that was left out, and why."""
 
     path: Path
     line: int
@@ -70,80 +82,106 @@ class BadLine:
 
 
 def read_prompts(path: str | Path) -> tuple[list[Record], list[BadLine]]:
-    """Reads a prompt file; bad lines are returned beside the good ones.
+    """Reads a prompt file or a folder of ``.txt`` files; bad rows are returned beside the good ones.
 
-    Fields of ``.jsonl`` objects and ``.csv`` columns: `FIELDS`. ``size`` is "WIDTHxHEIGHT", one number for a square, or
-    [width, height]; ``image`` and ``images`` hold a path or a list of paths (in CSV separated by ";"); ``id`` and
-    ``name`` are the same thing.
+    The prompt is in "prompt", "caption", "prompt_en" or "prompt_zh", other fields are `FIELDS`. ``size`` is
+    "WIDTHxHEIGHT", one number for a square, or [width, height]; ``image`` and ``images`` hold a path or a list of paths
+    (in CSV separated by ";"); ``id`` and ``name`` are the same thing, for which ``prompt_id``, ``key`` and the key of a
+    JSON entry stand in. Other fields are passed on as metadata, with one warning for the file, unless they look like
+    a misspelled field. A ``metadata.jsonl`` of an earlier run asks for the same images again.
 
     Raises:
-      DeepGenError: the file as a whole cannot be read: missing, wrong type, not UTF-8 text, bad CSV header, no prompt.
+      DeepGenError: the file as a whole cannot be read; see `prompt_rows.read_rows`.
     """
     path = Path(path)
-    readers: dict[str, Callable[[Path, bytes], Iterator[tuple[int, Any]]]] = {
-        ".txt": _text_lines,
-        ".jsonl": _json_lines,
-        ".csv": _csv_rows,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DeepGenError(f"prompt file {path} has the suffix {path.suffix!r}; use one of {', '.join(readers)}")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DeepGenError(f"prompt file {path} does not exist; check the path") from None
-    except OSError as error:
-        raise DeepGenError(f"prompt file {path} cannot be read: {error.strerror}") from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4096]:
-        raise DeepGenError(f"prompt file {path} is not UTF-8 text (UTF-16 or binary); save it as UTF-8")
-
     records: list[Record] = []
     bad: list[BadLine] = []
-    for index, (line, fields) in enumerate(reader(path, data.removeprefix(codecs.BOM_UTF8))):
+    rows = read_rows(path)
+    for index, row in enumerate(rows):
         try:
-            if isinstance(fields, DeepGenError):
-                raise fields
-            records.append(parse_record(fields, index, line, path.parent))
+            records.append(parse_row(row, index))
         except DeepGenError as error:
-            bad.append(BadLine(path, line, str(error)))
-    if not records and not bad:
-        raise DeepGenError(f"prompt file {path} holds no prompts; write one a line")
+            bad.append(BadLine(row.file, row.number, str(error)))
+    others = list(dict.fromkeys(name for record in records for name in record.metadata))
+    if others:
+        listed = ", ".join(others[:8]) + (" and others" if len(others) > 8 else "")
+        warn_user(f"{path}: fields {listed} are no settings; they are passed on to the metadata of the images")
     return records, bad
 
 
-def parse_record(fields: dict[str, Any], index: int, line: int, folder: Path) -> Record:
-    """One record from a line's fields; values are JSON values or, from CSV, strings.
+def parse_record(fields: Mapping[str, Any], index: int, line: int, folder: Path) -> Record:
+    """One record from a row's fields; see :func:`parse_row`."""
+    return parse_row(Row(folder / "record", line, fields), index)
+
+
+def parse_row(row: Row, index: int) -> Record:
+    """One record from a row; values are JSON values or, from CSV, strings.
 
     Raises:
-      DeepGenError: a name is unknown or a value cannot be used; the message does not name the line.
+      DeepGenError: a name looks misspelled or a value cannot be used; the message does not name the row.
     """
-    for name in fields:
-        check_field(name)
-    given = {name: value for name, value in fields.items() if value is not None}
+    if row.error is not None:
+        raise row.error
+    csv = row.file.suffix.lower() == ".csv"
+    earlier_run = "fingerprint" in row.fields and "file" in row.fields
+    given: dict[str, Any] = {}
+    metadata: dict[str, Any] = dict(row.fields.get("metadata") or {}) if earlier_run else {}
+    for name, value in row.fields.items():
+        lower = str(name).casefold()
+        if lower in FIELDS:
+            if value is not None and not (csv and value == "" and lower != "prompt"):
+                given[lower] = value
+        elif earlier_run and name in _METADATA_FIELDS:
+            continue
+        elif (meant := misspelled(str(name), FIELDS)) and lower not in PROMPT_COLUMNS:
+            raise DeepGenError(f"unknown field {name!r}; did you mean {meant!r}?")
+        else:
+            metadata[str(name)] = value
     for one, other in (("image", "images"), ("id", "name"), ("size", "width"), ("size", "height")):
         if one in given and other in given:
             raise DeepGenError(f"{one!r} and {other!r} are both given; keep one of them")
-    prompt = _text(given, "prompt")
-    if prompt is None:
-        raise DeepGenError("there is no prompt; add the field 'prompt'")
-    if not prompt.strip():
-        raise DeepGenError("the prompt is empty; write what to show")
+    prompt, column = row.prompt()
+    metadata.pop(column, None)
     width, height = _size(given)
     return Record(
         index=index,
-        line=line,
+        line=row.number,
         prompt=prompt,
         negative_prompt=_text(given, "negative_prompt"),
-        images=_images(given.get("image", given.get("images", ())), folder),
+        images=_images(given.get("image", given.get("images", ())), row.file.parent, csv),
         seed=_integer(given, "seed", 0, MAX_SEED),
         width=width,
         height=height,
-        name=_name(given.get("id", given.get("name"))),
-        num_images=_integer(given, "num_images", 1),
-        steps=_integer(given, "steps", 1),
+        name=_name(given.get("id", given.get("name"))) or _other_name(row, metadata, earlier_run),
+        num_images=_integer(given, "num_images", 1, MAX_IMAGES),
+        steps=_integer(given, "steps", 1, MAX_STEPS),
         guidance=_guidance(given.get("guidance")),
         sampler=_sampler(_text(given, "sampler")),
+        metadata=_json_values(metadata),
+        place=row.where,
     )
+
+
+def _other_name(row: Row, metadata: dict[str, Any], earlier_run: bool) -> str | None:
+    """File name from a column that stands in for the id, or from the row's key."""
+    candidates = [metadata[column] for column in _ID_COLUMNS if metadata.get(column) is not None]
+    candidates += [row.key] if row.key else []
+    if earlier_run:
+        candidates = [Path(str(row.fields["file"])).stem, *candidates]
+    for value in candidates:
+        try:
+            return _name(value)
+        except DeepGenError:
+            continue
+    return None
+
+
+def _json_values(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DeepGenError(f"the other fields must be JSON values ({' '.join(str(error).split())[:100]})") from None
+    return metadata
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -161,124 +199,21 @@ def parse_size(text: str) -> tuple[int, int]:
     return width, height
 
 
-def check_field(name: str) -> None:
-    """Raises a DeepGenError with a suggestion unless ``name`` is one of `FIELDS`."""
-    if name not in FIELDS:
-        close = difflib.get_close_matches(name, FIELDS, n=1)
-        mend = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(FIELDS)}"
-        raise DeepGenError(f"unknown field {name!r}; {mend}")
-
-
-def _decoded(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DeepGenError(
-            f"byte 0x{data[error.start]:02x} in column {error.start + 1} is not UTF-8; save the file as UTF-8"
-        ) from None
-
-
-def _text_lines(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    # Split as bytes: str.splitlines would also cut at U+2028 and its like inside a prompt.
-    for line, raw in enumerate(data.splitlines(), 1):
-        try:
-            text = _decoded(raw).strip()
-        except DeepGenError as error:
-            yield line, error
-            continue
-        if text:
-            yield line, {"prompt": text}
-
-
-def _json_lines(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    for line, fields in _text_lines(path, data):
-        if isinstance(fields, DeepGenError):
-            yield line, fields
-            continue
-        try:
-            value = json.loads(fields["prompt"])
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            yield line, DeepGenError(f"not JSON ({reason}); write one object a line")
-            continue
-        if isinstance(value, dict):
-            yield line, value
-        else:
-            yield line, DeepGenError(f'{_shown(value)} is not an object; write {{"prompt": "..."}}')
-
-
-def _csv_rows(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DeepGenError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
-    csv.field_size_limit(_MAX_CELL)
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] = []
-    start = 1
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            # The reader has lost its place (an open quote swallows the rest), so nothing after this can be trusted.
-            yield start, DeepGenError(f"not CSV ({error}); check the quotes")
-            return
-        if row is None:
-            return
-        cells = [cell.strip() for cell in row]
-        if any(cells) and not header:
-            header = cells
-            try:
-                for name in header:
-                    check_field(name)
-                if "prompt" not in header:
-                    raise DeepGenError("the header has no column 'prompt'")
-                if len(set(header)) != len(header):
-                    raise DeepGenError("the header names a column twice")
-            except DeepGenError as error:
-                raise DeepGenError(f"{path}:{start}: {error}") from None
-        elif any(cells):
-            if len(cells) != len(header):
-                yield (
-                    start,
-                    DeepGenError(f"{len(cells)} cells, but the header has {len(header)}; quote cells with commas"),
-                )
-            else:
-                yield start, {name: _csv_cell(name, cell) for name, cell in zip(header, cells, strict=True)}
-        start = rows.line_num + 1
-
-
-def _csv_cell(name: str, cell: str) -> Any:
-    if name in ("image", "images"):
-        return [part.strip() for part in cell.split(";") if part.strip()] or None
-    # An empty prompt is told apart from an absent one; any other empty cell means "not given".
-    return cell if cell or name == "prompt" else None
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _text(given: dict[str, Any], name: str) -> str | None:
+def _text(given: Mapping[str, Any], name: str) -> str | None:
     value = given.get(name)
-    # JSON can spell half a surrogate pair, which no UTF-8 text holds.
-    if value is not None and (not isinstance(value, str) or re.search("[\ud800-\udfff]", value)):
-        raise DeepGenError(f"{name!r} is {_shown(value)}, expected a text")
+    if value is not None:
+        check_text(value, name)
     return value
 
 
-def _integer(given: dict[str, Any], name: str, least: int, most: int | None = None) -> int | None:
+def _integer(given: Mapping[str, Any], name: str, least: int, most: int | None = None) -> int | None:
     value = given.get(name)
     if value is None:
         return None
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise DeepGenError(f"{name!r} is {_shown(value)}, expected a whole number")
+        raise DeepGenError(f"{name!r} is {shown(value)}, expected a whole number")
     if value < least or (most is not None and value > most):
         raise DeepGenError(f"{name!r} is {value}, expected {least} {'or more' if most is None else f'to {most}'}")
     return value
@@ -292,7 +227,7 @@ def _guidance(value: Any) -> float | None:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise DeepGenError(f"'guidance' is {_shown(value)}, expected a number") from None
+        raise DeepGenError(f"'guidance' is {shown(value)}, expected a number") from None
     if not math.isfinite(number) or number < 0:
         raise DeepGenError(f"'guidance' is {number}, expected 0 or more")
     return number
@@ -307,7 +242,7 @@ def _sampler(name: str | None) -> str | None:
     return canonical_name(name)
 
 
-def _size(given: dict[str, Any]) -> tuple[int | None, int | None]:
+def _size(given: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if "size" in given:
         value = given["size"]
         if isinstance(value, list) and len(value) == 2:
@@ -315,16 +250,18 @@ def _size(given: dict[str, Any]) -> tuple[int | None, int | None]:
         elif isinstance(value, (str, int)) and not isinstance(value, bool):
             return parse_size(str(value))
         else:
-            raise DeepGenError(f"'size' is {_shown(value)}, expected \"WIDTHxHEIGHT\" or [width, height]")
+            raise DeepGenError(f"'size' is {shown(value)}, expected \"WIDTHxHEIGHT\" or [width, height]")
     if ("width" in given) != ("height" in given):
         raise DeepGenError("'width' and 'height' go together; give both or none")
     return _integer(given, "width", 1, 999_999), _integer(given, "height", 1, 999_999)
 
 
-def _images(value: Any, folder: Path) -> tuple[Path, ...]:
+def _images(value: Any, folder: Path, csv: bool) -> tuple[Path, ...]:
+    if csv and isinstance(value, str):
+        value = [part.strip() for part in value.split(";") if part.strip()]
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) and path for path in paths):
-        raise DeepGenError(f"'image' is {_shown(value)}, expected a path or a list of paths")
+        raise DeepGenError(f"'image' is {shown(value)}, expected a path or a list of paths")
     for path in paths:
         refuse_url(path, "'image'")
     # Joining keeps an absolute path as it is.
@@ -335,7 +272,7 @@ def _name(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, (str, int)) or isinstance(value, bool):
-        raise DeepGenError(f"'id' is {_shown(value)}, expected a text or a whole number")
+        raise DeepGenError(f"'id' is {shown(value)}, expected a text or a whole number")
     name = str(value).removesuffix(".png")
     if (
         not name.strip()
@@ -343,5 +280,5 @@ def _name(value: Any) -> str | None:
         or re.search('[<>:"/\\\\|?*\x00-\x1f\ud800-\udfff]', name)
         or len(name.encode()) > 200
     ):
-        raise DeepGenError(f"'id' is {_shown(value)}, which cannot be a file name; use letters, digits, '-' and '_'")
+        raise DeepGenError(f"'id' is {shown(value)}, which cannot be a file name; use letters, digits, '-' and '_'")
     return name

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from deepgen_jax.errors import DeepGenError, did_you_mean
+from deepgen_jax.inference.prompt_rows import Row, read_rows
 from deepgen_jax.rewards.registry import canonical
 from deepgen_jax.user_warnings import warn_user
 
@@ -52,26 +53,36 @@ class PromptDataset:
 
 
 def read_prompt_list(path: str | Path) -> list[Prompt]:
-    """Reads ``.txt`` (a prompt a line), ``.jsonl`` or ``.parquet`` (``prompt`` or ``caption``, others are metadata).
+    """Reads the prompts of any file that `deepgen_jax.inference.prompt_rows` reads; other fields are metadata.
 
-    Blank lines are passed over.
+    Rows that cannot be used are left out with one warning that counts them and names the first.
 
     Raises:
-      DeepGenError: the file is missing, of another type or damaged, or a record holds no prompt.
+      DeepGenError: the file is missing, of another type or damaged, or none of its rows can be used.
     """
-    path = Path(path)
-    readers: Mapping[str, Callable[[Path], list[Prompt]]] = {".txt": _text, ".jsonl": _json, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise DeepGenError(f"prompt list {path} has the suffix {path.suffix!r}; use one of {', '.join(readers)}")
-    try:
-        prompts = readers[path.suffix.lower()](path)
-    except FileNotFoundError:
-        raise DeepGenError(f"prompt list {path} does not exist; check the path") from None
-    except OSError as error:
-        raise DeepGenError(f"prompt list {path} cannot be read: {error.strerror or error}") from error
-    if not prompts:
-        raise DeepGenError(f"prompt list {path} holds no prompts")
+    rows = read_rows(Path(path))
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            prompts.append(_prompt(row))
+        except DeepGenError as error:
+            bad.append(f"{row.where}: {error}")
+    if bad and not prompts:
+        raise DeepGenError(f"none of the {len(bad)} rows of {path} can be used; the first: {bad[0]}")
+    if bad:
+        warn_user(f"{path}: {len(bad)} of {len(rows)} rows cannot be used and are left out; the first: {bad[0]}")
     return prompts
+
+
+def _prompt(row: Row) -> Prompt:
+    text, column = row.prompt()
+    metadata = {name: value for name, value in row.fields.items() if name != column}
+    try:
+        json.dumps(metadata)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DeepGenError(f"the other fields must be JSON values ({error})") from None
+    return Prompt(text.strip(), metadata)
 
 
 def read_prompt_config(
@@ -196,59 +207,3 @@ def _mapping(values: Any, where: str, known: set[str]) -> dict[str, Any]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    data = path.read_bytes()
-    try:
-        # Split at line feeds alone: str.splitlines would also cut at U+2028 and its like inside a prompt.
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DeepGenError(f"prompt list {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _text(path: Path) -> list[Prompt]:
-    return [Prompt(line) for _, line in _lines(path)]
-
-
-def _json(path: Path) -> list[Prompt]:
-    prompts = []
-    for number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DeepGenError(f"{path}:{number} is no JSON ({error}); write one object a line") from None
-        prompts.append(_prompt(record, f"{path}:{number}"))
-    return prompts
-
-
-def _parquet(path: Path) -> list[Prompt]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DeepGenError("parquet prompt lists need pyarrow; run: pip install 'deepgen-jax[data]'") from error
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    try:
-        records = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DeepGenError(f"prompt list {path} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return [_prompt(record, f"{path}, row {row}") for row, record in enumerate(records)]
-
-
-def _prompt(record: Any, where: str) -> Prompt:
-    if not isinstance(record, dict):
-        raise DeepGenError(f"{where} is no JSON object")
-    key = next((name for name in ("prompt", "caption") if record.get(name) is not None), "prompt")
-    text = record.get(key)
-    if not isinstance(text, str) or not text.strip():
-        raise DeepGenError(f"{where} holds no prompt; give a text as 'prompt' or 'caption'")
-    metadata = {name: value for name, value in record.items() if name != key}
-    try:
-        json.dumps(metadata)
-    except (TypeError, ValueError) as error:
-        raise DeepGenError(f"{where}: the other fields must be JSON values ({error})") from None
-    return Prompt(text.strip(), metadata)

@@ -119,13 +119,13 @@ def test_prompt_lists(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"prompt\nfox", "use one of .txt, .jsonl, .parquet"),
+        ("a.tsv", b"prompt\nfox", "use one of .txt, .jsonl, .json, .csv, .parquet"),
         ("a.txt", b" \n\n", "holds no prompts"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl", b'{"prompt": "a"}\n{', "a.jsonl:2 is no JSON"),
-        ("a.jsonl", b'\n{"text": "a"}', "a.jsonl:2 holds no prompt"),
-        ("a.jsonl", b'{"prompt": " "}', "a.jsonl:1 holds no prompt"),
-        ("a.jsonl", b'["a"]', "a.jsonl:1 is no JSON object"),
+        ("a.jsonl", b"\n{", "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'\n{"text": "a"}', "a.jsonl:2: there is no prompt"),
+        ("a.jsonl", b'{"prompt": " "}', "a.jsonl:1: the prompt is empty"),
+        ("a.jsonl", b'["a"]', r'a.jsonl:1: \["a"\] is not an object'),
         ("a.parquet", b"PAR", "cannot be read"),
     ],
 )
@@ -133,6 +133,12 @@ def test_bad_prompt_list_is_an_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DeepGenError, match=message):
         read_prompt_list(tmp_path / name)
+
+
+def test_a_bad_row_of_a_prompt_list_is_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a"}\n{\n{"prompt": "\\ud800"}')
+    with pytest.warns(DeepGenWarning, match=r"2 of 3 rows cannot be used and are left out; .*a.jsonl:2: not"):
+        assert read_prompt_list(tmp_path / "a.jsonl") == [Prompt("a")]
 
 
 @pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.parquet"])
