@@ -78,7 +78,8 @@ setup(
     package_dir=SUBPACKAGES,
     package_data={
         "deepgen_jax": [
-            "py.typed", "aot/targets/*.txtpb", "weights/nano/**", "evaluation/samples/*", "evaluation/*.json",
+            "py.typed", "aot/targets/*.txtpb", "weights/nano/**",
+            "evaluation/samples/*", "evaluation/*.json", "evaluation/*.css",
         ],
         "deepgen_jax.nano.world": ["fonts/*"],
     },

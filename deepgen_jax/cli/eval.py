@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,6 +179,17 @@ class EvalCommand(EvalArguments):
             told = (what.format(side, side, steps, guidance) for side, steps, guidance in (used, published))
             warn_user("settings are {}; published ones are {}".format(*told))
 
+    def _command(self) -> str:
+        """The words that make the run again; which processes share it is left out."""
+        words = ["deepgen", "eval", self.benchmark, *([self.model] if self.model else [])]
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name in ("benchmark", "model", "processes") or value == option.default:
+                continue
+            words.append(f"--{option.name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+        return shlex.join(words)
+
     def _description(
         self, benchmark: Benchmark, model: Path, name: str, settings: Settings, items: list[Item]
     ) -> dict[str, Any]:
@@ -203,7 +214,7 @@ class EvalCommand(EvalArguments):
             "data": sorted({item.file for item in items}),
             "prompts": len(items),
             "limited": self.limit is not None,
-            "command": shlex.join(["deepgen", *sys.argv[1:]]),
+            "command": self._command(),
             "deepgen_jax": deepgen_jax.__version__,
             "date": time.strftime("%Y-%m-%d"),
         }  # fmt: skip

@@ -191,6 +191,12 @@ COMMANDS: dict[str, Subcommand | Group] = {
         ),
         "BENCHMARK",
     ),
+    "report": Subcommand(
+        "deepgen_jax.cli.report",
+        "ReportCommand",
+        "write the scores of benchmark runs beside published ones, on one page",
+        ("deepgen report runs/geneval runs/wise --out report", "deepgen report runs/sft-wise runs/rl-wise"),
+    ),
     "explain": Subcommand(
         "deepgen_jax.cli.explain",
         "ExplainCommand",

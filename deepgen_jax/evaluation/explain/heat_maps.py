@@ -145,9 +145,7 @@ def heat_maps(
       velocity float32 [C, h, w], and maps of the words and of the think tokens, float32 [concepts, h / p, w / p].
     """
     config = pipe.config.mmdit
-    packed = grids.pack(
-        [latents], [list(references)], patch_size=config.patch_size, max_size=config.pos_embed_max_size
-    )
+    packed = grids.pack([latents], [list(references)], patch_size=config.patch_size, max_size=config.pos_embed_max_size)
     # Padded on the right and hidden, so that prompts of many lengths share a program.
     length = condition.sequence.shape[1]
     padded = round_up(length, SEQUENCE_BUCKET)

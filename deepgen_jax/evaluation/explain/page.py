@@ -157,7 +157,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
     return (
         f"<p>Intersection over union of each thing's map, cut at the thing's area, with its mask. {_text(note)} "
         f"{_text(scores['verdict'])}</p>"
-        f'<table><tr><th>maps</th><th>mean IoU</th><th>95% interval</th></tr>{rows}</table>'
+        f"<table><tr><th>maps</th><th>mean IoU</th><th>95% interval</th></tr>{rows}</table>"
     )
 
 
