@@ -197,10 +197,11 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
         import multiprocessing, os, sys, time
         from pathlib import Path
         from deepgen_jax import files
+        def work():
+            print(os.getpid(), flush=True)
+            time.sleep(60)
         with files.locked(Path(sys.argv[1])):
-            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-            child.start()
-            print(child.pid, flush=True)
+            multiprocessing.get_context("fork").Process(target=work).start()
             time.sleep(60)
         """
     )
