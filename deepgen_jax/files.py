@@ -271,6 +271,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
+def disk_usage(folder: Path) -> int:
+    """Bytes that the files below a folder take on the disk, in whole blocks."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*"))
+
+
 def size(count: int) -> str:
     """A number of bytes for people, such as "13.5 GB"."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from deepgen_jax.files import refuse_url
 from deepgen_jax.user_warnings import warn_user
@@ -49,4 +51,34 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     # JAX's default of one second leaves out the many small programs, which together take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    _drop_unreadable_entries()
     return path
+
+
+def _drop_unreadable_entries() -> None:
+    """Makes JAX remove entries that it cannot read, so that they are written again.
+
+    A process that is killed while it writes leaves half an entry. JAX would warn of it at every start, compile the
+    program, and keep the damaged entry, as there is one of that key.
+    """
+    import jax
+
+    # There is no public hook. A test fails where a new release has another name or signature.
+    from jax._src import compilation_cache
+
+    read = getattr(compilation_cache, "get_executable_and_time", None)
+    if read is None or hasattr(read, "drops_unreadable_entries"):
+        return
+
+    def read_or_drop(key: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return read(key, *args, **kwargs)
+        except Exception as error:  # of decompression or XLA, of many types
+            folder = jax.config.values["jax_compilation_cache_dir"]
+            with contextlib.suppress(OSError):
+                Path(folder, f"{key}-cache").unlink()
+            warn_user(f"a compiled program in {folder} could not be read ({type(error).__name__}); it is made again")
+            return None, None
+
+    read_or_drop.drops_unreadable_entries = True  # type: ignore[attr-defined]
+    compilation_cache.get_executable_and_time = read_or_drop  # type: ignore[assignment]

@@ -135,6 +135,8 @@ class Checkpoints:
         for partial in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             files.remove(partial)
         free = files.free_bytes(self._folder)
+        if last is not None:  # small arrays take more than their bytes
+            needed = max(needed, files.disk_usage(self._folder / str(last)))
         lacking = f": {files.size(needed - free)} are lacking" if needed > free else ", or less by a quota"
         return DeepGenError(
             f"{what}: it takes {files.size(needed)}, and the disk has {files.size(free)} free{lacking}; {kept}: free "

@@ -83,3 +83,36 @@ def test_programs_are_kept(tmp_path: Path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "kept")], env=environment, check=True)
     assert any(path.name.startswith("jit_") for path in (tmp_path / "kept").iterdir())
+
+
+_CACHED_PROGRAM = """
+import sys, warnings
+import jax, jax.numpy as jnp
+from deepgen_jax.inference.cache import enable_compilation_cache
+enable_compilation_cache(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert float(jax.jit(lambda x: jnp.sin(x) @ x.T)(jnp.ones((4, 4)))[0, 0]) > 3
+print(sorted(str(warning.message) for warning in caught))
+"""
+
+
+def run_program(folder) -> str:
+    done = subprocess.run([sys.executable, "-c", _CACHED_PROGRAM, str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[: len(content) // 2]])
+def test_unreadable_entries_are_made_again(tmp_path, damage):
+    assert run_program(tmp_path) == "[]"
+    entries = {path: path.stat().st_size for path in tmp_path.glob("*-cache")}
+    assert entries
+    for path in entries:
+        path.write_bytes(damage(path.read_bytes()))
+    said = run_program(tmp_path)
+    assert f"a compiled program in {tmp_path} could not be read" in said
+    assert "persistent compilation cache" not in said  # JAX's own warning
+    for path, size in entries.items():
+        assert abs(path.stat().st_size - size) < size / 10
+    assert run_program(tmp_path) == "[]"
