@@ -99,7 +99,8 @@ print(sorted(str(warning.message) for warning in caught))
 
 
 def run_program(folder) -> str:
-    done = subprocess.run([sys.executable, "-c", _CACHED_PROGRAM, str(folder)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", _CACHED_PROGRAM, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
