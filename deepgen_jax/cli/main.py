@@ -255,6 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before JAX starts: it leaves a quarter of a GPU unused otherwise. Both names at once it refuses.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+    for stream in (sys.stdout, sys.stderr):
+        # File names and prompts may have letters that the terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

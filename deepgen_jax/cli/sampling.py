@@ -27,7 +27,7 @@ from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings,
 from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.known_words import read_known_words
-from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, describe, save_image
+from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, check_name, describe, save_image
 from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import locate
@@ -211,12 +211,15 @@ class SamplingCommand(PromptArguments):
         requests = [dataclasses.replace(request, file=name) for request, name in zip(requests, names, strict=True)]
         grids = plan_grids(requests) if self.grid else {}
         for name in (*names, *grids):
-            if out.with_name(name).exists() and not self.overwrite:
+            check_name(out.with_name(name))
+            if os.path.lexists(out.with_name(name)) and not self.overwrite:
                 raise DeepGenError(f"{out.with_name(name)} exists; choose another --out or use --overwrite")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DeepGenError(f"folder {out.parent} cannot be made: {error.strerror or error}") from error
+        if not os.access(out.parent, os.W_OK):
+            raise DeepGenError(f"folder {out.parent} cannot be written; choose another --out")
         model = Model.of(self.folder, resolved_dtype(self.dtype))
         metadata = {request.file: describe(request, run.settings, model) for request in requests}
 

@@ -1,4 +1,4 @@
-"""Image files that tell how they were made, written whole or not at all, and folders of them that can be resumed."""
+"""Image files with their settings inside, and folders of them that can be resumed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import struct
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepgen_jax
+from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request, Settings
 from deepgen_jax.user_warnings import warn_user
@@ -25,12 +28,14 @@ from deepgen_jax.user_warnings import warn_user
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 METADATA_FILE = "metadata.jsonl"
 
-_TEMPORARY = ".deepgen-tmp-"
+#: Of a file name, on common file systems.
+MAX_NAME_BYTES = 255
+
 _KEY = "deepgen"
 _EXIF_DESCRIPTION = 0x010E
 # Of the 64 KiB that EXIF may take.
 _MOST_EXIF = 65_000
-_PNG_END = b"IEND\xaeB`\x82"
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def _told(path: Path) -> str:
 def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     """Writes an image with ``metadata`` inside: a PNG text chunk, or the EXIF description of a JPEG or WebP.
 
-    The file appears whole or not at all: it is written beside its place under another name, flushed, and moved.
+    The file appears whole or not at all; see `files.replacing`.
 
     Raises:
       DeepGenError: the suffix is unknown, or the file cannot be written.
@@ -122,14 +127,13 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
     else:
         text = json.dumps(metadata)
         if len(text) > _MOST_EXIF:
-            warn_user(f"{path} has no room for all that is known of its images; use .png to keep it")
+            warn_user(f"{path} has no room for the settings of its images; use .png to keep them")
             text = json.dumps({name: metadata[name] for name in ("file", "fingerprint") if name in metadata})
         exif = Image.Exif()
         exif[_EXIF_DESCRIPTION] = text
         options["exif"] = exif
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(path) as partial, open(partial, "wb") as file:
         image.save(file, image_format, **options)
-        _flush(file.fileno())
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -138,7 +142,7 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
         with Image.open(path) as image:
             text = image.info.get(_KEY) or image.getexif().get(_EXIF_DESCRIPTION) or ""
         value = json.loads(text)
-    except (OSError, ValueError, TypeError, SyntaxError):
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError, zlib.error, struct.error):
         return None
     return value if isinstance(value, dict) and "fingerprint" in value else None
 
@@ -147,6 +151,13 @@ def check_format(path: Path) -> None:
     """Raises a DeepGenError unless ``path`` has a suffix of `FORMATS`."""
     if path.suffix.lower() not in FORMATS:
         raise DeepGenError(f"{path} has the suffix {path.suffix!r}; use one of {', '.join(FORMATS)}")
+
+
+def check_name(path: Path) -> None:
+    """Raises a DeepGenError where the name of a file is too long to be written."""
+    length = len(os.fsencode(path.name))
+    if length > MAX_NAME_BYTES:
+        raise DeepGenError(f"the file name {path.name[:40]}... has {length} bytes; use at most {MAX_NAME_BYTES}")
 
 
 def in_the_way(path: Path) -> DeepGenError:
@@ -158,7 +169,8 @@ class OutputFolder:
     """A folder of images and its ``metadata.jsonl``, held by one run at a time; a context manager.
 
     On entry the folder is made, leftovers of a killed run are removed and a torn last line of ``metadata.jsonl`` is
-    dropped. Image files may lie in subfolders, which are made as needed.
+    dropped. On exit its lines are in the order of the images asked for, however many runs made them. Image files may
+    lie in subfolders, which are made as needed.
 
     Args:
       path: the folder.
@@ -173,34 +185,39 @@ class OutputFolder:
         self._metadata_path = (records or path) / METADATA_FILE
         self._lines: dict[str, str] = {}
         self._others: list[str] = []
+        self._order: list[str] = []
         self._handle: int | None = None
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
             self._metadata_path.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.glob(f"{_TEMPORARY}*"):
-                leftover.unlink(missing_ok=True)
-            self._read()
         except FileExistsError as error:
             raise DeepGenError(f"{self.path} is a file; give a folder with --out") from error
         except OSError as error:
             raise DeepGenError(f"output folder {self.path} cannot be used: {error.strerror or error}") from error
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(files.locked(self.path, "wait until it ends, or choose another --out"))
+            files.remove_partials(self.path)
+            self._read()
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for handle in (self._handle, self._lock):
-            if handle is not None:
-                os.close(handle)
+        with self._held:
+            if self._handle is not None:
+                os.close(self._handle)
+            if self._order:
+                self._rewrite()
 
     def missing(
         self, wanted: Iterable[dict[str, Any]], overwrite: bool = False, *, keep_others: bool = False
     ) -> list[str]:
         """Files among ``wanted`` (from `describe`) that are still to be made.
 
-        A file is finished when it is a whole PNG made from the same request. One made from another request (a changed
-        prompt file, another model) is to be made again, with a notice.
+        A file is finished when it is an undamaged PNG made from the same request. One made from another request (a
+        changed prompt file, another model) is to be made again, with a warning.
 
         Args:
           wanted: what is to be in the folder.
@@ -208,18 +225,23 @@ class OutputFolder:
           keep_others: refuse to replace what was made from other requests.
 
         Raises:
-          DeepGenError: a file is in the way that no run has made, or that is to be kept, and ``overwrite`` is not set.
+          DeepGenError: a file would leave the folder, or has a name that is too long; or one is in the way that no run
+            has made, or that is to be kept, and ``overwrite`` is not set.
         """
         missing: list[str] = []
-        changed = 0
+        changed = damaged = 0
         wanted = list(wanted)
-        for folder in {(self.path / metadata["file"]).parent for metadata in wanted} - {self.path}:
-            for leftover in folder.glob(f"{_TEMPORARY}*"):
-                leftover.unlink(missing_ok=True)
+        self._order = [metadata["file"] for metadata in wanted]
+        for file in self._order:
+            if not _is_inside(file):
+                raise DeepGenError(f"image file {file!r} would leave {self.path}; use a name inside the folder")
+            check_name(Path(file))
+        for folder in {(self.path / file).parent for file in self._order} - {self.path}:
+            files.remove_partials(folder)
         for metadata in wanted:
             file = metadata["file"]
             path = self.path / file
-            if not path.exists():
+            if not os.path.lexists(path):
                 self._lines.pop(file, None)
                 missing.append(file)
                 continue
@@ -231,19 +253,27 @@ class OutputFolder:
             other = known is not None and known.get("fingerprint") != metadata["fingerprint"]
             if keep_others and other and not overwrite:
                 raise DeepGenError(f"{path} was made from another request; choose another --out or use --overwrite")
-            if known is not None and not other and not overwrite and _is_whole(path):
+            whole = known is not None and not other and not overwrite and _is_whole(path)
+            if known is not None and whole:
                 self._lines.setdefault(file, _line(known))
             else:
                 self._lines.pop(file, None)
                 missing.append(file)
                 changed += other
+                damaged += not (other or overwrite)
+        if damaged:
+            warn_user(f"{damaged} of the images in {self.path} are damaged; made again")
         if changed:
             warn_user(f"{changed} of the images in {self.path} are of other requests or another model; made again")
         self._rewrite()
         return missing
 
     def save(self, image: Image.Image, metadata: dict[str, Any]) -> Path:
-        """Writes the image, then its line of ``metadata.jsonl`` in one write."""
+        """Writes the image, then its line of ``metadata.jsonl`` in one write.
+
+        Raises:
+          DeepGenError: either cannot be written.
+        """
         path = self.path / metadata["file"]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,99 +285,66 @@ class OutputFolder:
                 self._handle = os.open(self._metadata_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(self._handle, _line(metadata).encode())
         except OSError as error:
-            raise DeepGenError(f"{self._metadata_path} cannot be written: {error.strerror or error}") from error
+            raise files.write_error(self._metadata_path, error) from error
+        self._lines[metadata["file"]] = _line(metadata)
         return path
 
     def _read(self) -> None:
-        """Lines of images by file, and whatever else a person keeps there."""
+        """Lines of images by file, and what else is in the file."""
         path = self._metadata_path
         self._lines, self._others = {}, []
-        if not path.exists():
+        if not os.path.lexists(path):
             return
-        for raw in path.read_bytes().splitlines():
+        for raw in files.read_bytes(path).splitlines():
             try:
                 value = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 if raw.strip():
                     warn_user(f"{path} has a damaged line, left by a run that was cut off; dropped")
                 continue
-            if isinstance(value, dict) and isinstance(value.get("file"), str) and "fingerprint" in value:
+            if not (isinstance(value, dict) and isinstance(value.get("file"), str) and "fingerprint" in value):
+                self._others.append(raw.decode() + "\n")
+            elif _is_inside(value["file"]):
                 self._lines[value["file"]] = raw.decode() + "\n"
             else:
-                self._others.append(raw.decode() + "\n")
+                warn_user(f"{path} names {value['file']!r}, which is outside the folder; the line is dropped")
 
     def _rewrite(self) -> None:
-        """Brings ``metadata.jsonl`` to what is known now; untouched when it says that already."""
+        """Brings ``metadata.jsonl`` to what is known now, in order; untouched where it is so already."""
         path = self._metadata_path
-        content = "".join([*self._others, *self._lines.values()]).encode()
+        ordered = [file for file in self._order if file in self._lines]
+        rest = [file for file in self._lines if file not in set(self._order)]
+        content = "".join([*self._others, *(self._lines[file] for file in (*rest, *ordered))]).encode()
         before = path.read_bytes() if path.exists() else b""
         if content != before:
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
+            files.write_bytes(path, content)
 
 
 def _line(metadata: dict[str, Any]) -> str:
     return json.dumps(metadata, ensure_ascii=False) + "\n"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that becomes ``path`` at the end, or goes away on an error."""
-    # The suffix keeps it out of the reach of a `*.png`.
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DeepGenError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(descriptor: int) -> None:
-    # After a power cut too the name must stand for a whole file. Some network file systems do not know fsync.
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
+def _is_inside(file: str) -> bool:
+    """Whether a relative path stays below the folder that it is relative to."""
+    path = PurePath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
 def _is_whole(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - len(_PNG_END)))
-        return file.read() == _PNG_END
-
-
-@contextlib.contextmanager
-def holding(folder: Path) -> Iterator[None]:
-    """Keeps other processes from a folder within the block.
-
-    Raises:
-      DeepGenError: another process holds it.
-    """
-    handle = _lock(folder)
+    """Whether a file is a PNG whose chunks are all there and match their checksums."""
     try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _lock(folder: Path) -> int | None:
-    """Holds the folder for this process until it ends, however it ends; None where the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise DeepGenError(f"another run is writing to {folder}; wait for it, or choose another --out") from None
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+        data = files.read_bytes(path)
+    except DeepGenError:
+        return False
+    place, kind = len(_PNG_START), b""
+    if not data.startswith(_PNG_START):
+        return False
+    while place < len(data) and kind != b"IEND":
+        length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        body, place = data[place + 4 : place + 8 + length], place + 12 + length
+        if place > len(data) or zlib.crc32(body) != int.from_bytes(data[place - 4 : place], "big"):
+            return False
+    return kind == b"IEND" and place == len(data)
 
 
 def _file_digest(path: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.outputs import replacing
+from deepgen_jax.files import replacing
 from deepgen_jax.stores.run_folder import read_run
 from deepgen_jax.training.curves import LOOKS, Curves, Panel, read_curves
 from deepgen_jax.training.overrides import load_config, packaged_configs, to_json

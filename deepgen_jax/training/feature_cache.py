@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from deepgen_jax import files
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.data.feature_files import DTYPES, MANIFEST, FeatureManifest, encoder_configs
@@ -35,7 +36,6 @@ from deepgen_jax.data.sources.base import CachedImage
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
-from deepgen_jax.inference.outputs import holding
 from deepgen_jax.parallel.mesh import batch_sharding, make_mesh
 from deepgen_jax.stores import model_folder
 from deepgen_jax.terminal import progress_bar
@@ -110,7 +110,7 @@ def cache_features(
     sources: list[_SourceCache] = []
     with _told(out):
         out.mkdir(parents=True, exist_ok=True)
-    with holding(out):
+    with files.locked(out):
         for number, source in enumerate(data.sources):
             rows = list(plan.rows_by_bucket(number))
             manifest = FeatureManifest(

@@ -160,3 +160,12 @@ def test_light_imports(words: list[str]):
     )
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_output_in_a_terminal_of_few_letters():
+    script = "from deepgen_jax.cli import main as cli\ncli._dispatch = lambda words: print('caf\\u00e9 \\udcff') or 0\n"
+    script += "import sys; sys.exit(cli.main(['x']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udcff\n", "")

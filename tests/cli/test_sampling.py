@@ -430,6 +430,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
     (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(8)))
     process = start(tmp_path, 1.0, "--batch-size", "2")
     wait_for(tmp_path, 2, process)
+    time.sleep(0.3)  # into the next batch
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

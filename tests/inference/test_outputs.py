@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import PARTIAL_PREFIX
 from deepgen_jax.inference.batch import Request, Settings
 from deepgen_jax.inference.outputs import METADATA_FILE, Model, OutputFolder, describe, read_metadata, save_image
 from deepgen_jax.user_warnings import collect_warnings
@@ -105,7 +108,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(DeepGenError, match=r"a.png cannot be written: No space left"):
+    with pytest.raises(DeepGenError, match=r"a.png cannot be written: its disk is full"):
         save_image(IMAGE, tmp_path / "a.png", {})
     assert (tmp_path / "a.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -138,7 +141,7 @@ def test_resuming(tmp_path: Path, model: Model):
     # Killed between an image and its line, in the middle of a line, and in the middle of an image.
     text = (folder / METADATA_FILE).read_text(encoding="utf-8")
     (folder / METADATA_FILE).write_text("".join(text.splitlines(keepends=True)[:2])[:-20], encoding="utf-8")
-    (folder / ".deepgen-tmp-99-00003.png").write_bytes(b"half")
+    (folder / f"{PARTIAL_PREFIX}99-00003").write_bytes(b"half")
     with notices() as said, OutputFolder(folder) as output:
         assert output.missing(wanted) == ["00003.png"]
         output.save(IMAGE, wanted[3])
@@ -161,7 +164,10 @@ def test_changed_requests_are_made_again(tmp_path: Path, model: Model):
         assert [line["file"] for line in lines(folder)] == ["00000.png"]
         for metadata in wanted[1:]:
             output.save(IMAGE, metadata)
-    assert said == [f"1 of the images in {folder} are of other requests or another model; made again"]
+    assert said == [
+        f"1 of the images in {folder} are damaged; made again",
+        f"1 of the images in {folder} are of other requests or another model; made again",
+    ]
     assert lines(folder) == wanted
     (folder / "00000.png").unlink()
     with OutputFolder(folder) as output:
@@ -192,7 +198,7 @@ def test_metadata_that_do_not_fit_and_names_that_are_no_text(tmp_path: Path, mod
     grid = {"file": "grid.jpg", "images": [metadata] * 200, "fingerprint": "f"}
     with notices() as said:
         save_image(IMAGE, tmp_path / "grid.jpg", grid)
-    assert said == [f"{tmp_path / 'grid.jpg'} has no room for all that is known of its images; use .png to keep it"]
+    assert said == [f"{tmp_path / 'grid.jpg'} has no room for the settings of its images; use .png to keep them"]
     assert read_metadata(tmp_path / "grid.jpg") == {"file": "grid.jpg", "fingerprint": "f"}
 
 
@@ -219,7 +225,12 @@ def test_one_run_at_a_time(tmp_path: Path):
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(DeepGenError, match="another run is writing to"), OutputFolder(tmp_path):
+    with (
+        pytest.raises(
+            DeepGenError, match=r"is in use by process \d+ on .* choose another --out"
+        ),
+        OutputFolder(tmp_path),
+    ):
         pass
     other.kill()
     other.wait()
@@ -235,10 +246,115 @@ def test_trees_of_folders_with_their_records_elsewhere(tmp_path: Path, model: Mo
         assert output.missing(wanted) == list(names)
         for metadata in wanted[:2]:
             output.save(IMAGE, metadata)
-    leftover = folder / "a/samples/.deepgen-tmp-1-0001.png.tmp"
+    leftover = folder / f"a/samples/{PARTIAL_PREFIX}1-0001"
     leftover.write_bytes(b"half")
     with OutputFolder(folder, records) as output:
         assert output.missing(wanted) == ["b.png"]
     assert not leftover.exists()
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {"0000.png", "0001.png", METADATA_FILE}
     assert (records / METADATA_FILE).is_file()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], bytes]:
+    """A folder with two finished images, their metadata, and the bytes of the second."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "model").mkdir()
+    model = Model.of(folder / "model", "float32")
+    wanted = [describe(request, SETTINGS, model) for request in requests(2)]
+    with OutputFolder(folder / "out") as output:
+        output.missing(wanted)
+        for metadata in wanted:
+            output.save(IMAGE, metadata)
+    return folder / "out", wanted, (folder / "out/00001.png").read_bytes()
+
+
+@given(
+    place=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255), kind=st.sampled_from(["flip", "cut", "add"])
+)
+def test_an_image_that_is_damaged_anywhere_is_made_again(
+    finished: tuple[Path, list[dict], bytes], place: float, change: int, kind: str
+):
+    folder, wanted, content = finished
+    at = int(place * len(content))
+    damaged = {
+        "flip": content[:at] + bytes([content[at] ^ change]) + content[at + 1 :],
+        "cut": content[:at],
+        "add": content + bytes([change]),
+    }[kind]
+    (folder / "00001.png").write_bytes(damaged)
+    with notices() as said, OutputFolder(folder) as output:
+        assert output.missing(wanted) == ["00001.png"]
+        output.save(IMAGE, wanted[1])
+    assert said == [f"1 of the images in {folder} are damaged; made again"]
+    assert (folder / "00001.png").read_bytes() == content
+    assert lines(folder) == wanted
+
+
+@given(order=st.permutations(range(5)), stops=st.lists(st.integers(0, 5), max_size=3))
+def test_the_order_of_records_does_not_depend_on_interruptions(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], stops: list[int]
+):
+    folder = tmp_path_factory.mktemp("order")
+    model = Model.of(folder, "float32")
+    wanted = [describe(request, SETTINGS, model) for request in requests(5)]
+    for stop in [*stops, 5]:
+        output = OutputFolder(folder / "out")
+        with output:
+            todo = output.missing(wanted)
+            for metadata in [wanted[i] for i in order if wanted[i]["file"] in todo][:stop]:
+                output.save(IMAGE, metadata)
+    assert lines(folder / "out") == wanted
+
+
+def test_order_after_a_kill(tmp_path: Path, model: Model):
+    wanted = [describe(request, SETTINGS, model) for request in requests(3)]
+    output = OutputFolder(tmp_path / "out")
+    output.__enter__()
+    output.missing(wanted)
+    for i in (2, 0):
+        output.save(IMAGE, wanted[i])
+    output._held.close()  # the process is gone: its lock is released, and nothing is written any more
+    with OutputFolder(tmp_path / "out") as again:
+        assert again.missing(wanted) == ["00001.png"]
+        again.save(IMAGE, wanted[1])
+    assert lines(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize("file", ["../a.png", "/a.png", "b/../../a.png", "", ".."])
+def test_files_that_leave_the_folder(tmp_path: Path, model: Model, file: str):
+    metadata = describe(dataclasses.replace(REQUEST, file=file), SETTINGS, model)
+    good = describe(REQUEST, SETTINGS, model)
+    with OutputFolder(tmp_path / "out") as output:
+        with pytest.raises(DeepGenError, match=r"would leave .*; use a name inside the folder"):
+            output.missing([metadata])
+        output.missing([good])
+        output.save(IMAGE, good)
+    with (tmp_path / "out" / METADATA_FILE).open("a") as records:
+        records.write(json.dumps(metadata) + "\n")
+    with notices() as said, OutputFolder(tmp_path / "out") as output:
+        assert output.missing([good]) == []
+    assert len(said) == 1
+    assert "is outside the folder; the line is dropped" in said[0]
+    assert lines(tmp_path / "out") == [good]
+
+
+@pytest.mark.parametrize("length", [244, 250, 255, 256, 300])
+def test_long_names(tmp_path: Path, model: Model, length: int):
+    metadata = describe(dataclasses.replace(REQUEST, file="n" * (length - 4) + ".png"), SETTINGS, model)
+    with OutputFolder(tmp_path / "out") as output:
+        if length > 255:
+            with pytest.raises(DeepGenError, match=f"has {length} bytes; use at most 255"):
+                output.missing([metadata])
+            return
+        assert output.missing([metadata]) == [metadata["file"]]
+        output.save(IMAGE, metadata)
+        assert output.missing([metadata]) == []
+
+
+def test_damaged_metadata_inside_an_image(tmp_path: Path):
+    save_image(IMAGE, tmp_path / "a.png", {"fingerprint": "f", "prompt": "x" * 200})
+    content = (tmp_path / "a.png").read_bytes()
+    for at in range(0, 200, 7):
+        (tmp_path / "b.png").write_bytes(content[:at] + b"\xff\xff" + content[at + 2 :])
+        read_metadata(tmp_path / "b.png")
