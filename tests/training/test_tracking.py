@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import struct
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from PIL import Image
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.jsonl import LineWriter, read_lines, truncate
+from deepgen_jax.training import progress as progress_module
 from deepgen_jax.training import tracking
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_config import LogConfig
@@ -233,6 +238,16 @@ def test_folder_cannot_be_made(tmp_path: Path):
         Tracker(tmp_path / "file" / "run", FILES_ONLY, {})
 
 
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def test_plain_progress_lines(capsys: pytest.CaptureFixture):
     metrics = {"loss": 0.5, "learning_rate": 1e-4, "samples_per_second": 12.34}
     metrics |= {"seconds/data": 0.1, "seconds/step": 0.4}
@@ -240,24 +255,48 @@ def test_plain_progress_lines(capsys: pytest.CaptureFixture):
         for step in range(42, 101, 2):
             progress.show(step, metrics)
     captured = capsys.readouterr()
-    lines = captured.err.splitlines()
+    first, *lines = captured.err.splitlines()
     assert not captured.out
+    assert first == "deepgen: compiling (first step)"
     # Steps that are shown need not be multiples of the distance between lines.
     assert [int(line.split()[2].split("/")[0]) for line in lines] == [46, 50, 56, 60, 66, 70, 76, 80, 86, 90, 96, 100]
     assert "deepgen: step 46/100  loss 0.5000  lr 1.00e-04  12.3 samples/s  data wait 25%  (" in lines[0]
     with Progress(4) as progress:
         progress.show(1, {"reward/ocr/mean": 0.25, "reward/ocr@text/mean": 0.5, "reward/ocr/std": 1.0, "loss": None})
-    assert "step 1/4  ocr 0.250  (" in capsys.readouterr().err
+    assert "step 1/4  ocr 0.250  (00:00 elapsed)" in capsys.readouterr().err
+
+
+@given(compiling=st.floats(0, 1e4), seconds=st.floats(0.01, 100), steps=st.integers(3, 60))
+def test_compiling_is_left_out_of_the_time_left(compiling: float, seconds: float, steps: int):
+    clock, stream = Clock(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stream):
+        patch.setattr(progress_module, "time", clock)
+        with Progress(steps) as progress:
+            clock.now += compiling
+            for step in range(1, steps):
+                progress.show(step, {})
+                clock.now += seconds
+    lines = stream.getvalue().splitlines()[1:]
+    assert ("left" in lines[0]) == (steps // 20 > 1)
+    for line in lines[1:]:
+        step = int(line.split()[2].split("/")[0])
+        (left,) = re.findall(r", ([\d:]+) left\)", line)
+        shown = sum(int(part) * 60**place for place, part in enumerate(reversed(left.split(":"))))
+        assert abs(shown - seconds * (steps - step)) <= 1
 
 
 def test_progress_bar_on_a_terminal(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress(10, 4) as progress:
+        time.sleep(1.5)
+        progress.show(5, {"loss": 0.7})
         progress.show(10, {"loss": 0.5})
-    text = capsys.readouterr().err
-    assert "compiling" in text.split("\r")[1]
-    assert "10/10 steps" in text.split("\r")[-1]
-    assert "loss 0.5000" in text
+    shown = capsys.readouterr().err.split("\r")
+    assert any("compiling (first step) 00:00" in text for text in shown)
+    assert any("compiling (first step) 00:01" in text for text in shown)
+    assert "10/10 steps" in shown[-1]
+    assert "loss 0.5000" in shown[-1]
+    assert "compiling" not in shown[-1]
 
 
 def read_events(path: Path) -> list[Any]:
