@@ -6,12 +6,12 @@ error, since nobody has shown that it may be ignored.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepgen_jax import files
 from deepgen_jax.config import BridgeConfig, MMDiTConfig, SchedulerConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.errors import DeepGenError
 
@@ -29,6 +29,8 @@ class Options:
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         if not isinstance(values, Mapping):
             raise DeepGenError(f"{where} is not a JSON object")
+        if odd := [name for name in values if not isinstance(name, str)]:
+            raise DeepGenError(f"{where}: {odd[0]!r} is no name of an option")
         self._values, self._where = values, where
         self._seen: set[str] = set()
 
@@ -86,12 +88,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       DeepGenError: the file is missing or is no JSON object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DeepGenError(f"{path} is missing; download it again") from None
-    except (ValueError, OSError) as error:
-        raise DeepGenError(f"{path} cannot be read ({error}); download it again") from None
+    if not path.exists():
+        raise DeepGenError(f"{path} is missing; download it again")
+    values = files.read_json(path, "download it again")
     if not isinstance(values, dict):
         raise DeepGenError(f"{path} is not a JSON object; download it again")
     return values
@@ -297,7 +296,8 @@ def bridge_config(
     Raises:
       DeepGenError: the file contradicts the shapes.
     """
-    defaults = BridgeConfig(hidden_size=hidden_size)
+    defaults = BridgeConfig()
+    usual = {**vars(defaults), "hidden_size": hidden_size}
     options = Options(connector, where)
     options.require(hidden_act="gelu_pytorch_tanh")
     numbers = [int(match[1]) for match in map(re.compile(r"connector\.layers\.(\d+)\.").match, shapes) if match]
@@ -320,18 +320,19 @@ def bridge_config(
                 "use the file that belongs to the checkpoint"
             )
         field = ours.get(name, name)
-        sizes[field] = next((v for v in (found, stated) if v is not None), getattr(defaults, field))
+        sizes[field] = next((v for v in (found, stated) if v is not None), usual[field])
+    heads = options.take("num_attention_heads", int, defaults.num_heads)
+    if heads > 0 and sizes["hidden_size"] % heads:
+        raise DeepGenError(
+            f"the connector's hidden size {sizes['hidden_size']} cannot be split into {heads} "
+            "heads; pass --hparams with the model's connector.num_attention_heads"
+        )
     config = BridgeConfig(
         **sizes,
-        num_heads=options.take("num_attention_heads", int, defaults.num_heads),
+        num_heads=heads,
         layer_norm_eps=options.take("layer_norm_eps", float, defaults.layer_norm_eps),
         selection_stride=options.take("selection_stride", int, defaults.selection_stride),
     )
     options.ignore("attention_dropout", *_IGNORED_BY_TRANSFORMERS, "model_type", "_attn_implementation")
     options.finish()
-    if config.hidden_size % config.num_heads:
-        raise DeepGenError(
-            f"the connector's hidden size {config.hidden_size} cannot be split into {config.num_heads} "
-            "heads; pass --hparams with the model's connector.num_attention_heads"
-        )
     return config

@@ -12,8 +12,10 @@ _TOP = r"(?=lmm\.|transformer\.|vae\.|connector\.|projector_\d|meta_queries$|ema
 _SPELLINGS = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # wrappers: data parallel, trainers, compiled modules
-        (rf"^(?:module\.|model\.|_orig_mod\.)+{_TOP}", ""),
+        # compiled modules, FSDP and activation checkpointing, at any depth
+        (r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.)+", r"\1"),
+        # data parallel and trainers
+        (rf"^(?:module\.|model\.)+{_TOP}", ""),
         # a whole peft model instead of the adapted modules inside it
         (r"^lmm\.base_model\.model\.", "lmm."),
         # Qwen2.5-VL before transformers 4.52
@@ -30,6 +32,11 @@ _SPELLINGS = tuple(
 _BASE = re.compile(r"\.base_layer(?=\.(?:weight|bias)$)")
 _ADAPTER = re.compile(
     r"^(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.(?P<n1>[^.]+)\.weight|lora_embedding_(?P<table>[AB])\.(?P<n2>[^.]+))$"
+)
+
+#: Names that adapters' tensors have in peft, diffusers and other trainers.
+_ANY_ADAPTER = re.compile(
+    r"\.lora_(embedding_)?([AB]|up|down|mid|magnitude_vector)(\.|$)|\.(hada|lokr)_\w+$|lora.*\.alpha$"
 )
 
 #: Tensors that releases may hold and that carry no information of their own.
@@ -69,6 +76,11 @@ def parse_key(raw: str, prefix: str = "") -> Key:
         role = Role.LORA_A if (match["linear"] or match["table"]) == "A" else Role.LORA_B
         return Key(f"{match['module']}.weight", role, match["n1"] or match["n2"])
     return Key(_BASE.sub("", name))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor is part of a LoRA adapter, by its name in any trainer's checkpoint."""
+    return _ANY_ADAPTER.search(name) is not None
 
 
 def unused_reason(name: str) -> str | None:

@@ -11,9 +11,10 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.stores.path_kinds import Folder, require_folder
 
 from . import configs
-from .detect import Folder, open_checkpoint, require_folder
+from .detect import open_checkpoint
 from .fresh import FreshBridge
 from .hparams import HParams, parse_hparams
 from .names import MMDIT, VAE

@@ -1,18 +1,20 @@
 """Checkpoints written by ``torch.save``, read tensor by tensor without running any code they contain.
 
-A ``.pth`` is a zip: a pickle of the structure, and one stored record for each storage. torch unpickles the structure
+A ``.pth`` is a zip: a pickle of the structure, and one record for each storage. torch unpickles the structure
 (``weights_only=True``) from a copy of the zip whose records are empty, so it never touches the bulk. The records are
-then read where they stand in the file, which may itself be a member of an archive.
+then read in place, from a file that may itself be a member of an archive. ``torch.save`` stores records uncompressed;
+in files that were zipped again they are compressed, which torch reads, too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
+import logging
 import math
 import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -21,15 +23,22 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, first_line
 
-from .sources import WEIGHT_DTYPES, Source, TensorInfo, read_exactly, read_rows
+from .sources import WEIGHT_DTYPES, Source, TensorInfo, check_names, read_exactly, read_rows
+from .state_dicts import find_weights
 from .transforms import Shape, rows_of
-from .zipparts import DAMAGE
+from .zipparts import DAMAGE, member_start
 
-#: Entries that hold the weights where a checkpoint is more than a bare state dict, and the layout that they mean.
-_WRAPPERS = {"state_dict": "mmengine checkpoint", "module": "DeepSpeed checkpoint"}
 _LOCAL_HEADER_BYTES = 30
+#: Members that torch.load reads, beside the records.
+_SMALL = ("data.pkl", "version", "byteorder", ".format_version", ".storage_alignment")
+#: Largest pickle of a structure that is read. 100,000 tensors take 15 MB; unpickling can take 64 times the size.
+MAX_PICKLE_BYTES = 16 * 2**20
+#: Flags of zip members that torch does not read: encrypted, patch data, strongly encrypted, masked header.
+_UNREADABLE_FLAGS = 0x1 | 0x20 | 0x40 | 0x2000
+#: How many times smaller each method of compression that torch reads makes data at most.
+_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 
 class _Slot(NamedTuple):
@@ -38,6 +47,12 @@ class _Slot(NamedTuple):
     record: zipfile.ZipInfo
     offset: int
     strides: Shape
+
+    def end(self, shape: Shape) -> int:
+        """Number of the record's elements up to the last of a tensor of ``shape``."""
+        if not math.prod(shape):
+            return 0
+        return 1 + self.offset + sum((n - 1) * s for n, s in zip(shape, self.strides, strict=True))
 
 
 class TorchFile(Source):
@@ -48,65 +63,100 @@ class TorchFile(Source):
       label: its name for messages.
       origin: JSON-ready facts for the provenance (path, bytes).
       sequential: seeking back in the file is slow.
+      ema: take the moving average of the weights where there is one.
 
     Raises:
       DeepGenError: the file is truncated, is no checkpoint, or unpickling it would run code.
     """
 
-    def __init__(self, file: BinaryIO, label: str, origin: Mapping[str, Any], *, sequential: bool = False) -> None:
-        self.label, self._file, self._origin, self.sequential = label, file, origin, sequential
+    def __init__(
+        self, file: BinaryIO, label: str, origin: Mapping[str, Any], *, sequential: bool = False, ema: bool = False
+    ) -> None:
+        self.label, self._file, self._origin = label, file, origin
         try:
-            archive = zipfile.ZipFile(file)
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = pickles[0].removesuffix("data.pkl") if pickles else ""
-            program = archive.read(pickles[0]) if pickles else b""
-            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
-        except DAMAGE as error:
-            raise DeepGenError(f"{label} is truncated or damaged ({error}); download it again") from None
-        if len(pickles) != 1:
+            self._archive = zipfile.ZipFile(file)
+            self._records = _members(self._archive)
+            # torch looks for everything in the folder of the first member.
+            root = next(iter(self._records), "").partition("/")[0] + "/"
+            if outside := [name for name in self._records if not name.startswith(root)]:
+                raise zipfile.BadZipFile(f"{outside[0]} is outside of {root}")
+            small = self._small_members(root)
+        except DeepGenError:
+            raise
+        except (*DAMAGE, ValueError) as error:
+            raise DeepGenError(f"{label} is truncated or damaged ({first_line(error)}); download it again") from None
+        if "data.pkl" not in small:
             raise DeepGenError(f"{label} is a zip file, but not a torch checkpoint (no data.pkl inside)")
-        if order != b"little":
+        if small.get("byteorder", b"little") != b"little":
             raise DeepGenError(f"{label} was written on a big-endian machine; save it again on a little-endian one")
-        records = {i.filename: i for i in archive.infolist() if i.filename.startswith(f"{root}data/")}
-        self._digest = hashlib.sha256(program).hexdigest()
-        self._slots: dict[str, _Slot] = {}
-        loaded = _unpickle(program, root, records, label)
-        state_dict, self.layout, self.ignored = _find_weights(loaded, label)
-        meta = loaded.get("meta")
-        self.hparams = meta.get("deepgen_config") if isinstance(meta, Mapping) else None
-        self.tensors = self._locate(state_dict, records)
+        records = {name: info for name, info in self._records.items() if name.startswith(f"{root}data/")}
+        self.sequential = sequential or any(info.compress_type for info in records.values())
+        self._digest = hashlib.sha256(small["data.pkl"]).hexdigest()
+        loaded, record_names = _unpickle(small, root, list(records), label)
+        weights = find_weights(loaded, label, ema=ema)
+        self.layout, self.ignored, self.hparams = weights.layout, weights.ignored, weights.hparams
+        self._slots = {name: self._slot(name, tensor, record_names) for name, tensor in weights.tensors.items()}
+        self.tensors = {name: self._info(tensor, self._slots[name]) for name, tensor in weights.tensors.items()}
+        check_names(self.tensors, label)
 
-    def _locate(self, state_dict: Mapping[str, Any], records: Mapping[str, zipfile.ZipInfo]) -> dict[str, TensorInfo]:
-        dtypes = _dtype_names()
-        infos = {}
-        for name, tensor in state_dict.items():
-            record = records[tensor.record_name]
-            shape, itemsize = tuple(tensor.shape), tensor.element_size()
-            slot = _Slot(record, tensor.storage_offset(), tuple(tensor.stride()))
-            last = slot.offset + sum((n - 1) * s for n, s in zip(shape, slot.strides, strict=True))
-            if math.prod(shape) and (last + 1) * itemsize > record.file_size:
-                raise DeepGenError(f"{self.label}: the record of {name} is too short; download it again")
-            position = record.header_offset + _LOCAL_HEADER_BYTES + slot.offset * itemsize
-            infos[name] = TensorInfo(shape, dtypes.get(tensor.dtype, str(tensor.dtype)), position)
-            self._slots[name] = slot
-        return infos
+    def _small_members(self, root: str) -> dict[str, bytes]:
+        """The small members of the zip that ``torch.load`` reads, read by torch.
+
+        Raises:
+          DeepGenError: one is too large, however little it takes while compressed.
+          RuntimeError: torch refuses the zip; it is stricter than Python's zipfile.
+        """
+        _require_torch(self.label)
+        import torch
+
+        for name in _SMALL:
+            if root + name in self._records and self._records[root + name].file_size > MAX_PICKLE_BYTES:
+                limit = f"{MAX_PICKLE_BYTES // 2**20} MiB"
+                raise DeepGenError(f"{self.label}: {name} has more than {limit}; save the state dict alone")
+        self._file.seek(0)
+        # What torch.load opens a zip with; there is no public way to open one without reading its records.
+        reader = torch._C.PyTorchFileReader(self._file)
+        reader.get_all_records()
+        small = {name: reader.get_record(name) for name in _SMALL if root + name in self._records}
+        reader.serialization_id()
+        for name in _SMALL[3:]:  # numbers, or torch.load refuses them
+            int(small.pop(name, b"0"))
+        return small
+
+    def _slot(self, name: str, tensor: Any, record_names: Mapping[int, str]) -> _Slot:
+        check_tensor(tensor, name, self.label)
+        # torch says where a storage is by its offset in the zip that it reads.
+        record_name = record_names.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
+        if record_name is None:
+            raise DeepGenError(f"{self.label}: {name} has no values in this file; save the weights themselves")
+        record = self._records[record_name]
+        slot = _Slot(record, tensor.storage_offset(), tuple(tensor.stride()))
+        held = record.file_size
+        if record.compress_type == zipfile.ZIP_STORED and record.compress_size != held:
+            raise DeepGenError(f"{self.label}: the record of {name} has two sizes; download it again")
+        if held > (record.compress_size + 1) * _RATIOS[record.compress_type]:
+            raise DeepGenError(f"{self.label}: the size of the record of {name} is damaged; download it again")
+        if tensor.untyped_storage().nbytes() != held or slot.end(tuple(tensor.shape)) * tensor.element_size() > held:
+            raise DeepGenError(f"{self.label}: the record of {name} is too short or too long; download it again")
+        return slot
+
+    @staticmethod
+    def _info(tensor: Any, slot: _Slot) -> TensorInfo:
+        position = slot.record.header_offset + _LOCAL_HEADER_BYTES + slot.offset * tensor.element_size()
+        return TensorInfo(tuple(tensor.shape), dtype_name(tensor), position)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         info, slot = self.tensors[name], self._slots[name]
-        dtype = WEIGHT_DTYPES[info.dtype]
         try:
-            header = read_exactly(self._file, slot.record.header_offset, _LOCAL_HEADER_BYTES, self.label).tobytes()
-            name_length, extra_length = struct.unpack("<HH", header[26:30])
-            start = slot.record.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
-            if slot.strides == _contiguous(info.shape):
-                position = start + slot.offset * dtype.itemsize
-                return read_rows(self._file, position, info.shape, dtype, rows, self.label)
-            data = read_exactly(self._file, start, slot.record.file_size, self.label).view(dtype)
+            if slot.record.compress_type == zipfile.ZIP_STORED:
+                return _read(self._file, member_start(self._file, slot.record), info, slot, rows, self.label)
+            with self._archive.open(slot.record) as record:
+                value = _read(record, 0, info, slot, rows, self.label)  # type: ignore[arg-type]
+                while record.read(2**20):  # at the end its checksum is checked
+                    pass
+                return value
         except DAMAGE as error:
-            raise DeepGenError(f"{self.label} is damaged ({error}); download it again") from None
-        strides = tuple(s * dtype.itemsize for s in slot.strides)
-        tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)
-        return np.ascontiguousarray(rows_of(tensor, rows))
+            raise DeepGenError(f"{self.label} is damaged ({first_line(error)}); download it again") from None
 
     def provenance(self) -> dict[str, Any]:
         return {**self._origin, "layout": self.layout, "header_sha256": self._digest}
@@ -122,14 +172,14 @@ class LegacyTorchFile(Source):
       DeepGenError: the file is truncated, is no checkpoint, or unpickling it would run code.
     """
 
-    def __init__(self, path: Path, origin: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, origin: Mapping[str, Any], *, ema: bool = False) -> None:
         self.label, self._origin = str(path), origin
-        self._tensors, self.layout, self.ignored = _find_weights(_load(path, self.label), self.label)
-        dtypes = _dtype_names()
-        self.tensors = {
-            name: TensorInfo(tuple(tensor.shape), dtypes.get(tensor.dtype, str(tensor.dtype)))
-            for name, tensor in self._tensors.items()
-        }
+        weights = find_weights(_load(path, self.label), self.label, ema=ema)
+        self._tensors, self.layout, self.ignored = weights.tensors, weights.layout, weights.ignored
+        check_names(self._tensors, self.label)
+        for name, tensor in self._tensors.items():
+            check_tensor(tensor, name, self.label)
+        self.tensors = {name: TensorInfo(tuple(t.shape), dtype_name(t)) for name, t in self._tensors.items()}
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         import torch
@@ -144,49 +194,92 @@ class LegacyTorchFile(Source):
         return {**self._origin, "layout": self.layout, "header_sha256": digest}
 
 
+def dtype_name(tensor: Any) -> str:
+    """The name of a torch tensor's dtype in safetensors; torch's own for dtypes that weights do not have."""
+    import torch
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return names.get(tensor.dtype, str(tensor.dtype))
+
+
+def check_tensor(tensor: Any, name: str, label: str) -> None:
+    """Raises a DeepGenError unless a torch tensor is plain: its values stand in one storage, strided."""
+    import torch
+
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else "sparse"
+    elif tensor.device.type == "meta":
+        kind = "meta"
+    elif tensor.is_quantized:
+        kind = "quantized"
+    elif tensor.is_conj() or tensor.is_neg():
+        kind = "lazily negated or conjugated"
+    else:
+        return
+    raise DeepGenError(f"{label}: {name} is a {kind} tensor; save it as a plain one, with its values")
+
+
+def _read(file: BinaryIO, start: int, info: TensorInfo, slot: _Slot, rows: slice | None, label: str) -> np.ndarray:
+    """A tensor, or a range of its rows, of a record whose data are at ``start`` of a file."""
+    dtype = WEIGHT_DTYPES[info.dtype]
+    if slot.strides == _contiguous(info.shape):
+        return read_rows(file, start + slot.offset * dtype.itemsize, info.shape, dtype, rows, label)
+    data = read_exactly(file, start, slot.end(info.shape) * dtype.itemsize, label).view(dtype)
+    strides = tuple(stride * dtype.itemsize for stride in slot.strides)
+    tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)
+    return np.ascontiguousarray(rows_of(tensor, rows))
+
+
 def _contiguous(shape: Shape) -> Shape:
     """Row-major strides in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def _dtype_names() -> dict[Any, str]:
-    import torch
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Members by name, if torch reads the zip, too.
 
-    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    Raises:
+      zipfile.BadZipFile: torch would refuse it, or take another member for one of them.
+    """
+    infos = archive.infolist()
+    for info in infos:
+        if info.compress_type not in _RATIOS:
+            raise zipfile.BadZipFile(f"{info.filename} is compressed in a way that torch does not read")
+        if not info.filename.isascii() or info.flag_bits & _UNREADABLE_FLAGS:
+            raise zipfile.BadZipFile(f"the table has a strange entry {info.filename!a}")
+    if len({info.filename.lower() for info in infos}) < len(infos):
+        raise zipfile.BadZipFile("the table has an entry twice")
+    if infos and min(info.header_offset for info in infos):
+        raise zipfile.BadZipFile("it does not begin with its first member")
+    return {info.filename: info for info in infos}
 
 
-def _unpickle(program: bytes, root: str, records: Mapping[str, zipfile.ZipInfo], label: str) -> Any:
-    """The checkpoint's structure; its tensors have no data, and an attribute ``record_name``."""
-    import torch
+def _unpickle(small: Mapping[str, bytes], root: str, records: list[str], label: str) -> tuple[Any, dict[int, str]]:
+    """The checkpoint's structure with tensors without data, and the record that each ``_checkpoint_offset`` means."""
+    _require_torch(label)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # torch tells where a storage is by its offset in the zip it reads, so a record's offset identifies it.
     skeleton, names = io.BytesIO(), {}
     with zipfile.ZipFile(skeleton, "w") as archive:
-        archive.writestr(f"{root}data.pkl", program)
-        archive.writestr(f"{root}byteorder", b"little")
-        archive.writestr(f"{root}version", b"3\n")
+        for name, content in small.items():
+            archive.writestr(root + name, content)
         for name in records:
             archive.writestr(name, b"")
             info = archive.getinfo(name)
             names[info.header_offset + _LOCAL_HEADER_BYTES + len(name.encode())] = name
     skeleton.seek(0)
-    with FakeTensorMode():
-        loaded = _load(skeleton, label)
-
-    def annotate(node: Any) -> None:
-        if isinstance(node, torch.Tensor):
-            node.record_name = names[node.untyped_storage()._checkpoint_offset or 0]  # type: ignore[attr-defined]
-        elif isinstance(node, Mapping):
-            for child in node.values():
-                annotate(child)
-
-    annotate(loaded)
-    return loaded
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs tracebacks of what is refused
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with FakeTensorMode():
+            return _load(skeleton, label), names
+    finally:
+        logger.disabled = disabled
 
 
 def _load(file: Path | io.BytesIO, label: str) -> Any:
     """What ``torch.load`` makes of a file, without running any code in it."""
+    _require_torch(label)
     import torch
 
     try:
@@ -195,8 +288,15 @@ def _load(file: Path | io.BytesIO, label: str) -> Any:
     except pickle.UnpicklingError as error:
         raise _refused(label, error) from None
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
+        if "ompressed tensor" in reason:
+            raise DeepGenError(f"{label} holds a sparse tensor; save it as a plain one, with its values") from None
         raise DeepGenError(f"{label} is truncated or no checkpoint ({reason}); download it again") from None
+
+
+def _require_torch(label: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise DeepGenError(f"reading {label} needs PyTorch; install it with pip install 'deepgen-jax[convert]'")
 
 
 def _refused(label: str, error: Exception) -> DeepGenError:
@@ -207,24 +307,3 @@ def _refused(label: str, error: Exception) -> DeepGenError:
     return DeepGenError(
         f"{label} is refused: {reason}; save its state dict alone with torch.save on a machine that trusts it"
     )
-
-
-def _find_weights(loaded: Any, label: str) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """The state dict inside a checkpoint, the layout's name and the entries left out with the reason."""
-    import torch
-
-    if not isinstance(loaded, Mapping):
-        raise DeepGenError(f"{label} holds a {type(loaded).__name__}, expected a state dict")
-    state, layout, ignored = loaded, "bare state dict", {}
-    wrapper = next((key for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
-    if wrapper is not None:
-        state, layout = loaded[wrapper], _WRAPPERS[wrapper]
-        ignored = {str(name): "training state beside the weights" for name in loaded if name != wrapper}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        names = ", ".join(str(name) for name in list(loaded)[:5]) or "nothing"
-        raise DeepGenError(
-            f"{label} holds no weights (entries: {names}); expected a state dict, or one under {' or '.join(_WRAPPERS)}"
-        )
-    ignored |= {str(name): "not a tensor" for name in state if name not in tensors}
-    return tensors, layout, ignored

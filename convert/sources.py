@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, first_line
+from deepgen_jax.files import open_regular, parse_json, read_json
 
 from .transforms import Shape, row_count
 
@@ -26,8 +27,16 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 #: Dtypes that weights may have, by their name in safetensors.
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
-_ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_MAX_HEADER_BYTES = 100 * 2**20
+#: As in the safetensors library.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def check_names(names: Iterable[Any], label: str) -> None:
+    """Raises a DeepGenError unless all names of tensors are text that can be printed."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable():
+            kind = "no name" if isinstance(name, str) else f"of type {type(name).__name__}, not a name"
+            raise DeepGenError(f"{label}: the key {name!r} of a tensor is {kind}; save a state dict of a module")
 
 
 @dataclass(frozen=True)
@@ -95,17 +104,21 @@ def read_exactly(file: BinaryIO, position: int, count: int, label: str) -> np.nd
 
 
 class SafetensorsFile(Source):
-    """One ``.safetensors`` file."""
+    """One ``.safetensors`` file.
+
+    The safetensors library checks the header, so that what it refuses is refused here: offsets that overlap, leave
+    gaps or do not fit shape and dtype, and files that are too short or too long.
+    """
 
     def __init__(self, path: Path, layout: str = "safetensors") -> None:
         """Reads the header.
 
         Raises:
-          DeepGenError: the file is no safetensors file, or it is truncated.
+          DeepGenError: the file is no safetensors file, or it is truncated or damaged.
         """
         self.label, self.layout = str(path), layout
         self._path = path
-        self._file = path.open("rb")
+        self._file = open_regular(path)
         try:
             self._read_header()
         except BaseException:
@@ -122,25 +135,21 @@ class SafetensorsFile(Source):
         if len(header) < length:
             raise DeepGenError(f"{self.label} is truncated: its header is cut off; download it again")
         try:
-            table = json.loads(header)
-            table.pop("__metadata__", None)
-            spans = {
-                name: (8 + length + entry["data_offsets"][0], 8 + length + entry["data_offsets"][1])
-                for name, entry in table.items()
-            }
-            infos = {
-                name: TensorInfo(tuple(entry["shape"]), entry["dtype"], spans[name][0]) for name, entry in table.items()
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise DeepGenError(f"{self.label}: its header cannot be read ({error}); download it again") from None
-        end = max((stop for _, stop in spans.values()), default=8 + length)
-        if end > size:
-            missing = f"{end - size:,} of {end:,} bytes are missing"
-            raise DeepGenError(f"{self.label} is truncated: {missing}; download it again")
-        for name, info in infos.items():
-            start_, stop = spans[name]
-            if info.dtype in _ITEM_SIZES and stop - start_ != math.prod(info.shape) * _ITEM_SIZES[info.dtype]:
-                raise DeepGenError(f"{self.label}: the size of {name} does not fit its shape; download it again")
+            with safe_open(self._path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            missing = _missing_bytes(header, 8 + length, size)
+            if missing:
+                raise DeepGenError(f"{self.label} is truncated: {missing} are missing; download it again") from None
+            reason = first_line(error).removeprefix("Error while deserializing header: ")
+            raise DeepGenError(f"{self.label}: its header cannot be used ({reason}); download it again") from None
+        table = parse_json(header.decode("utf-8"), f"{self.label}: its header", "download it again")
+        table.pop("__metadata__", None)
+        infos = {
+            name: TensorInfo(tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+            for name, entry in table.items()
+        }
+        check_names(infos, self.label)
         self.tensors = infos
         self._size, self._digest = size, hashlib.sha256(header).hexdigest()
 
@@ -153,6 +162,16 @@ class SafetensorsFile(Source):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _missing_bytes(header: bytes, start: int, size: int) -> str | None:
+    """What a file of ``size`` bytes whose tensors begin at ``start`` lacks, by a header that may be damaged."""
+    try:
+        table = parse_json(header, "header")
+        end = start + max(entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__")
+        return f"{end - size:,} of {end:,} bytes" if end > size else None
+    except (DeepGenError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return None
 
 
 def read_rows(
@@ -219,12 +238,15 @@ def open_safetensors(folder: Path, layout: str) -> Source:
 
 
 def _open_shards(folder: Path, index: Path, layout: str) -> Shards:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DeepGenError(f"{index} is not a safetensors index; download it again") from None
-    absent = [name for name in names if not (folder / name).is_file()]
+    values = read_json(index, "download it again")
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise DeepGenError(f"{index} is not a safetensors index; download it again")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name or "\0" in name]
+    if outside:
+        raise DeepGenError(f"{index} names {outside[0]!r}, which is no file beside it; download it again")
+    absent = [name for name in names if not (folder / name).exists()]
     if absent:
         raise DeepGenError(f"{folder}: {absent[0]} is missing though {index.name} names it; download it again")
     files: list[SafetensorsFile] = []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, first_line
 from deepgen_jax.stores.model_folder import read_manifest, read_scheduler, stored_tree
 
 from .names import Weight, weights
@@ -199,8 +199,7 @@ def _read(batch: Sequence[Stored]) -> dict[Stored, np.ndarray]:
         try:
             arrays = flatten(ocp.PyTreeCheckpointHandler().restore(checkpoint.absolute(), args=args))
         except (ValueError, KeyError, OSError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise DeepGenError(f"{checkpoint} is damaged ({reason}); copy or make it again") from error
+            raise DeepGenError(f"{checkpoint} is damaged ({first_line(error)}); copy or make it again") from error
         values |= {stored: arrays[stored.path] for stored in chosen}
     return values
 

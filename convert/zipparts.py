@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
+import os
 import re
 import struct
 import zipfile
@@ -13,13 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, first_line
+from deepgen_jax.files import open_regular
+from deepgen_jax.stores.path_kinds import PICKLE_MAGIC, ZIP_MAGIC
 
 _PART = re.compile(r"^(?P<stem>.+\.part-?)(?P<number>[a-z]+|\d+)$")
-#: First bytes of zip files (which new torch checkpoints are) and of pickles (which old ones are).
-ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
-
-
 #: Bytes of a compressed member that are kept in memory: at each of its ends, and behind the place of reading.
 KEPT_BYTES = 16 * 2**20
 RECENT_BYTES = 64 * 2**20
@@ -43,8 +42,14 @@ class JoinedFile(io.RawIOBase):
     """Several files read as if they were one."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._files = [path.open("rb") for path in paths]
-        sizes = [path.stat().st_size for path in paths]
+        self._files: list[BinaryIO] = []
+        try:
+            for path in paths:
+                self._files.append(open_regular(path))
+        except BaseException:
+            self.close()
+            raise
+        sizes = [os.fstat(file.fileno()).st_size for file in self._files]
         self._starts = [0, *itertools.accumulate(sizes)]
         self._position = 0
 
@@ -71,7 +76,7 @@ class JoinedFile(io.RawIOBase):
         part = bisect.bisect_right(self._starts, self._position) - 1
         count = min(len(buffer), self._starts[part + 1] - self._position)
         self._files[part].seek(self._position - self._starts[part])
-        done = self._files[part].readinto(memoryview(buffer)[:count])
+        done = self._files[part].readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
         self._position += done
         return done
 
@@ -243,7 +248,7 @@ def open_archive(parts: Sequence[Path]) -> tuple[zipfile.ZipFile, BinaryIO]:
     except DAMAGE as error:
         file.close()
         if not isinstance(error, zipfile.BadZipFile):
-            raise DeepGenError(f"{parts[0]} is damaged ({error}); download it again") from None
+            raise DeepGenError(f"{parts[0]} is damaged ({first_line(error)}); download it again") from None
         if len(parts) > 1 or _PART.match(parts[0].name):
             raise DeepGenError(
                 f"{parts[-1]} is truncated, or parts after it are missing ({len(parts)} found): the "
@@ -270,7 +275,8 @@ def choose_member(archive: zipfile.ZipFile, label: str, member: str | None) -> z
                 with archive.open(info) as stream:
                     start = stream.read(len(ZIP_MAGIC))
             except DAMAGE as error:
-                raise DeepGenError(f"{label}: {info.filename} is damaged ({error}); download it again") from None
+                reason = first_line(error)
+                raise DeepGenError(f"{label}: {info.filename} is damaged ({reason}); download it again") from None
             if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
                 checkpoints.append(info)
     if not checkpoints:
@@ -297,7 +303,13 @@ def open_member(archive: zipfile.ZipFile, file: BinaryIO, info: zipfile.ZipInfo)
     """A member as a seekable file, and whether seeking back in it is slow (it is compressed)."""
     if info.compress_type != zipfile.ZIP_STORED:
         return cast(BinaryIO, io.BufferedReader(_Inflated(archive, info))), True
+    return cast(BinaryIO, io.BufferedReader(_Window(file, member_start(file, info), info.file_size))), False
+
+
+def member_start(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Position of a member's data in the archive ``file``."""
     file.seek(info.header_offset)
-    name_length, extra_length = struct.unpack("<HH", file.read(30)[26:30])
-    start = info.header_offset + 30 + name_length + extra_length
-    return cast(BinaryIO, io.BufferedReader(_Window(file, start, info.file_size))), False
+    header = file.read(30)
+    if header[:4] != ZIP_MAGIC:
+        raise zipfile.BadZipFile(f"{info.filename} is not where the table says")
+    return info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,6 +23,40 @@ DEFAULT_SIDE = 512
 
 # Marks fields that were added later: a config.json without them means the default.
 _OPTIONAL = {"optional": True}
+
+
+#: Sizes up to this make sense; a damaged file may hold any number, and tables of that size would be built.
+_MAX_SIZE, _MAX_COUNT = 2**26, 4096
+#: Integers that may be 0, and those that count layers or units that are looped over.
+_MAY_BE_ZERO = re.compile(r".*_token_id|num_queries")
+_COUNTS = re.compile(r"num_layers|depth|layers_per_block|selection_stride|num_heads|num_kv_heads|pos_embed_max_size")
+_POSITIVE_FLOATS = re.compile(r".*_eps|rope_theta|scaling_factor|shift|alpha")
+
+
+def _check_numbers(config: Any) -> None:
+    """Raises a DeepGenError unless every number of a configuration is in its range."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue
+            if isinstance(number, float):
+                low, high = (5e-324 if _POSITIVE_FLOATS.fullmatch(item.name) else -math.inf), 1e30
+            else:
+                low = 0 if _MAY_BE_ZERO.fullmatch(item.name) or isinstance(value, tuple) else 1
+                high = _MAX_COUNT if _COUNTS.fullmatch(item.name) else _MAX_SIZE
+            if not low <= number <= high or number == -math.inf:
+                bounds = f"{max(low, 0):g} to {high:g}" if isinstance(number, int) else "a finite number in its range"
+                raise DeepGenError(f"config: {item.name} is {number}; it must be {bounds}")
+
+
+def _check_heads(config: Any, *names: str) -> None:
+    """Raises a DeepGenError unless the hidden size can be split into heads."""
+    for name in names:
+        if config.hidden_size % getattr(config, name):
+            raise DeepGenError(
+                f"config: hidden_size {config.hidden_size} cannot be split into {getattr(config, name)} heads ({name})"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,6 +81,14 @@ class TextConfig:
     image_token_id: int = 151655
     video_token_id: int = 151656
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_heads(self, "num_heads")
+        if self.num_heads % self.num_kv_heads:
+            raise DeepGenError(
+                f"config: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; it must be"
+            )
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
@@ -67,6 +110,10 @@ class VisionConfig:
     full_attention_blocks: tuple[int, ...] = (7, 15, 23, 31)
     out_hidden_size: int = 2048
     rms_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_heads(self, "num_heads")
 
     @property
     def head_dim(self) -> int:
@@ -95,6 +142,10 @@ class BridgeConfig:
     #: Every how many decoder layers, counted back from the last one used, a hidden state is selected.
     selection_stride: int = 6
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_heads(self, "num_heads")
+
 
 @dataclass(frozen=True)
 class MMDiTConfig:
@@ -112,6 +163,9 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = tuple(range(13))
     pos_embed_max_size: int = 384
     sample_size: int = 128
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
     @property
     def hidden_size(self) -> int:
@@ -133,6 +187,14 @@ class VAEConfig:
     sample_size: int = 1024
     force_upcast: bool = True
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if not self.block_out_channels or any(width % self.norm_num_groups for width in self.block_out_channels):
+            raise DeepGenError(
+                f"config: block_out_channels {list(self.block_out_channels)} must be multiples of norm_num_groups "
+                f"{self.norm_num_groups}"
+            )
+
     @property
     def downscale(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
@@ -150,6 +212,9 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
 
 @dataclass(frozen=True)
 class LoRAConfig:
@@ -157,6 +222,9 @@ class LoRAConfig:
 
     rank: int = 64
     alpha: float = 128.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
     @property
     def scale(self) -> float:
@@ -195,6 +263,7 @@ class DeepGenConfig:
             ),
             ("mmdit.in_channels", self.mmdit.in_channels, "vae.latent_channels", self.vae.latent_channels),
         ]
+        _check_numbers(self)
         if not 0 <= self.guidance_scale < math.inf:
             raise DeepGenError(f"config: guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if self.num_inference_steps < 1:
@@ -236,6 +305,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config.json") 
     Raises:
       DeepGenError: a name is unknown, missing, or its value has the wrong type.
     """
+    if not isinstance(values, dict):
+        raise DeepGenError(f"{where}: {cls.__name__} is {values!r}, expected a JSON object")
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = {f.name for f in fields}
@@ -246,7 +317,11 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config.json") 
             f"{label}: {', '.join(items)}" for label, items in (("unknown", unknown), ("missing", missing)) if items
         )
         raise DeepGenError(f"{where}: fields of {cls.__name__} do not match ({detail}); convert the model again")
-    return cls(**{k: _parse(hints[k], v, f"{where}: {k}") for k, v in values.items()})
+    parsed = {k: _parse(hints[k], v, f"{where}: {k}") for k, v in values.items()}
+    try:
+        return cls(**parsed)
+    except DeepGenError as error:
+        raise DeepGenError(f"{where}: {error}") from None
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:
@@ -257,6 +332,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
+            raise DeepGenError(f"{where} is {value!r}, expected a list of integers")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

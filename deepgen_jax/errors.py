@@ -21,6 +21,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return (f"; did you mean {close[0]}?" if close else ";") + f" known: {', '.join(known) or 'none'}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class, at most 200 printable characters, to quote in a message."""
+    text = next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether the host or a device had no room, however the error was wrapped; XLA says it in a RuntimeError."""
     while error is not None:

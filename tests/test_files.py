@@ -1,6 +1,7 @@
 """Atomic writes, checks of inputs, free space, and locks that a killed process gives back."""
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -10,9 +11,10 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepgen_jax import files
@@ -249,3 +251,35 @@ def test_partials_of_killed_processes_are_removed(tmp_path):
     (tmp_path / "kept").write_text("")
     files.remove_partials(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+
+@settings(max_examples=200)
+@given(
+    value=st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    )
+)  # fmt: skip
+def test_json_is_read_back(value: object) -> None:
+    assert files.parse_json(json.dumps(value), "x.json") == value
+    assert files.parse_json(json.dumps(value, ensure_ascii=False), "x.json") == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1,]", "NaN", "-Infinity", "1e400", "9" * 500, '{"a": 1, "a": 2}', '"\\ud800"', '{"\\udfff": 1}',
+     "[" * 100_000, '{"a":' * 100_000],
+)  # fmt: skip
+def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DeepGenError, match=r"x\.json cannot be read \(.*\); write it again") as caught:
+        files.read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_large_json_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" + "1," * 1000 + "1]")
+    with pytest.raises(DeepGenError, match=r"at most 1\.0 kB can be read"):
+        files.read_json(tmp_path / "x.json", max_bytes=1000)

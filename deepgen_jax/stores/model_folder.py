@@ -5,7 +5,6 @@ Importing this module, and reading the manifest, is light; arrays bring in JAX a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
-from deepgen_jax.errors import DeepGenError, is_out_of_memory
-from deepgen_jax.files import refuse_url
+from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
+from deepgen_jax.files import read_json, refuse_url
+from deepgen_jax.stores.path_kinds import Folder, describe, folder_kind, merge_hint
 
 if TYPE_CHECKING:
     import jax
@@ -182,7 +182,7 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
                 f"out of memory while loading {folder / name}; split the model over more devices with a mesh, or use "
                 "dtype bfloat16"
             ) from error
-        raise DeepGenError(f"{folder / name} is damaged ({_first_line(error)}); convert the model again") from error
+        raise DeepGenError(f"{folder / name} is damaged ({first_line(error)}); convert the model again") from error
 
 
 def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
@@ -204,7 +204,7 @@ def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
     except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise DeepGenError(f"{folder / name} is damaged ({_first_line(error)}); convert the model again") from error
+        raise DeepGenError(f"{folder / name} is damaged ({first_line(error)}); convert the model again") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
@@ -219,10 +219,7 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DeepGenError(f"{path} cannot be read ({error}); convert the model again") from None
+    values = read_json(path, "convert the model again")
     if not isinstance(values, Mapping):
         raise DeepGenError(f"{path} is not a JSON object; convert the model again")
     return dict(values)
@@ -230,17 +227,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _looks_like(folder: Path) -> str:
     """What a folder is instead, and what to do with it."""
-    from deepgen_jax.convert.detect import Folder, describe, folder_kind
-
-    mends: dict[Folder | None, str] = {
+    fixes: dict[Folder | None, str] = {
         Folder.RELEASE: f"run `deepgen convert --diffusers {folder} --out FOLDER`",
         Folder.QWEN: f"run `deepgen convert --qwen {folder} --sd3 DIR --checkpoint PATH --out FOLDER`",
         Folder.SD3: f"run `deepgen convert --qwen DIR --sd3 {folder} --checkpoint PATH --out FOLDER`",
         Folder.RUN: f"run `deepgen export {folder} --format model --out FOLDER`",
+        Folder.ADAPTER: merge_hint(folder),
     }
     otherwise = "give the folder that `deepgen convert` wrote"
-    return f"it is {describe(folder)}; {mends.get(folder_kind(folder), otherwise)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return f"it is {describe(folder)}; {fixes.get(folder_kind(folder), otherwise)}"

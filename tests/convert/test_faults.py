@@ -345,7 +345,7 @@ def test_unreadable_and_unwritable_places_are_named(
     file = release / "vae" / "diffusion_pytorch_model.safetensors"
     file.unlink()
     file.mkdir()
-    assert refuse(diffusers=release) == f"{file}: Is a directory; nothing was written"
+    assert refuse(diffusers=release) == f"{file} is a folder, not a regular file; give a file on disk"
     (tmp_path / "file").touch()
     with pytest.raises(DeepGenError, match="cannot be written to"):
         convert(out=tmp_path / "file" / "m", diffusers=release)

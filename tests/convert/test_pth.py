@@ -59,7 +59,8 @@ def test_reading_touches_only_what_is_asked_for(tmp_path: Path) -> None:
                 return real(buffer)
 
         source = TorchFile(Counting(), "a.pth", {})  # type: ignore[arg-type]
-        assert taken == 0
+        assert taken < 10_000
+        taken = 0
         assert (source.read("t3", slice(10, 12)) == 3).all()
         assert taken < 10_000
 
