@@ -16,7 +16,6 @@ CORE = [
     "scipy>=1.13",
     "einops>=0.8",
     "safetensors>=0.5",
-    "huggingface_hub>=0.30",
     "tyro>=0.9.20",
     "pillow>=11.0",
     "pyyaml>=6.0",

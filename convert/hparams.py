@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepgen_jax.config import DeepGenConfig
-
-from .configs import Options
+from deepgen_jax.options import Options
 
 
 @dataclass(frozen=True)

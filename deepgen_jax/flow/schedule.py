@@ -19,41 +19,50 @@ from jax.typing import ArrayLike
 
 from deepgen_jax.config import SchedulerConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.options import Options
 
 _CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
-# What a scheduler_config.json that leaves a field out means by it, where SchedulerConfig (the released model) differs.
-_FILE_DEFAULTS = {"shift": 1.0}
-# Options that change the result and are not implemented, with the values at which they change nothing.
-_INERT_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "invert_sigmas": (False, None),
-    "shift_terminal": (None, 0, 0.0),
-    "stochastic_sampling": (False, None),
-    "time_shift_type": ("exponential", None),
-    "use_beta_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-}
 
 
-def parse_config(config: SchedulerConfig | Mapping[str, Any]) -> SchedulerConfig:
-    """``SchedulerConfig`` of a parsed ``scheduler_config.json``; a ``SchedulerConfig`` is returned as it is.
+def parse_config(
+    config: SchedulerConfig | Mapping[str, Any], where: str = "scheduler_config.json"
+) -> SchedulerConfig:
+    """``SchedulerConfig`` of diffusers' ``scheduler_config.json``; a ``SchedulerConfig`` is returned as it is.
+
+    Entries that are absent or null have diffusers' defaults (``FlowMatchEulerDiscreteScheduler``), so shift is 1.0,
+    not the released model's 3.0.
+
+    Args:
+      config: the parsed file.
+      where: its name for messages.
 
     Raises:
-      DeepGenError: the file is of another scheduler, or sets an option that changes the result and is not supported.
+      DeepGenError: it is of another scheduler, an entry is unknown or of the wrong type, or sets something that changes
+        the result and is not supported.
     """
     if isinstance(config, SchedulerConfig):
         return config
+    options = Options(config, where)
     class_name = config.get("_class_name", _CLASS_NAME)
     if class_name != _CLASS_NAME:
-        raise DeepGenError(f"scheduler_config.json: scheduler {class_name} is not supported; use {_CLASS_NAME}")
-    fields = {field.name for field in dataclasses.fields(SchedulerConfig)}
-    for name, value in config.items():
-        if name in fields or name.startswith("_"):
-            continue
-        if value not in _INERT_OPTIONS.get(name, (False, None)):
-            raise DeepGenError(f"scheduler_config.json: option {name}={value!r} is not supported; remove it")
-    given = {name: config[name] for name in fields if config.get(name) is not None}
-    return SchedulerConfig(**{**_FILE_DEFAULTS, **given})
+        raise DeepGenError(f"{where}: the scheduler is {class_name!r}, expected {_CLASS_NAME}")
+    options.require(
+        invert_sigmas=False,
+        use_karras_sigmas=False,
+        use_exponential_sigmas=False,
+        use_beta_sigmas=False,
+        stochastic_sampling=False,
+        time_shift_type="exponential",
+        shift_terminal=(None, 0),
+    )
+    usual = SchedulerConfig(shift=1.0)
+    values = {item.name: options.take(item.name, type(getattr(usual, item.name)), getattr(usual, item.name))
+              for item in dataclasses.fields(usual)}  # fmt: skip
+    options.finish()
+    try:
+        return SchedulerConfig(**values)
+    except DeepGenError as error:
+        raise DeepGenError(f"{where}: {error}") from None
 
 
 def make_sigmas(

@@ -100,6 +100,15 @@ def test_harmless_scheduler_options_of_newer_versions_are_accepted() -> None:
     assert parse({**values, **harmless}, "x.json") == expected
 
 
+@pytest.mark.parametrize("values", [{}, {"shift": None}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}])
+def test_entries_that_a_scheduler_file_lacks_are_those_of_diffusers(values: dict[str, Any]) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    usual = FlowMatchEulerDiscreteScheduler.from_config({k: v for k, v in values.items() if v is not None}).config
+    config = configs.scheduler_config(values, "x.json")
+    assert {name: getattr(config, name) for name in vars(config)} == {name: usual[name] for name in vars(config)}
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_configurations_that_transformers_saves(nested: bool, data_dir: Path, tmp_path: Path) -> None:
     from transformers import Qwen2_5_VLConfig
