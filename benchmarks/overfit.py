@@ -30,7 +30,7 @@ from PIL import Image
 
 from deepgen_jax.convert import convert, export
 from deepgen_jax.convert.random_release import tiny_config, write_release
-from deepgen_jax.data.example import write_example_data
+from deepgen_jax.data.example_data import write_example_data
 from deepgen_jax.data.images import load_image
 from deepgen_jax.data.transforms import resize
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8

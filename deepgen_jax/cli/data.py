@@ -76,7 +76,7 @@ class InspectCommand(RunArguments):
             seconds=self.seconds,
             weights=digest_for(data, model),
         )
-        print(json.dumps(report.facts(), indent=2) if self.json else "\n".join(report.lines()))
+        print(json.dumps(report.to_json(), indent=2) if self.json else "\n".join(report.lines()))
         return 0
 
 
@@ -140,7 +140,7 @@ class ExampleCommand:
 
     def run(self) -> int:
         """Writes; returns the exit status."""
-        from deepgen_jax.data.example import write_example_data
+        from deepgen_jax.data.example_data import write_example_data
 
         for path in write_example_data(self.out, pictures=self.pictures, edits=self.edits, size=self.size):
             print(f"wrote {path}")

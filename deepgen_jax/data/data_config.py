@@ -21,6 +21,8 @@ TASKS = ("t2i", "edit")
 FIELDS = ("text", "image", "references", "annotation")
 #: Which left pads of a micro-batch the model sees: none, or those up to its longest prompt, as in the released system.
 PADDINGS = ("masked", "batch")
+# In bytes.
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ class SourceConfig:
     split: str = "train"
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) & set("/@\\"):
-            raise DeepGenError(f"source name {self.name!r} must be a word without / \\ or @")
+        if not self.name or set(self.name) & set("/@\\") or not self.name.isprintable():
+            raise DeepGenError(f"source name {self.name[:80]!r} must be a word without / \\ or @")
+        if len(self.name.encode()) > _LONGEST_NAME:
+            # Folders of the index and of cached features are named after it.
+            raise DeepGenError(f"source name {self.name[:20]}... is longer than {_LONGEST_NAME} bytes; shorten it")
         where = f"source {self.name}"
         SOURCE_KINDS.target(self.kind, f"{where}: kind")
         _one_of(self.task, TASKS, f"{where}: task")

@@ -20,7 +20,7 @@ import numpy as np
 from deepgen_jax.config import DeepGenConfig, to_dict
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.sources.base import CachedImage
-from deepgen_jax.data.sources.example import Feature, parse_example, write_example
+from deepgen_jax.data.sources.tf_example import Feature, parse_example, write_example
 from deepgen_jax.errors import DeepGenError
 
 FORMAT, VERSION = "deepgen-jax-features", 1

@@ -13,10 +13,10 @@ from deepgen_jax.data.feature_files import LINES, RECORDS, write_features
 from deepgen_jax.data.sources.base import BadSample, CachedImage
 
 #: Ending of files that are being written; what stands under such a name is left over.
-WRITING = ".writing"
+PARTIAL = ".writing"
 
 
-class Tally(NamedTuple):
+class ShardCounts(NamedTuple):
     """What shards hold: their number, samples, and samples that could not be read, by reason, with one of each."""
 
     shards: int
@@ -31,7 +31,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self._path, self._temporary = path, path.with_name(f"{path.name}{WRITING}")
+        self._path, self._temporary = path, path.with_name(f"{path.name}{PARTIAL}")
         # Groups of one can be read in any order; floats are not worth compressing.
         self._writer: Any = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
         self._lines: list[dict[str, Any]] = []
@@ -63,9 +63,9 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}{RECORDS}"
 
 
-def tally(folder: Path, shards: int) -> Tally:
+def count_shards(folder: Path, shards: int) -> ShardCounts:
     """Counts what is there of so many shards."""
-    found = Tally(0, 0, Counter(), {})
+    found = ShardCounts(0, 0, Counter(), {})
     for path in (shard_path(folder, shard) for shard in range(shards)):
         if not path.is_file():
             continue
@@ -82,7 +82,7 @@ def tally(folder: Path, shards: int) -> Tally:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}{WRITING}")
+    temporary = path.with_name(f"{path.name}{PARTIAL}")
     temporary.write_text(text, encoding="utf-8")
     _flush(temporary)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The index of a source: where its samples are, how large their images, how long their texts, and which are bad.
+"""The index of a source: where its samples are, the sizes of their images, the lengths of their prompts, which are bad.
 
 It is built once (a pass over all image headers and texts), kept on disk, and mapped into memory, so that a run over any
 number of samples starts at once, needs no memory for them, and knows every bucket ahead.
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from deepgen_jax.data.checks import Facts
+from deepgen_jax.data.checks import SampleInfo
 from deepgen_jax.data.sources import BadSample, Row
 from deepgen_jax.errors import DeepGenError
 
 #: Changes when the files of an index do.
-VERSION = 1
+VERSION = 2
 
 
 class Index:
@@ -28,7 +28,7 @@ class Index:
     Attributes:
       folder: where it is.
       meta: source, rows, reasons (what can be wrong, by code), counts (bad samples by reason), examples (one by
-        reason) and digest (of all that the index says).
+        reason), notes (samples by note, see `deepgen_jax.data.sources.base.Record`) and digest (of all columns).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,9 +52,9 @@ class Index:
         return self._load("status")
 
     @functools.cached_property
-    def words(self) -> np.ndarray:
+    def lengths(self) -> np.ndarray:
         """int32 [rows], tokens of each prompt, image tokens not counted, not cut."""
-        return self._load("words")
+        return self._load("lengths")
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:
@@ -74,17 +74,18 @@ class Index:
 
 
 class IndexWriter:
-    """Collects rows, then what is known of them, and writes the files of an `Index` into a folder."""
+    """Collects rows, then what was found about them, and writes the files of an `Index` into a folder."""
 
     def __init__(self, folder: Path, source: str) -> None:
         self.folder = folder
         self._source = source
         self._file = open(folder / "rows.bin", "wb")  # noqa: SIM115 (closed by `finish_rows`)
         self._lengths: list[np.ndarray] = []
-        self._facts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._reasons: list[str] = []
         self._counts: dict[str, int] = {}
         self._examples: dict[str, str] = {}
+        self._notes: dict[str, int] = {}
 
     def add_rows(self, encoded: list[bytes]) -> None:
         """More rows, as JSON."""
@@ -111,25 +112,27 @@ class IndexWriter:
         data = np.memmap(self.folder / "rows.bin", np.uint8, "r")
         return [data[a:b].tobytes() for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
-    def add_facts(self, facts: Iterable[Facts | BadSample]) -> None:
-        """What is known of the next rows."""
-        items = list(facts)
+    def add_samples(self, samples: Iterable[SampleInfo | BadSample]) -> None:
+        """What was found about the next rows."""
+        items = list(samples)
         status = np.array([self._code(item) if isinstance(item, BadSample) else 0 for item in items], np.uint8)
-        good = [item if isinstance(item, Facts) else Facts(0, ()) for item in items]
+        good = [item if isinstance(item, SampleInfo) else SampleInfo(0, ()) for item in items]
+        for note in (note for item in good for note in item.notes):
+            self._notes[note] = self._notes.get(note, 0) + 1
         images = max((len(item.sizes) for item in good), default=0)
         sizes = np.zeros((len(items), images, 2), np.int32)
         for number, item in enumerate(good):
             sizes[number, : len(item.sizes)] = np.array(item.sizes, np.int32).reshape(-1, 2)
-        self._facts.append((status, np.array([item.words for item in good], np.int32), sizes))
+        self._columns.append((status, np.array([item.length for item in good], np.int32), sizes))
 
     def finish(self) -> None:
         """Writes the rest; ``meta.json`` comes last and makes the index valid."""
-        images = max(1, *(sizes.shape[1] for _, _, sizes in self._facts))
+        images = max(1, *(sizes.shape[1] for _, _, sizes in self._columns))
         columns = {
-            "status": np.concatenate([status for status, _, _ in self._facts]),
-            "words": np.concatenate([words for _, words, _ in self._facts]),
+            "status": np.concatenate([status for status, _, _ in self._columns]),
+            "lengths": np.concatenate([lengths for _, lengths, _ in self._columns]),
             "sizes": np.concatenate(
-                [np.pad(sizes, ((0, 0), (0, images - sizes.shape[1]), (0, 0))) for _, _, sizes in self._facts]
+                [np.pad(sizes, ((0, 0), (0, images - sizes.shape[1]), (0, 0))) for _, _, sizes in self._columns]
             ),
         }
         for name, column in columns.items():
@@ -141,6 +144,7 @@ class IndexWriter:
             "reasons": self._reasons,
             "counts": self._counts,
             "examples": self._examples,
+            "notes": self._notes,
             "digest": _digest(columns),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

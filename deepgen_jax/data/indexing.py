@@ -1,8 +1,8 @@
 """Building the index of a source, in parallel, and finding it again.
 
 The pass opens every image file once for its header (and its last bytes) and tokenises every text: about 2,000 samples a
-second and core from a local disk; remote files are fetched whole. What is kept: some 300 bytes a sample. Hosts that
-share a cache folder had better not all build it: run ``deepgen data inspect`` on one of them first.
+second and core from a local disk; remote files are fetched whole. The index has some 400 bytes a sample. Where hosts
+share a cache folder, build it on one of them first with ``deepgen data inspect``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deepgen_jax.data.checks import Facts, check_sample
+from deepgen_jax.data.checks import SampleInfo, check_sample
 from deepgen_jax.data.data_config import DataConfig, SourceConfig
-from deepgen_jax.data.files import FileInfo, cache_folder, is_remote
 from deepgen_jax.data.index import VERSION, Index, IndexWriter
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.sources import BadSample, Source, open_source
+from deepgen_jax.data.sources.base import bad_row_at
+from deepgen_jax.data.storage import FileInfo, cache_folder, is_remote
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.user_warnings import warn_user
 
@@ -43,8 +44,8 @@ _DAMAGED = ("damaged tar", "damaged shard", "damaged parquet")
 _MANY_ROWS, _MANY_BYTES = 50_000, 2**30
 
 
-def open_indices(config: DataConfig, prompts: Prompts) -> list[Index]:
-    """The index of every source, built if it is not there yet. What is missing is told before the first is built.
+def open_indices(config: DataConfig, prompts: PromptEncoder) -> list[Index]:
+    """The index of every source, built if it is not there yet. Missing files are reported before the first is built.
 
     Raises:
       DeepGenError: a source is missing or empty, or more than ``max_bad_share`` of it is bad.
@@ -54,11 +55,13 @@ def open_indices(config: DataConfig, prompts: Prompts) -> list[Index]:
     return [_open(config, source, prompts, files) for source, files in zip(opened, listed, strict=True)]
 
 
-def _open(config: DataConfig, opened: Source, prompts: Prompts, files: Sequence[FileInfo]) -> Index:
+def _open(config: DataConfig, opened: Source, prompts: PromptEncoder, files: Sequence[FileInfo]) -> Index:
     source = opened.config
     folder = cache_folder(config.cache_dir) / "index" / f"{source.name}-{_fingerprint(config, source, prompts, files)}"
     if not (folder / "meta.json").is_file():
         _build(config, opened, prompts, files, folder)
+        if left_out := ", ".join(f"{count} {reason}" for reason, count in opened.passed_over.items() if count):
+            warn_user(f"source {source.name}: passed over in its folders: {left_out}")
     index = Index(folder)
     for reason, count in index.meta["counts"].items():
         if reason in _DAMAGED:
@@ -71,12 +74,12 @@ def _open(config: DataConfig, opened: Source, prompts: Prompts, files: Sequence[
         first = next(iter(index.meta["examples"].values()))
         raise DeepGenError(
             f"source {source.name}: {bad} of {len(index)} samples are bad ({reasons}; such as {first}), more than "
-            f"max_bad_share {config.max_bad_share:g} allows; mend the data, or raise the share"
+            f"max_bad_share {config.max_bad_share:g} allows; fix the data, or raise data.max_bad_share"
         )
     return index
 
 
-def _fingerprint(config: DataConfig, source: SourceConfig, prompts: Prompts, files: Sequence[FileInfo]) -> str:
+def _fingerprint(config: DataConfig, source: SourceConfig, prompts: PromptEncoder, files: Sequence[FileInfo]) -> str:
     """Changes when the index would. Image files beside the listing ones are not looked at: there may be millions."""
     settings = [VERSION, source.kind, source.task, source.path, source.root, source.split, config.max_pixels]
     digest = hashlib.sha256(json.dumps([settings, sorted(source.fields.items()), prompts.digest]).encode())
@@ -85,7 +88,7 @@ def _fingerprint(config: DataConfig, source: SourceConfig, prompts: Prompts, fil
     return digest.hexdigest()[:16]
 
 
-def _build(config: DataConfig, source: Source, prompts: Prompts, files: Sequence[FileInfo], folder: Path) -> None:
+def _build(config: DataConfig, source: Source, prompts: PromptEncoder, files: Sequence[FileInfo], folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -150,15 +153,15 @@ def _scan(source: Source, files: Sequence[FileInfo], writer: IndexWriter, pools:
             advance(len(groups[0]))
 
 
-def _check(source: Source, prompts: Prompts, max_pixels: int, writer: IndexWriter, pools: _Pools) -> None:
+def _check(source: Source, prompts: PromptEncoder, max_pixels: int, writer: IndexWriter, pools: _Pools) -> None:
     count = writer.finish_rows()
     pool, width = pools.get(large=count >= _MANY_ROWS)
     chunks = (writer.encoded_rows(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
     check = functools.partial(_check_rows, source, prompts, max_pixels)
     with _progress(f"{source.config.name}: samples", count) as advance:
-        for facts in _ordered(pool, check, chunks, 4 * width):
-            writer.add_facts(facts)
-            advance(len(facts))
+        for infos in _ordered(pool, check, chunks, 4 * width):
+            writer.add_samples(infos)
+            advance(len(infos))
 
 
 def _scan_files(source: Source, files: Sequence[FileInfo]) -> list[bytes]:
@@ -166,17 +169,24 @@ def _scan_files(source: Source, files: Sequence[FileInfo]) -> list[bytes]:
 
 
 def _rows(source: Source, path: str) -> Iterator[Any]:
-    """A file's rows. One that cannot be opened, or a store that fails half-way, leaves no index that lacks the rest."""
+    """A file's rows, bad ones with their place.
+
+    Raises:
+      DeepGenError: the file cannot be opened, or its store fails half-way: no index without the rest is left.
+    """
     try:
-        yield from source.scan(path)
+        for number, row in enumerate(source.scan(path)):
+            yield bad_row_at(row, f"{path}: row {number}")
     except OSError as error:
         raise DeepGenError(
-            f"source {source.config.name}: {path} cannot be read ({error}); mend that, or take the file out"
+            f"source {source.config.name}: {path} cannot be read ({error}); fix that, or remove the file"
         ) from error
 
 
-def _check_rows(source: Source, prompts: Prompts, max_pixels: int, rows: Sequence[bytes]) -> list[Facts | BadSample]:
-    def check(row: bytes) -> Facts | BadSample:
+def _check_rows(
+    source: Source, prompts: PromptEncoder, max_pixels: int, rows: Sequence[bytes]
+) -> list[SampleInfo | BadSample]:
+    def check(row: bytes) -> SampleInfo | BadSample:
         try:
             return check_sample(source, json.loads(row), prompts, max_pixels)
         except BadSample as bad:

@@ -32,6 +32,8 @@ class SourceReport:
       samples: rows found; usable: those that are read.
       share: of its task's samples that a run draws from it.
       bad: samples that cannot be used, by reason; examples: one of each.
+      notes: usable samples that were read in some special way, by note.
+      passed_over: names in the source's folders that were not read, by reason.
       filtered: usable samples that the filters leave out, by reason.
     """
 
@@ -41,6 +43,8 @@ class SourceReport:
     usable: int
     share: float
     bad: dict[str, int]
+    notes: dict[str, int]
+    passed_over: dict[str, int]
     examples: dict[str, str]
     filtered: dict[str, int]
 
@@ -72,7 +76,7 @@ class Report:
     unreadable: dict[tuple[str, str], int]
     contact_sheet: Path | None
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The report, ready for JSON."""
         return {
             "sources": [dataclasses.asdict(source) for source in self.sources],
@@ -99,6 +103,8 @@ class Report:
             out.append(f"{source.name}: {usable}, {source.share:.1%} of what {source.task} reads")
             out += [f"  bad: {n} {reason}, such as {source.examples[reason]}" for reason, n in source.bad.items()]
             out += [f"  left out: {count} {reason}" for reason, count in source.filtered.items()]
+            out += [f"  note: {count} {note}" for note, count in source.notes.items()]
+            out += [f"  passed over: {count} {reason}" for reason, count in source.passed_over.items()]
         out.append(f"{len(self.buckets)} buckets; {self.pixel_difference:.2%} of the pixels differ from the size rule")
         most = max(bucket.samples for bucket in self.buckets)
         out += [f"  {bucket!s:<36} {_bar(bucket.samples, most)}" for bucket in self.buckets]
@@ -169,8 +175,22 @@ def _sources(plan: Plan) -> list[SourceReport]:
         bad = dict(index.meta["counts"])
         usable = len(index) - sum(bad.values()) - sum(filtered.values())
         share = plan.shares[number]
-        examples = index.meta["examples"]
-        reports.append(SourceReport(source.name, source.task, len(index), usable, share, bad, examples, filtered))
+        listed = open_source(source)
+        listed.files()
+        reports.append(
+            SourceReport(
+                name=source.name,
+                task=source.task,
+                samples=len(index),
+                usable=usable,
+                share=share,
+                bad=bad,
+                notes=index.meta["notes"],
+                passed_over={reason: count for reason, count in listed.passed_over.items() if count},
+                examples=index.meta["examples"],
+                filtered=filtered,
+            )
+        )
     return reports
 
 
@@ -206,7 +226,7 @@ def _pictures(loader: Loader) -> list[tuple[Batch, list[str]]]:
 
 def _text(source: Source, row: Row) -> str:
     try:
-        return read_row(source, row, sizes_only=True).text
+        return read_row(source, row, header_only=True).text
     except BadSample as bad:
         return f"({bad.reason})"
 
@@ -215,9 +235,9 @@ def _token_lengths(plan: Plan, model: DeepGenConfig) -> tuple[dict[tuple[int, in
     step = plan.config.token_multiple
     counts: Counter[int] = Counter()
     cut = 0
-    for words, image_tokens in plan.usable_words():
-        cut += int((words > model.max_prompt_tokens).sum())
-        total = np.minimum(words, model.max_prompt_tokens) + image_tokens + model.bridge.num_queries
+    for lengths, image_tokens in plan.usable_lengths():
+        cut += int((lengths > model.max_prompt_tokens).sum())
+        total = np.minimum(lengths, model.max_prompt_tokens) + image_tokens + model.bridge.num_queries
         steps, numbers = np.unique((total - 1) // step, return_counts=True)
         counts.update(dict(zip(steps.tolist(), numbers.tolist(), strict=True)))
     return {(step * n + 1, step * (n + 1) + 1): counts[n] for n in sorted(counts)}, cut

@@ -19,7 +19,7 @@ from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
 from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
@@ -84,7 +84,7 @@ class Loader(Iterator[Batch]):
                 "make it a multiple of them"
             )
         self._token_dtypes = _check_features(config, model, weights)
-        self._prompts = Prompts(tokenizer, model)
+        self._prompts = PromptEncoder(tokenizer, model)
         indices = open_indices(config, self._prompts)
         self.plan = Plan(config, indices, self._prompts, once=once)
         size = config.micro_batch // process_count

@@ -25,7 +25,7 @@ from deepgen_jax.data.buckets import Bucket, Sizes, choose_buckets, exact_sizes,
 from deepgen_jax.data.data_config import TASKS, DataConfig
 from deepgen_jax.data.index import Index
 from deepgen_jax.data.mixture import integer_rates, interleave, task_at
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.shuffle import generator, permuted
 from deepgen_jax.errors import DeepGenError
 
@@ -90,7 +90,9 @@ class Plan:
       settings: what decides the order of samples, for comparison with that of a saved position.
     """
 
-    def __init__(self, config: DataConfig, indices: Sequence[Index], prompts: Prompts, *, once: bool = False) -> None:
+    def __init__(
+        self, config: DataConfig, indices: Sequence[Index], prompts: PromptEncoder, *, once: bool = False
+    ) -> None:
         """Sorts all samples into buckets.
 
         Args:
@@ -140,13 +142,13 @@ class Plan:
                     if cell.source == source:
                         yield bucket, self._orders[source].array[cell.start : cell.start + cell.size]
 
-    def usable_words(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Words of all usable samples, some at a time, with the image tokens that each of them has."""
+    def usable_lengths(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Prompt lengths of all usable samples, some at a time, and the image tokens that each of these has."""
         for task in self._tasks.values():
             for bucket, cells in zip(task.buckets, task.cells, strict=True):
                 for cell in cells:
                     rows = self._orders[cell.source].array[cell.start : cell.start + cell.size]
-                    yield self.indices[cell.source].words[rows], bucket.image_tokens
+                    yield self.indices[cell.source].lengths[rows], bucket.image_tokens
 
     def _shares(self) -> list[float]:
         shares = [0.0] * len(self.config.sources)
@@ -208,12 +210,12 @@ class Plan:
         self, number: int, bucket: Bucket, sources: np.ndarray, rows: np.ndarray, epochs: np.ndarray,
         dropped: np.ndarray, real: int | None = None,
     ) -> BatchPlan:  # fmt: skip
-        words = np.empty(len(rows), np.int64)
+        lengths = np.empty(len(rows), np.int64)
         for source in np.unique(sources):
             chosen = sources == source
-            words[chosen] = self.indices[source].words[rows[chosen]]
-        words[dropped] = self._prompts.empty
-        longest = int(self._prompts.kept(words).max()) + bucket.image_tokens
+            lengths[chosen] = self.indices[source].lengths[rows[chosen]]
+        lengths[dropped] = self._prompts.empty
+        longest = int(self._prompts.kept(lengths).max()) + bucket.image_tokens
         total = longest + self._prompts.model.bridge.num_queries
         length = -(-total // self.config.token_multiple) * self.config.token_multiple
         visible = longest if self.config.padding == "batch" else 0
@@ -313,7 +315,7 @@ class _Stored:
         return np.load(self.path, mmap_mode="r")
 
 
-def _settings(config: DataConfig, indices: Sequence[Index], prompts: Prompts) -> dict[str, Any]:
+def _settings(config: DataConfig, indices: Sequence[Index], prompts: PromptEncoder) -> dict[str, Any]:
     """Everything that the order of samples depends on, ready for JSON."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _READING}
     for source, index in zip(config.sources, indices, strict=True):

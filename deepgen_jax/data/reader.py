@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepgen_jax.data.batch_images import BatchImages, FeatureBatch, FeatureShapes, PixelBatch
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.feature_files import token_dtype
-from deepgen_jax.data.payload import Cached, Layout, Payload, Pixels
 from deepgen_jax.data.plan import BatchPlan, Plan
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.sources import BadSample, open_source, read_row
+from deepgen_jax.data.sources.base import located
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
@@ -42,7 +43,7 @@ class Reader:
     def __init__(
         self,
         plan: Plan,
-        prompts: Prompts,
+        prompts: PromptEncoder,
         *,
         start: int,
         length: int,
@@ -75,7 +76,7 @@ class Reader:
         batch = self._plan[self._start + item]
         slots = range(len(batch.rows))[self._share]
         bucket, count = batch.bucket, len(slots)
-        images = self._payload(bucket, count)
+        images = self._new_images(bucket, count)
         results = list(self._pool.map(functools.partial(self._load, batch, slots, images), range(count)))
         skipped, weight = [], np.zeros(count, np.float32)
         prompts: list[TokenizedPrompt] = []
@@ -113,15 +114,16 @@ class Reader:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self._threads, "deepgen-data")
 
-    def _payload(self, bucket: Bucket, count: int) -> Payload:
+    def _new_images(self, bucket: Bucket, count: int) -> BatchImages:
         if bucket.task not in self._token_dtypes:
-            return Pixels(self._plan.config, bucket, count)
+            return PixelBatch(self._plan.config, bucket, count)
         model, dtype = self._prompts.model, token_dtype(self._token_dtypes[bucket.task])
-        layout = Layout(model.vae.downscale, model.vae.latent_channels, UNIT, model.vision.out_hidden_size, dtype)
-        return Cached(layout, bucket, count)
+        vae, hidden = model.vae, model.vision.out_hidden_size
+        shapes = FeatureShapes(vae.downscale, vae.latent_channels, UNIT, hidden, dtype)
+        return FeatureBatch(shapes, bucket, count)
 
     def _load(
-        self, batch: BatchPlan, slots: Sequence[int], images: Payload, place: int
+        self, batch: BatchPlan, slots: Sequence[int], images: BatchImages, place: int
     ) -> TokenizedPrompt | BadSample:
         """Puts a slot's images into their place and returns its prompt, or what is wrong with it."""
         try:
@@ -129,18 +131,21 @@ class Reader:
         except BadSample as bad:
             return bad
 
-    def _sample(self, batch: BatchPlan, slot: int, images: Payload, place: int) -> TokenizedPrompt:
+    def _sample(self, batch: BatchPlan, slot: int, images: BatchImages, place: int) -> TokenizedPrompt:
         bucket = batch.bucket
         source, row = int(batch.sources[slot]), int(batch.rows[slot])
         index = self._plan.indices[source]
-        record = read_row(self._sources[source], index.row(row))
-        images.put(place, record, index.sizes[row])
+        location = index.row(row)
+        with located(self._sources[source], location):
+            record = read_row(self._sources[source], location)
+            images.put(place, record, index.sizes[row])
         references = bucket.references if bucket.task == "edit" else None
         if batch.dropped[slot]:
             return self._prompts("", references, self._prompts.empty)
-        return self._prompts(record.text, references, int(index.words[row]))
+        with located(self._sources[source], location):
+            return self._prompts(record.text, references, int(index.lengths[row]))
 
-    def _substitute(self, batch: BatchPlan, slot: int, images: Payload, place: int) -> TokenizedPrompt:
+    def _substitute(self, batch: BatchPlan, slot: int, images: BatchImages, place: int) -> TokenizedPrompt:
         """Puts the next sample of the global micro-batch that can be read into a slot: the same on any host count."""
         for step in range(1, len(batch.rows)):
             try:

@@ -19,6 +19,7 @@ SOURCE_KINDS: Registry[Source] = Registry(
         "captions": f"{_HERE}.captions:Captions",
         "webdataset": f"{_HERE}.webdataset:WebDataset",
         "parquet": f"{_HERE}.parquet:Parquet",
+        "arrow": f"{_HERE}.arrow:Arrow",
         "array_record": f"{_HERE}.array_record:ArrayRecord",
         "tfds": f"{_HERE}.tfds:TensorFlowDataset",
         "image_folder": f"{_HERE}.image_folder:ImageFolder",

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from PIL import Image
 
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.files import FileInfo
 from deepgen_jax.data.sources.base import CachedImage, Record, Row, Source
+from deepgen_jax.data.storage import FileInfo
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.nano import samples
@@ -55,7 +55,7 @@ class Synthetic(Source):
         text, scenes = self._sample(row)
         return Record(text, tuple(_encoded(samples.render(scene, self._size)) for scene in scenes))
 
-    def look(self, row: Row) -> Record:
+    def read_header(self, row: Row) -> Record:
         text, scenes = self._sample(row)
         return Record(text, (CachedImage((self._size, self._size)),) * len(scenes))
 

@@ -22,17 +22,17 @@ import jax
 import numpy as np
 
 from deepgen_jax import files
+from deepgen_jax.data.batch_images import PixelBatch
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.data.feature_files import DTYPES, MANIFEST, FeatureManifest, encoder_configs
-from deepgen_jax.data.feature_shards import WRITING, ShardWriter, Tally, shard_path, tally, write_whole
+from deepgen_jax.data.feature_shards import PARTIAL, ShardCounts, ShardWriter, count_shards, shard_path, write_whole
 from deepgen_jax.data.indexing import open_indices
-from deepgen_jax.data.payload import Pixels
 from deepgen_jax.data.plan import Plan
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.reader import Skipped, check_share, default_threads
 from deepgen_jax.data.sources import BadSample, open_source, read_row
-from deepgen_jax.data.sources.base import CachedImage
+from deepgen_jax.data.sources.base import CachedImage, located
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
@@ -60,7 +60,7 @@ class CachedSource(NamedTuple):
     """The source to train from, and what the cache holds of it."""
 
     entry: SourceConfig
-    held: Tally
+    held: ShardCounts
 
 
 class _Planned(NamedTuple):
@@ -104,7 +104,7 @@ def cache_features(
         raise DeepGenError(f"source {cached[0]} is cached already; name the sources that it was made from")
     folders = _folders(data, out)
     config = model_folder.read_manifest(model).config
-    prompts = Prompts(model / "tokenizer", config)
+    prompts = PromptEncoder(model / "tokenizer", config)
     plan = Plan(data, open_indices(data, prompts), prompts)
     weights = encoder_digest(model)
     sources: list[_SourceCache] = []
@@ -166,7 +166,7 @@ class _SourceCache:
     def __init__(
         self,
         plan: Plan,
-        prompts: Prompts,
+        prompts: PromptEncoder,
         number: int,
         folder: Path,
         manifest: FeatureManifest,
@@ -194,7 +194,7 @@ class _SourceCache:
         Raises:
           DeepGenError: too many samples are bad, no memory, or nowhere to write.
         """
-        before = tally(self._folder, self._manifest.shards)
+        before = count_shards(self._folder, self._manifest.shards)
         bad = before.bad.total()
         read = bad + before.samples
         with self._reading(encoders.batch_size) as batches, _told(self._folder):
@@ -218,7 +218,7 @@ class _SourceCache:
         """What the shards hold that are there."""
         source = self._source
         entry = SourceConfig(source.name, "features", str(self._folder.absolute()), source.task, source.weight)
-        return CachedSource(entry, tally(self._folder, self._manifest.shards))
+        return CachedSource(entry, count_shards(self._folder, self._manifest.shards))
 
     def _batches(self, size: int) -> Iterator[_Planned]:
         starts = np.cumsum([0, *(len(rows) for _, rows in self._rows)]).tolist()
@@ -254,18 +254,20 @@ class _SourceCache:
 
     def _read(self, pool: ThreadPoolExecutor, size: int, planned: _Planned) -> _Read:
         # Always full batches: one program a bucket.
-        pixels = Pixels(self._plan.config, planned.bucket, size)
+        pixels = PixelBatch(self._plan.config, planned.bucket, size)
         index, source = self._plan.indices[self._number], self._opened
 
         def load(place: int) -> str | BadSample:
             row = planned.rows[place]
             try:
-                record = read_row(source, index.row(row))
-                pixels.put(place, record, index.sizes[row])
-                edit = len(record.images) - 1 if self._source.task == "edit" else None
-                if self._prompts.words(record.text, edit) != index.words[row]:
-                    raise BadSample("changed since indexed", "the text has another length")
-                return record.text
+                location = index.row(row)
+                with located(source, location):
+                    record = read_row(source, location)
+                    pixels.put(place, record, index.sizes[row])
+                    edit = len(record.images) - 1 if self._source.task == "edit" else None
+                    if self._prompts.length(record.text, edit) != index.lengths[row]:
+                        raise BadSample("changed since indexed", "the text has another length")
+                    return record.text
             except BadSample as bad:
                 return bad
 
@@ -318,6 +320,8 @@ def _folders(data: DataConfig, out: Path) -> list[Path]:
     if out.exists() and not out.is_dir():
         raise DeepGenError(f"{out} is a file; give a folder with --out")
     for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path.name == files.LOCK_FILE:
+            continue
         if path.name not in names or not path.is_dir():
             raise DeepGenError(f"{out} holds {path.name}, no cache of a source of this config; give another --out")
     return [out / name for name in names]
@@ -337,13 +341,13 @@ def _prepare(folder: Path, manifest: FeatureManifest) -> None:
             raise DeepGenError(
                 f"{folder} was made with {', '.join(reasons)}; give another --out, remove it, or restore the settings"
             )
-    elif folder.is_dir() and any(not name.endswith(WRITING) for name in os.listdir(folder)):
+    elif folder.is_dir() and any(not name.endswith(PARTIAL) for name in os.listdir(folder)):
         raise DeepGenError(f"{folder} is no cache of features; give another --out")
     else:
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, manifest.to_json())
-    for left in folder.glob(f"*{WRITING}"):
+    for left in folder.glob(f"*{PARTIAL}"):
         left.unlink()
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deepgen_jax.cli.main import COMMANDS, main
-from deepgen_jax.data.example import write_example_data
+from deepgen_jax.data.example_data import write_example_data
 
 GROUP = COMMANDS["data"].commands
 

@@ -25,11 +25,11 @@ from support.make_data import (
     write_tar,
 )
 
-from deepgen_jax.data import files, indexing
+from deepgen_jax.data import indexing, storage
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.index import Index
 from deepgen_jax.data.indexing import open_indices
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.sources import open_source
 from deepgen_jax.data.sources.base import BadSample, read_row
 from deepgen_jax.errors import DeepGenError
@@ -37,11 +37,11 @@ from deepgen_jax.user_warnings import DeepGenWarning
 
 
 @pytest.fixture(scope="module")
-def prompts() -> Prompts:
-    return Prompts(TOKENIZER, model())
+def prompts() -> PromptEncoder:
+    return PromptEncoder(TOKENIZER, model())
 
 
-def open_index(config: DataConfig, source: SourceConfig, prompts: Prompts) -> Index:
+def open_index(config: DataConfig, source: SourceConfig, prompts: PromptEncoder) -> Index:
     (index,) = open_indices(replace(config, sources=(source,)), prompts)
     return index
 
@@ -70,7 +70,7 @@ BAD = {
 }
 
 
-def test_bad_images_by_reason(tmp_path: Path, prompts: Prompts):
+def test_bad_images_by_reason(tmp_path: Path, prompts: PromptEncoder):
     samples = t2i_samples(20, sizes=((120, 90),))
     path = write_json(tmp_path, samples)
     for number, spoil in enumerate(BAD.values()):
@@ -87,7 +87,7 @@ def test_bad_images_by_reason(tmp_path: Path, prompts: Prompts):
     assert str(tmp_path / "1.img") in index.meta["examples"]["empty file"]
     good = np.asarray(index.status) == 0
     assert (index.sizes[good] == [[120, 90]]).all()
-    assert index.words[0] == prompts.words(samples[0].text, None)
+    assert index.lengths[0] == prompts.length(samples[0].text, None)
     with pytest.raises(DeepGenError, match=r"source s: 8 of 20 samples are bad \(1 empty file, .*max_bad_share 0.05"):
         open_index(config(source, tmp_path), source, prompts)
 
@@ -96,7 +96,7 @@ def config_source(path: Path) -> SourceConfig:
     return SourceConfig("s", "json", str(path))
 
 
-def test_what_is_whole_though_odd(tmp_path: Path, prompts: Prompts):
+def test_what_is_whole_though_odd(tmp_path: Path, prompts: PromptEncoder):
     path = write_json(tmp_path, t2i_samples(4))
     with_tail = encoded(96, 96) + b"appended by some program" * 100
     exif = Image.Exif()
@@ -108,7 +108,7 @@ def test_what_is_whole_though_odd(tmp_path: Path, prompts: Prompts):
     assert index.sizes[:3, 0].tolist() == [[96, 96], [96, 128], [128, 96]]
 
 
-def test_texts_that_cannot_be_used(tmp_path: Path, prompts: Prompts):
+def test_texts_that_cannot_be_used(tmp_path: Path, prompts: PromptEncoder):
     path = write_json(tmp_path, t2i_samples(4))
     items = json.loads(path.read_text())
     items[1]["txt"] = "an <|image_pad|> inside"
@@ -118,16 +118,16 @@ def test_texts_that_cannot_be_used(tmp_path: Path, prompts: Prompts):
     assert index.meta["counts"] == {"reserved token in text": 1, "wrong text": 1}
 
 
-def test_edits_with_different_numbers_of_references(tmp_path: Path, prompts: Prompts):
+def test_edits_with_different_numbers_of_references(tmp_path: Path, prompts: PromptEncoder):
     path = write_tar(tmp_path, edit_samples(5, references=(1, 3)))
     source = SourceConfig("e", "webdataset", str(path), "edit")
     index = open_index(config(source, tmp_path), source, prompts)
     assert index.sizes.shape == (5, 4, 2)
     assert ((np.asarray(index.sizes)[..., 0] > 0).sum(axis=1) == [2, 4, 2, 4, 2]).all()
-    assert index.words[1] == prompts.words("make it 1", 3)
+    assert index.lengths[1] == prompts.length("make it 1", 3)
 
 
-def test_annotations_are_read(tmp_path: Path, prompts: Prompts):
+def test_annotations_are_read(tmp_path: Path, prompts: PromptEncoder):
     path = write_captions(tmp_path, t2i_samples(6))
     (tmp_path / "2.json").write_text("{")
     source = SourceConfig("c", "captions", str(path), root=str(tmp_path))
@@ -135,7 +135,7 @@ def test_annotations_are_read(tmp_path: Path, prompts: Prompts):
     assert index.meta["counts"] == {"wrong JSON": 1}
 
 
-def test_built_once_and_anew_when_data_change(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch):
+def test_built_once_and_anew_when_data_change(tmp_path: Path, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch):
     path = write_json(tmp_path, t2i_samples(4))
     source = config_source(path)
     first = open_index(config(source, tmp_path), source, prompts)
@@ -152,7 +152,7 @@ def test_built_once_and_anew_when_data_change(tmp_path: Path, prompts: Prompts, 
     assert open_index(config(other, tmp_path), other, prompts).folder != changed.folder
 
 
-def test_processes_find_the_same(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch):
+def test_processes_find_the_same(tmp_path: Path, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch):
     for number in range(3):
         path = write_tar(tmp_path, t2i_samples(300, sizes=((96, 96),)))
         path.rename(tmp_path / f"x-{number}.tar")
@@ -170,7 +170,7 @@ def test_processes_find_the_same(tmp_path: Path, prompts: Prompts, monkeypatch: 
 
 
 def test_a_file_that_cannot_be_read_leaves_no_index(
-    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ):
     """What a store says once in a while must not take half of the samples away for good."""
     write_tar(tmp_path, t2i_samples(5))
@@ -184,7 +184,7 @@ def test_a_file_that_cannot_be_read_leaves_no_index(
 
     path = next(tmp_path.glob("*.tar"))
     with monkeypatch.context() as patch:
-        patch.setattr(files, "open_file", lambda path: Failing(Path(path).read_bytes()))
+        patch.setattr(storage, "open_file", lambda path: Failing(Path(path).read_bytes()))
         with pytest.raises(DeepGenError, match=r"cannot be read \(reset by peer\)"):
             open_index(config(source, tmp_path), source, prompts)
     index = open_index(config(source, tmp_path), source, prompts)
@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_leaves_no_index(
         read_row(open_source(source), index.row(0))
 
 
-def test_two_builders_at_a_time(tmp_path: Path, prompts: Prompts):
+def test_two_builders_at_a_time(tmp_path: Path, prompts: PromptEncoder):
     source = config_source(write_json(tmp_path, t2i_samples(40)))
     settings = config(source, tmp_path)
     with ThreadPoolExecutor(4) as pool:
@@ -204,7 +204,7 @@ def test_two_builders_at_a_time(tmp_path: Path, prompts: Prompts):
     assert found[0].meta["counts"] == {}
 
 
-def test_remote_files(tmp_path: Path, prompts: Prompts):
+def test_remote_files(tmp_path: Path, prompts: PromptEncoder):
     memory = fsspec.filesystem("memory")
     write_json(tmp_path / "j", t2i_samples(10))
     memory.put(str(tmp_path / "j"), "/index/j", recursive=True)
@@ -214,14 +214,14 @@ def test_remote_files(tmp_path: Path, prompts: Prompts):
     assert index.meta["counts"] == {"missing file": 1}
 
 
-def test_a_cache_folder_that_cannot_be(tmp_path: Path, prompts: Prompts):
+def test_a_cache_folder_that_cannot_be(tmp_path: Path, prompts: PromptEncoder):
     source = config_source(write_json(tmp_path, t2i_samples(1)))
     (tmp_path / "cache").write_bytes(b"a file")
     with pytest.raises(DeepGenError, match="DEEPGEN_CACHE"):
         open_index(config(source, tmp_path), source, prompts)
 
 
-def test_an_empty_source(tmp_path: Path, prompts: Prompts):
+def test_an_empty_source(tmp_path: Path, prompts: PromptEncoder):
     (tmp_path / "list.json").write_text("[]")
     source = config_source(tmp_path / "list.json")
     with pytest.raises(DeepGenError, match="no sample in it"):

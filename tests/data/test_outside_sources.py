@@ -23,7 +23,7 @@ from deepgen_jax.training import overrides
 SOURCE = '''
 import os
 
-from deepgen_jax.data.files import Blob
+from deepgen_jax.data.storage import Blob
 from deepgen_jax.data.sources import Record, Source
 
 

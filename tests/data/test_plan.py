@@ -13,24 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.make_data import TOKENIZER, model
 
-from deepgen_jax.data.checks import Facts
+from deepgen_jax.data.checks import SampleInfo
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.index import Index, IndexWriter
 from deepgen_jax.data.plan import Plan
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.sources import BadSample
 from deepgen_jax.errors import DeepGenError
 
-PROMPTS = Prompts(TOKENIZER, model(max_prompt_tokens=100))
+PROMPTS = PromptEncoder(TOKENIZER, model(max_prompt_tokens=100))
 SQUARE, WIDE, TALL = (600, 600), (800, 600), (600, 800)
 
 
-def write_index(folder: Path, name: str, facts: list[Facts | BadSample]) -> Index:
+def write_index(folder: Path, name: str, facts: list[SampleInfo | BadSample]) -> Index:
     (folder / name).mkdir(parents=True)
     writer = IndexWriter(folder / name, name)
     writer.add_rows([b"0"] * len(facts))
     writer.finish_rows()
-    writer.add_facts(facts)
+    writer.add_samples(facts)
     writer.finish()
     return Index(folder / name)
 
@@ -40,9 +40,9 @@ def indices(tmp_path_factory: pytest.TempPathFactory) -> list[Index]:
     """Two text-to-image sources of 60 and 20 samples, edits of 31 with one or two references."""
     folder = tmp_path_factory.mktemp("indices")
     rng = np.random.default_rng(0)
-    large = [Facts(int(rng.integers(20, 140)), ((SQUARE, WIDE, TALL)[i % 3],)) for i in range(60)]
-    small = [Facts(30, ((SQUARE, WIDE)[i % 2],)) for i in range(20)]
-    edits = [Facts(40, (SQUARE, SQUARE) if i % 4 else (WIDE, WIDE, SQUARE)) for i in range(31)]
+    large = [SampleInfo(int(rng.integers(20, 140)), ((SQUARE, WIDE, TALL)[i % 3],)) for i in range(60)]
+    small = [SampleInfo(30, ((SQUARE, WIDE)[i % 2],)) for i in range(20)]
+    edits = [SampleInfo(40, (SQUARE, SQUARE) if i % 4 else (WIDE, WIDE, SQUARE)) for i in range(31)]
     return [write_index(folder, name, facts) for name, facts in (("a", large), ("b", small), ("e", edits))]
 
 
@@ -118,14 +118,14 @@ def test_lengths_hold_the_longest_prompt_after_the_cut(indices):
     queries = 8
     for number in range(30):
         batch = plan[number]
-        words = [min(100, int(plan.indices[s].words[r])) for s, r, _ in contents(batch)]
+        words = [min(100, int(plan.indices[s].lengths[r])) for s, r, _ in contents(batch)]
         images = sum(w * h for w, h in batch.bucket.references) // 32**2
         need = max(words) + images + queries
         assert batch.length % 16 == 0
         assert 0 <= batch.length - need < 16
         assert batch.visible == 0
     visible = Plan(config(text_drop=0.0, padding="batch"), indices, PROMPTS)
-    assert visible[1].visible == max(min(100, int(indices[s].words[r])) for s, r, _ in contents(visible[1]))
+    assert visible[1].visible == max(min(100, int(indices[s].lengths[r])) for s, r, _ in contents(visible[1]))
 
 
 def test_text_is_dropped_in_text_to_image_only(indices):
@@ -168,9 +168,9 @@ def test_once(indices):
 
 
 def test_filters(tmp_path: Path):
-    facts: list[Facts | BadSample] = [
-        Facts(5, ((81, 81),)), Facts(5, ((80, 500),)), Facts(5, ((1000, 100),)), Facts(5, ((1001, 100),)),
-        BadSample("missing file", "x"), Facts(5, ((100, 1001),)),
+    facts: list[SampleInfo | BadSample] = [
+        SampleInfo(5, ((81, 81),)), SampleInfo(5, ((80, 500),)), SampleInfo(5, ((1000, 100),)),
+        SampleInfo(5, ((1001, 100),)), BadSample("missing file", "x"), SampleInfo(5, ((100, 1001),)),
     ]  # fmt: skip
     index = write_index(tmp_path, "a", facts)
     settings = DataConfig((SourceConfig("a", "json", "x"),), 1, MixtureConfig(("t2i",)))
@@ -182,8 +182,8 @@ def test_filters(tmp_path: Path):
 
 
 def test_filters_look_at_references(tmp_path: Path):
-    facts: list[Facts | BadSample] = [
-        Facts(5, (SQUARE, SQUARE)), Facts(5, (SQUARE, (70, 90))), Facts(5, (SQUARE, *[SQUARE] * 9))
+    facts: list[SampleInfo | BadSample] = [
+        SampleInfo(5, (SQUARE, SQUARE)), SampleInfo(5, (SQUARE, (70, 90))), SampleInfo(5, (SQUARE, *[SQUARE] * 9))
     ]  # fmt: skip
     index = write_index(tmp_path, "e", facts)
     settings = DataConfig((SourceConfig("e", "json", "x", "edit"),), 1, MixtureConfig(("edit",)))

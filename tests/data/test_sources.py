@@ -21,6 +21,7 @@ from support.make_data import (
     t2i_samples,
     tar_bytes,
     write_array_record,
+    write_arrow,
     write_captions,
     write_folder,
     write_json,
@@ -29,9 +30,10 @@ from support.make_data import (
 )
 
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.files import Blob, list_files, open_blob
+from deepgen_jax.data.file_listing import list_files
 from deepgen_jax.data.sources import BadSample, open_source, read_row
-from deepgen_jax.data.sources.example import parse_example, write_example
+from deepgen_jax.data.sources.tf_example import parse_example, write_example
+from deepgen_jax.data.storage import Blob, open_blob
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.user_warnings import DeepGenWarning
 
@@ -134,7 +136,7 @@ def test_renamed_fields_and_unknown_ones(tmp_path: Path):
     with pytest.raises(DeepGenError, match="did you mean caption"):
         contents(config("parquet", tmp_path, fields={"text": "captions"}))
     write_array_record(tmp_path / "a", T2I)
-    with pytest.raises(DeepGenError, match="nothing is called words"):
+    with pytest.raises(DeepGenError, match="no column is called words"):
         contents(config("array_record", tmp_path / "a", fields={"text": "words"}))
     path = write_json(tmp_path / "j", T2I)
     path.write_text(path.read_text().replace('"txt"', '"long_caption"'))
@@ -295,3 +297,48 @@ def test_broken_examples_are_value_errors(junk: bytes, cut: int):
     for data in (junk, whole[:cut], whole[:cut] + junk):
         with contextlib.suppress(ValueError):
             parse_example(data)
+
+
+def test_folders_of_hugging_face(tmp_path: Path):
+    """As ``save_to_disk`` writes them: one data set, several splits, caches beside the shards; edits as well."""
+    for form in ("struct", "bytes", "path"):
+        write_arrow(tmp_path / form, T2I, form, shards=2)
+        assert contents(config("arrow", tmp_path / form)) == T2I
+    write_arrow(tmp_path / "edit", EDIT)
+    assert contents(config("arrow", tmp_path / "edit", "edit")) == EDIT
+    write_arrow(tmp_path / "dict" / "train", T2I)
+    write_arrow(tmp_path / "dict" / "test", T2I[:2])
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "dict" / "train" / "cache-0123456789.arrow").write_bytes(b"of a map()")
+    assert contents(config("arrow", tmp_path / "dict")) == T2I
+    assert contents(config("arrow", tmp_path / "dict", split="test")) == T2I[:2]
+    with pytest.raises(DeepGenError, match=r"has no split tset; did you mean test\? known: train, test"):
+        contents(config("arrow", tmp_path / "dict", split="tset"))
+    with pytest.raises(DeepGenError, match=r"did you mean caption\?.*data.sources.s.fields.text=COLUMN"):
+        contents(config("arrow", tmp_path / "struct", fields={"text": "captoin"}))
+    (tmp_path / "struct" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(DeepGenError, match="holds 1 of 2 shards"):
+        contents(config("arrow", tmp_path / "struct"))
+    (tmp_path / "bytes" / "state.json").write_text("[]")
+    with pytest.raises(DeepGenError, match=r"state\.json is damaged"):
+        contents(config("arrow", tmp_path / "bytes"))
+
+
+def test_arrow_files_of_other_programs(tmp_path: Path):
+    import pyarrow as pa
+
+    table = pa.table({"title": [s.text for s in T2I], "photo": [s.image for s in T2I]})
+    with pa.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    fields = {"text": "title", "image": "photo"}
+    assert contents(config("arrow", tmp_path / "x.arrow", fields=fields)) == T2I
+
+
+def test_fields_are_settable_on_the_command_line():
+    from deepgen_jax.training import overrides
+
+    run = overrides.load_config("tiny_pretrain")
+    name = run.data.sources[0].name
+    words = ["kind=arrow", "path=/data", "fields.text=title", "fields.image=photo", "split=test"]
+    source = overrides.apply(run, [f"data.sources.{name}.{word}" for word in words]).data.sources[0]
+    assert source == SourceConfig(name, "arrow", "/data", fields={"text": "title", "image": "photo"}, split="test")

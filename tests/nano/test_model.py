@@ -13,7 +13,7 @@ import pytest
 
 from deepgen_jax import DeepGenPipeline
 from deepgen_jax.cli.main import main
-from deepgen_jax.data.prompt_lengths import Prompts
+from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.patches import sincos_table
@@ -63,7 +63,7 @@ def test_the_tokenizer_is_always_the_same_and_positions_are_those_of_sd3(model: 
 
 
 def test_prompts_fit_and_signs_are_spelled(model: Path):
-    prompts = Prompts(model / "tokenizer", nano_config())
+    prompts = PromptEncoder(model / "tokenizer", nano_config())
     queries, per_picture = nano_config().bridge.num_queries, (SIZE // 32) ** 2
     for task in TASK_SKILLS:
         samples = [make_sample("held_out", task, seed=7, index=index) for index in range(300)]

@@ -151,7 +151,7 @@ def test_the_source_reads_what_the_index_saw():
         rows = list(source.scan(file.path))
         assert rows == list(range(50))
         for row in rows[:10]:
-            record, seen = read_row(source, row), read_row(source, row, sizes_only=True)
+            record, seen = read_row(source, row), read_row(source, row, header_only=True)
             assert record.text == seen.text
             assert len(record.images) == len(seen.images)
             assert seen.images[0].size == (64, 64)

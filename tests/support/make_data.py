@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from deepgen_jax.config import BridgeConfig, DeepGenConfig
-from deepgen_jax.data.sources.example import write_example
+from deepgen_jax.data.sources.tf_example import write_example
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "qwen2_5_vl"
 
@@ -124,11 +124,8 @@ def write_tar(folder: Path, samples: Sequence[Sample], as_json: bool = False) ->
     return path
 
 
-def write_parquet(folder: Path, samples: Sequence[Sample], form: str = "bytes", group: int = 4) -> Path:
+def as_columns(folder: Path, samples: Sequence[Sample], form: str) -> dict[str, list[Any]]:
     """``form``: "bytes", "struct" (Hugging Face) or "path"."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder.mkdir(parents=True, exist_ok=True)
 
     def value(data: bytes, name: str) -> Any:
@@ -148,9 +145,33 @@ def write_parquet(folder: Path, samples: Sequence[Sample], form: str = "bytes", 
     else:
         columns["caption"] = [sample.text for sample in samples]
         columns["image"] = [value(sample.image, f"{i}.img") for i, sample in enumerate(samples)]
+    return columns
+
+
+def write_parquet(folder: Path, samples: Sequence[Sample], form: str = "bytes", group: int = 4) -> Path:
+    """``form``: see `as_columns`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = folder / "data.parquet"
-    pq.write_table(pa.table(columns), path, row_group_size=group)
+    pq.write_table(pa.table(as_columns(folder, samples, form)), path, row_group_size=group)
     return path
+
+
+def write_arrow(folder: Path, samples: Sequence[Sample], form: str = "struct", shards: int = 1) -> Path:
+    """A folder as ``datasets.Dataset.save_to_disk`` writes it; ``form``: see `as_columns`."""
+    import pyarrow as pa
+
+    table = pa.table(as_columns(folder, samples, form))
+    names = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
+    ends = [len(samples) * shard // shards for shard in range(shards + 1)]
+    for name, start, end in zip(names, ends[:-1], ends[1:], strict=True):
+        with pa.ipc.new_stream(str(folder / name), table.schema) as writer:
+            writer.write_table(table.slice(start, end - start), max_chunksize=4)
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "1", "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder
 
 
 def as_example(sample: Sample) -> bytes:

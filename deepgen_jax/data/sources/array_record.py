@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from deepgen_jax.data import files
+from deepgen_jax.data import storage
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged_row
 from deepgen_jax.data.sources.columns import columns_of
-from deepgen_jax.data.sources.example import parse_example
+from deepgen_jax.data.sources.tf_example import parse_example
 from deepgen_jax.errors import DeepGenError
 
 
@@ -31,12 +31,15 @@ class ArrayRecord(Source):
                 raise BadSample("damaged shard", f"{path} holds no record")
             check_columns(self.config, self._readers.read(path, 0))
         except BadSample as bad:
-            yield damaged(bad, path, bad.__cause__)
+            yield damaged_row(bad, path, bad.__cause__)
             return
         yield from ([path, record] for record in range(count))
 
     def read(self, row: Row) -> Record:
-        return example_record(self.config, self._readers.read(*row), f"{row[0]}: record {row[1]}")
+        return example_record(self.config, self._readers.read(*row))
+
+    def place(self, row: Row) -> str:
+        return f"{row[0]}: record {row[1]}"
 
 
 class ShardReaders:
@@ -60,7 +63,7 @@ class ShardReaders:
             if path not in self._open:
                 try:
                     # Without read-ahead: records are read in random order.
-                    self._open[path] = ArrayRecordReader(files.local_copy(path), options="readahead_buffer_size:0")
+                    self._open[path] = ArrayRecordReader(storage.local_copy(path), options="readahead_buffer_size:0")
                 except DeepGenError:
                     raise
                 except (RuntimeError, ValueError, OSError) as error:
@@ -77,16 +80,16 @@ class ShardReaders:
         try:
             return reader.read([record])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise BadSample("damaged shard", f"{path}: record {record}: {error}") from error
+            raise BadSample("damaged shard", str(error)) from error
 
 
 def check_columns(config: SourceConfig, data: bytes) -> None:
-    """Looks for text and images in a record like which others of its file are.
+    """Checks that a record, taken for all of its file, names text and images.
 
-    What is no ``tf.train.Example`` says nothing of the others, and is found when each is read.
+    One that is no ``tf.train.Example`` is passed over: it says nothing of the others, and is counted when it is read.
 
     Raises:
-      DeepGenError: it does not name them as `SourceConfig.fields` or custom do.
+      DeepGenError: it has none of the names of `SourceConfig.fields`, nor of the usual ones.
     """
     try:
         features = parse_example(data)
@@ -95,7 +98,7 @@ def check_columns(config: SourceConfig, data: bytes) -> None:
     columns_of(config, features)
 
 
-def example_record(config: SourceConfig, data: bytes, where: str) -> Record:
+def example_record(config: SourceConfig, data: bytes) -> Record:
     """A sample from a serialised ``tf.train.Example``.
 
     Raises:
@@ -104,7 +107,7 @@ def example_record(config: SourceConfig, data: bytes, where: str) -> Record:
     try:
         features = parse_example(data)
     except ValueError as error:
-        raise BadSample("damaged record", f"{where}: {error}") from error
+        raise BadSample("damaged record", str(error)) from error
     values = {
         name: feature[0] if isinstance(feature, list) and len(feature) == 1 else feature
         for name, feature in features.items()
@@ -112,4 +115,5 @@ def example_record(config: SourceConfig, data: bytes, where: str) -> Record:
     }
     columns = columns_of(config)
     images = columns.images_of(values)
-    return Record(columns.text_of(values), tuple(images))
+    text, notes = columns.text_of(values)
+    return Record(text, tuple(images), notes)

@@ -1,4 +1,4 @@
-"""Which of a data set's names hold the text, the target image and the references."""
+"""Names under which a data set holds the text, the target image and the references."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.sources.base import BadSample
 from deepgen_jax.errors import DeepGenError, did_you_mean
 
-# Usual names, best first.
-_TEXT = {
+# Usual names, best first; docs/data.md lists them.
+TEXT_NAMES = {
     "t2i": ("txt", "text", "caption", "prompt", "annotation"),
     "edit": ("instruction", "edit_prompt", "prompt", "text", "txt", "caption"),
 }
-_IMAGE = {
+IMAGE_NAMES = {
     "t2i": ("image_path", "image", "jpg", "png", "jpeg", "webp", "image_bytes", "img"),
     "edit": ("output_image", "output", "target_image", "edited_image", "target", "image"),
 }
-_REFERENCES = ("input_image", "input_images", "input", "source_image", "original_image", "source", "references")
+REFERENCE_NAMES = ("input_image", "input_images", "input", "source_image", "original_image", "source", "references")
+
+SEVERAL_CAPTIONS = "several captions, the first is read"
 
 
 class Columns(NamedTuple):
@@ -28,13 +30,18 @@ class Columns(NamedTuple):
     image: tuple[str, ...]
     references: tuple[str, ...]
 
-    def text_of(self, values: Mapping[str, Any]) -> str:
-        """The text of a sample.
+    def text_of(self, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The text of a sample, and notes for `Record.notes`. Of a list of captions the first is taken.
 
         Raises:
-          BadSample: there is none.
+          BadSample: there is none, or it is no UTF-8 text.
         """
         value = _first(values, self.text)
+        notes: tuple[str, ...] = ()
+        if isinstance(value, list):
+            captions = [caption for caption in value if not _empty(caption)]
+            value = captions[0] if captions else ""
+            notes = (SEVERAL_CAPTIONS,) if len(captions) > 1 else ()
         if isinstance(value, bytes):
             try:
                 value = value.decode("utf-8")
@@ -42,7 +49,7 @@ class Columns(NamedTuple):
                 raise BadSample("wrong text", f"not UTF-8: {error}") from error
         if not isinstance(value, str):
             raise BadSample("missing field", f"no text under {' or '.join(self.text)}")
-        return value
+        return value, notes
 
     def images_of(self, values: Mapping[str, Any]) -> list[Any]:
         """The values that stand for the target and the references, in this order.
@@ -63,6 +70,11 @@ class Columns(NamedTuple):
             raise BadSample("missing field", f"no reference under {' or '.join(self.references)}")
         return [target, *references]
 
+    @property
+    def names(self) -> list[str]:
+        """All names, each once."""
+        return list(dict.fromkeys((*self.text, *self.image, *self.references)))
+
 
 def columns_of(config: SourceConfig, available: Iterable[str] | None = None) -> Columns:
     """The names to read, from the configuration, else the usual ones.
@@ -74,9 +86,9 @@ def columns_of(config: SourceConfig, available: Iterable[str] | None = None) -> 
     Raises:
       DeepGenError: a name is not available, or none of the usual ones is.
     """
-    usual = {"text": _TEXT[config.task], "image": _IMAGE[config.task]}
+    usual = {"text": TEXT_NAMES[config.task], "image": IMAGE_NAMES[config.task]}
     if config.task == "edit":
-        usual["references"] = _REFERENCES
+        usual["references"] = REFERENCE_NAMES
     names = {key: ((config.fields[key],) if key in config.fields else usual[key]) for key in usual}
     if available is not None:
         known = list(available)
@@ -85,8 +97,8 @@ def columns_of(config: SourceConfig, available: Iterable[str] | None = None) -> 
             if not names[key]:
                 wanted = candidates[0] if key in config.fields else key
                 raise DeepGenError(
-                    f"source {config.name}: nothing is called {wanted}{did_you_mean(wanted, known)}; "
-                    f"say which with fields={{'{key}': ...}}"
+                    f"source {config.name}: no column is called {wanted}{did_you_mean(wanted, known)}; name it with "
+                    f"data.sources.{config.name}.fields.{key}=COLUMN"
                 )
     return Columns(names["text"], names["image"], names.get("references", ()))
 
@@ -96,7 +108,11 @@ def _absent(value: Any) -> bool:
     return value is None or value == ""
 
 
+def _empty(value: Any) -> bool:
+    return value is None or value in ("", b"", [])
+
+
 def _first(values: Mapping[str, Any], names: Iterable[str]) -> Any:
     """The first value that is not empty, else the first that is there."""
     present = [values[name] for name in names if values.get(name) is not None]
-    return next((value for value in present if value not in ("", b"", [])), present[0] if present else None)
+    return next((value for value in present if not _empty(value)), present[0] if present else None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from deepgen_jax.data import files
+from deepgen_jax.data import storage
 from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.feature_files import LINES, MANIFEST, RECORDS, FeatureManifest, read_features
-from deepgen_jax.data.files import FileInfo, join
 from deepgen_jax.data.sources.array_record import ShardReaders
 from deepgen_jax.data.sources.base import (
     BadSample,
@@ -20,6 +19,7 @@ from deepgen_jax.data.sources.base import (
     load_json,
     read_file,
 )
+from deepgen_jax.data.storage import FileInfo, join
 from deepgen_jax.errors import DeepGenError
 
 
@@ -42,7 +42,7 @@ class Features(Source):
         where = f"source {self.config.name}"
         path = join(self.config.path, MANIFEST)
         try:
-            found = FeatureManifest.from_json(files.read(path), path)
+            found = FeatureManifest.from_json(storage.read(path), path)
         except OSError as error:
             raise DeepGenError(
                 f"{where}: {self.config.path} holds no {MANIFEST}; give the folder of one source that `deepgen data "
@@ -66,12 +66,14 @@ class Features(Source):
         record = 0
         try:
             lines = read_file(path.removesuffix(RECORDS) + LINES).splitlines()
-            parsed = [load_json(line, path) for line in lines]
+            parsed = [load_json(line) for line in lines]
+            if not all(isinstance(line, dict) and ("bad" in line or "sizes" in line) for line in parsed):
+                raise BadSample("damaged shard", f"{path}: its lines say nothing of samples")
             good = sum("bad" not in line for line in parsed)
             if good and self._readers.open(path).num_records() != good:
                 raise BadSample("damaged shard", f"{path} does not hold the {good} records that it should")
         except BadSample as bad:
-            yield bad_row(bad.reason, bad.detail)
+            yield bad.at(path).as_row()
             return
         for line in parsed:
             if "bad" in line:
@@ -80,7 +82,7 @@ class Features(Source):
             yield [path, record, line["text"], line["sizes"]]
             record += 1
 
-    def look(self, row: Row) -> Record:
+    def read_header(self, row: Row) -> Record:
         _, _, text, sizes = row
         return Record(text, tuple(CachedImage((width, height)) for width, height in sizes))
 
@@ -89,5 +91,8 @@ class Features(Source):
         try:
             text, images = read_features(self._readers.read(path, record))
         except ValueError as error:
-            raise BadSample("damaged record", f"{path}: record {record}: {error}") from error
+            raise BadSample("damaged record", str(error)) from error
         return Record(text, tuple(images))
+
+    def place(self, row: Row) -> str:
+        return f"{row[0]}: record {row[1]}"

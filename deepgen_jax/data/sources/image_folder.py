@@ -1,4 +1,7 @@
-"""A folder of images, each with its caption in a ``.txt`` file of the same name."""
+"""A folder of images, each with its caption in a ``.txt`` file of the same name.
+
+The whole file is the caption, however many lines it has. Images that differ only in their ending share a caption.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import os
 from collections.abc import Iterator
 
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.files import Blob
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, read_file
+from deepgen_jax.data.storage import Blob
 from deepgen_jax.errors import DeepGenError
+
+SEVERAL_LINES = "caption of several lines, read as one"
 
 
 class ImageFolder(Source):
@@ -27,6 +32,7 @@ class ImageFolder(Source):
     def read(self, row: Row) -> Record:
         caption = read_file(f"{os.path.splitext(row)[0]}.txt")
         try:
-            return Record(caption.decode("utf-8-sig").strip(), (Blob(row),))
+            text = caption.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
-            raise BadSample("wrong text", f"caption of {row}: {error}") from error
+            raise BadSample("wrong text", f"its caption: {error}") from error
+        return Record(text, (Blob(row),), (SEVERAL_LINES,) if len(text.splitlines()) > 1 else ())

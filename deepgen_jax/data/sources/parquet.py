@@ -1,7 +1,8 @@
 """Parquet files with images as bytes, as ``{"bytes", "path"}`` structs (Hugging Face), or as paths.
 
 Paths are taken into the index. Bytes have no cheap random access in Parquet: every sample costs the reading of its row
-group, of which the last few are kept. Groups of at most a hundred images are bearable; better are ArrayRecord or tars.
+group, of which the last few are kept. Groups of at most a hundred images are bearable; better are ArrayRecord, Arrow or
+tars.
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from deepgen_jax.data import files
+from deepgen_jax.data import storage
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.files import Blob, join, parent
-from deepgen_jax.data.sources.base import BadSample, ImageData, Record, Row, Source, bad_row, damaged
+from deepgen_jax.data.sources.arrow_rows import import_pyarrow, record_of
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged_row
 from deepgen_jax.data.sources.columns import Columns, columns_of
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.data.storage import Blob
 
 #: Row groups kept in memory.
 _KEPT_GROUPS = 4
 
 
 class Parquet(Source):
-    """Rows are [path, row group, row in it], or [text, image path, ...] where the file holds no image bytes."""
+    """Rows are [path, row group, row in it], and text, notes, image path, ... where the file holds no image bytes."""
 
     suffixes = (".parquet",)
 
@@ -33,54 +34,60 @@ class Parquet(Source):
         self._lock = threading.Lock()
 
     def scan(self, path: str) -> Iterator[Row]:
-        import pyarrow
+        pyarrow = import_pyarrow()
+        from pyarrow.parquet import ParquetFile
 
-        with files.open_file(path) as file:
+        with storage.open_file(path) as file:
             try:
-                table = _parquet_file(file)
+                table = ParquetFile(file)
+                columns = columns_of(self.config, table.schema_arrow.names)
+                images = [table.schema_arrow.field(name).type for name in (*columns.image, *columns.references)]
+                by_path = all(_holds_paths(kind) for kind in images)
+                for group in range(table.num_row_groups):
+                    count = table.metadata.row_group(group).num_rows
+                    if not by_path:
+                        yield from ([path, group, row] for row in range(count))
+                        continue
+                    rows = table.read_row_group(group, columns.names)
+                    yield from (self._row(columns, rows, [path, group, row]) for row in range(count))
             except (pyarrow.ArrowException, OSError) as error:
-                yield damaged(BadSample("damaged parquet", f"{path}: {error}"), path, error)
-                return
-            columns = columns_of(self.config, table.schema_arrow.names)
-            images = [table.schema_arrow.field(name).type for name in (*columns.image, *columns.references)]
-            by_path = all(_holds_paths(kind) for kind in images)
-            for group in range(table.num_row_groups):
-                count = table.metadata.row_group(group).num_rows
-                if not by_path:
-                    yield from ([path, group, row] for row in range(count))
-                    continue
-                for values in table.read_row_group(group, _names(columns)).to_pylist():
-                    try:
-                        record = self._record(values, columns, path)
-                        yield [record.text, *(image.path for image in record.images if isinstance(image, Blob))]
-                    except BadSample as bad:
-                        yield bad_row(bad.reason, f"{path}: {bad.detail}")
+                yield damaged_row(BadSample("damaged parquet", f"{path}: {error}"), path, error)
 
     def read(self, row: Row) -> Record:
-        if not isinstance(row[1], int):
-            text, *paths = row
-            return Record(text, tuple(Blob(path) for path in paths))
-        path, group, number = row
+        path, group, number, *rest = row
+        if rest:
+            text, notes, *paths = rest
+            return Record(text, tuple(Blob(path) for path in paths), tuple(notes))
         table, columns = self._group(path, group)
-        values = {name: table.column(name)[number].as_py() for name in table.column_names}
-        return self._record(values, columns, path)
+        if number >= table.num_rows:
+            raise BadSample("changed since indexed", f"the row group has {table.num_rows} rows")
+        return record_of(self.config, columns, table, number, path)
 
-    def _record(self, values: dict[str, Any], columns: Columns, path: str) -> Record:
-        root = self.config.root or parent(path)
-        images = columns.images_of(values)
-        return Record(columns.text_of(values), tuple(_image(value, root) for value in images))
+    def place(self, row: Row) -> str:
+        return f"{row[0]}: row group {row[1]}, row {row[2]}"
+
+    def _row(self, columns: Columns, rows: Any, row: list[Any]) -> Row:
+        try:
+            record = record_of(self.config, columns, rows, row[2], row[0])
+        except BadSample as bad:
+            return bad.at(self.place(row)).as_row()
+        paths = [image.path for image in record.images if isinstance(image, Blob)]
+        return [*row, record.text, list(record.notes), *paths]
 
     def _group(self, path: str, group: int) -> tuple[Any, Columns]:
-        import pyarrow
+        pyarrow = import_pyarrow()
+        from pyarrow.parquet import ParquetFile
 
         with self._lock:
             key = (path, group)
             if key not in self._groups:
                 try:
-                    with files.open_file(path) as file:
-                        table = _parquet_file(file)
+                    with storage.open_file(path) as file:
+                        table = ParquetFile(file)
                         columns = columns_of(self.config, table.schema_arrow.names)
-                        self._groups[key] = (table.read_row_group(group, _names(columns)), columns)
+                        self._groups[key] = (table.read_row_group(group, columns.names), columns)
+                except FileNotFoundError as error:
+                    raise BadSample("missing file", path) from error
                 except (pyarrow.ArrowException, OSError) as error:
                     raise BadSample("damaged parquet", f"{path}: {error}") from error
                 if len(self._groups) > _KEPT_GROUPS:
@@ -89,31 +96,9 @@ class Parquet(Source):
             return self._groups[key]
 
 
-def _parquet_file(file: Any) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DeepGenError("parquet sources need pyarrow; run: pip install 'deepgen-jax[data]'") from error
-    return ParquetFile(file)
-
-
-def _names(columns: Columns) -> list[str]:
-    return list(dict.fromkeys((*columns.text, *columns.image, *columns.references)))
-
-
 def _holds_paths(kind: Any) -> bool:
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
     return types.is_string(kind) or types.is_large_string(kind)
-
-
-def _image(value: Any, root: str) -> ImageData:
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, str) and value:
-        return Blob(join(root, value))
-    if isinstance(value, bytes):
-        return value
-    raise BadSample("missing field", "an image is neither bytes nor a path")

@@ -8,11 +8,12 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from deepgen_jax.data import files
+from deepgen_jax.data import storage
 from deepgen_jax.data.data_config import SourceConfig
-from deepgen_jax.data.files import FileInfo
+from deepgen_jax.data.file_listing import list_files
 from deepgen_jax.data.sources.array_record import ShardReaders, check_columns, example_record
-from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged, read_file
+from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, damaged_row, read_file
+from deepgen_jax.data.storage import FileInfo
 from deepgen_jax.errors import DeepGenError
 
 # A TFRecord: length (8 bytes), its checksum (4), the data, their checksum (4).
@@ -28,7 +29,7 @@ class TensorFlowDataset(Source):
 
     def files(self) -> list[FileInfo]:
         where = f"source {self.config.name}"
-        return [info for path in self._shards() for info in files.list_files(glob.escape(path), ("",), where)]
+        return [info for path in self._shards() for info in list_files(glob.escape(path), ("",), where)]
 
     def scan(self, path: str) -> Iterator[Row]:
         first, last = self._shards()[path]
@@ -40,10 +41,13 @@ class TensorFlowDataset(Source):
                 if first <= number < last:
                     yield row
         except BadSample as bad:
-            yield damaged(bad, path, bad.__cause__)
+            yield damaged_row(bad, path, bad.__cause__)
 
     def read(self, row: Row) -> Record:
-        return example_record(self.config, self._bytes(row), f"{row[0]}: record {row[1]}")
+        return example_record(self.config, self._bytes(row))
+
+    def place(self, row: Row) -> str:
+        return f"{row[0]}: record {row[1]}" if len(row) == 2 else f"{row[0]}: byte {row[1]}"
 
     def _array_records(self, path: str) -> Iterator[Row]:
         yield from ([path, record] for record in range(self._readers.open(path).num_records()))
@@ -77,7 +81,7 @@ class TensorFlowDataset(Source):
 
 
 def _tf_records(path: str) -> Iterator[Row]:
-    with files.open_file(path) as file:
+    with storage.open_file(path) as file:
         end = file.seek(0, os.SEEK_END)
         position = 0
         while position < end:

@@ -1,4 +1,4 @@
-"""Prompts of training samples: lengths for the index, tokens for the batch, long ones cut from the left."""
+"""Tokens of training prompts: their number for the index, ids and positions for the batch; long ones are cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepgen_jax.data.sources import BadSample
 from deepgen_jax.data.tokens import PromptTokenizer, TokenizedPrompt, format_prompt, rope_positions
 
 
-class Prompts:
+class PromptEncoder:
     """Tokenises the texts of samples; picklable, so that workers get one each."""
 
     def __init__(self, tokenizer: Path, model: DeepGenConfig) -> None:
@@ -29,11 +29,11 @@ class Prompts:
         self.model = model
         self._tokenizer = PromptTokenizer(tokenizer, model)
         #: Tokens of the empty text-to-image prompt.
-        self.empty = self.words("", None)
-        #: Tells this tokenizer from others.
+        self.empty = self.length("", None)
+        #: Of the tokenizer's file.
         self.digest = hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
 
-    def words(self, text: str, references: int | None) -> int:
+    def length(self, text: str, references: int | None) -> int:
         """Tokens of a prompt in its template, image tokens not counted, before any cut.
 
         Args:
@@ -57,33 +57,33 @@ class Prompts:
             raise BadSample("reserved token in text", text[:80])
         return len(ids) - images
 
-    def kept(self, words: np.ndarray) -> np.ndarray:
-        """How many of so many words are left after the cut."""
-        return np.minimum(words, self.model.max_prompt_tokens)
+    def kept(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths after the cut."""
+        return np.minimum(lengths, self.model.max_prompt_tokens)
 
-    def __call__(self, text: str, references: Sequence[tuple[int, int]] | None, words: int) -> TokenizedPrompt:
+    def __call__(self, text: str, references: Sequence[tuple[int, int]] | None, length: int) -> TokenizedPrompt:
         """The tokens of a prompt, cut from the left to ``max_prompt_tokens`` and the image tokens.
 
-        The template of an edit starts with its images: there the cut takes the first words behind them, so that every
-        image keeps all its tokens.
+        The template of an edit starts with its images: there the cut takes the first tokens after them, so that every
+        image keeps all of its own.
 
         Args:
           text: the user's words.
           references: (width, height) of each reference image at its bucket's size; None for text-to-image.
-          words: what `words` said when the text was indexed.
+          length: what `length` gave when the text was indexed.
 
         Raises:
           BadSample: the text has another length now.
         """
         prompt = self._tokenizer(text, references)
         grids = [self._tokenizer.image_grid(*size) for size in references or ()]
-        if len(prompt.input_ids) - sum(rows * columns for rows, columns in grids) != words:
+        if len(prompt.input_ids) - sum(rows * columns for rows, columns in grids) != length:
             raise BadSample("changed since indexed", "the text has another length")
-        if words <= self.model.max_prompt_tokens:
+        if length <= self.model.max_prompt_tokens:
             return prompt
         if not grids:
             return prompt.last(self.model.max_prompt_tokens)
-        config, excess = self.model.text, words - self.model.max_prompt_tokens
+        config, excess = self.model.text, length - self.model.max_prompt_tokens
         images_end = int(np.flatnonzero(prompt.input_ids == config.vision_end_token_id)[-1]) + 1
         ids = np.delete(prompt.input_ids, slice(images_end, images_end + excess))
         return TokenizedPrompt(ids, rope_positions(ids, grids, config.image_token_id, self.model.bridge.num_queries))

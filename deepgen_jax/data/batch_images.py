@@ -1,4 +1,4 @@
-"""What a batch holds of its samples' images: their pixels, or the features that were cached of them."""
+"""Images of a batch: their pixels, or features cached from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepgen_jax.data.sources.base import CachedImage
 from deepgen_jax.data.transforms import resize
 
 
-class Payload(Protocol):
+class BatchImages(Protocol):
     """The images of a batch, filled in sample by sample, from several threads."""
 
     def put(self, place: int, record: Record, stored: Sequence[Sequence[int]]) -> None:
@@ -34,7 +34,7 @@ class Payload(Protocol):
         """The batch's entries."""
 
 
-class Pixels:
+class PixelBatch:
     """``target`` and ``references``: uint8 [B, H, W, 3], resized to a bucket."""
 
     def __init__(self, config: DataConfig, bucket: Bucket, count: int) -> None:
@@ -43,7 +43,7 @@ class Pixels:
         self._images = tuple(np.zeros((count, height, width, 3), np.uint8) for width, height in self._sizes)
 
     def put(self, place: int, record: Record, stored: Sequence[Sequence[int]]) -> None:
-        """See `Payload`."""
+        """See `BatchImages`."""
         config = self._config
         _check_count(record, self._sizes)
         # The index pads its sizes to the most images that a sample has.
@@ -55,12 +55,12 @@ class Pixels:
             pixels[place] = np.asarray(resize(image, config.image_size, config.transform, size))
 
     def entries(self) -> dict[str, Any]:
-        """See `Payload`."""
+        """See `BatchImages`."""
         target, *references = self._images
         return {"target": target, "references": tuple(references)}
 
 
-class Layout(NamedTuple):
+class FeatureShapes(NamedTuple):
     """Shapes of features: pixels a latent, latent channels, pixels a VLM token, channels and dtype of the tokens."""
 
     downscale: int
@@ -70,21 +70,21 @@ class Layout(NamedTuple):
     dtype: Any
 
 
-class Cached:
+class FeatureBatch:
     """``features``: posteriors of the target and of each reference, and VLM tokens."""
 
-    def __init__(self, layout: Layout, bucket: Bucket, count: int) -> None:
+    def __init__(self, features: FeatureShapes, bucket: Bucket, count: int) -> None:
         self._sizes: Sizes = (bucket.target, *bucket.references)
-        shapes = [(height // layout.downscale, width // layout.downscale) for width, height in self._sizes]
+        shapes = [(height // features.downscale, width // features.downscale) for width, height in self._sizes]
         self._moments = tuple(
-            tuple(np.zeros((count, *shape, layout.channels), np.float32) for _ in range(2)) for shape in shapes
+            tuple(np.zeros((count, *shape, features.channels), np.float32) for _ in range(2)) for shape in shapes
         )
-        lengths = [width * height // layout.token_pixels**2 for width, height in bucket.references]
+        lengths = [width * height // features.token_pixels**2 for width, height in bucket.references]
         self._ends = np.cumsum([0, *lengths]).tolist()
-        self._tokens = np.zeros((count, self._ends[-1], layout.hidden), layout.dtype)
+        self._tokens = np.zeros((count, self._ends[-1], features.hidden), features.dtype)
 
     def put(self, place: int, record: Record, stored: Sequence[Sequence[int]]) -> None:
-        """See `Payload`."""
+        """See `BatchImages`."""
         _check_count(record, self._sizes)
         for number, (image, size) in enumerate(zip(record.images, self._sizes, strict=True)):
             assert isinstance(image, CachedImage)
@@ -99,7 +99,7 @@ class Cached:
                 batch[place] = array
 
     def entries(self) -> dict[str, Any]:
-        """See `Payload`."""
+        """See `BatchImages`."""
         target, *references = self._moments
         return {"features": {"target": target, "references": tuple(references), "image_tokens": self._tokens}}
 
