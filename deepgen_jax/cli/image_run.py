@@ -139,8 +139,14 @@ class ImageRun:
             return []
         sizes = batch_sizes(planned, self._whole_batch())
         failures: list[Failure] = []
+        layers = [0.0, 0.0]
+
+        def count(done: float, total: float) -> None:
+            layers[0] += done
+            layers[1] += total
+
         with progress_bar(len(planned), len(planned) - len(todo), "images") as bar:
-            for batch in render(pipe, todo, sizes, self.settings):
+            for batch in render(pipe, todo, sizes, self.settings, count):
                 for request, result in batch:
                     if isinstance(result, DeepGenError):
                         failures.append(Failure(request.source, str(result)))
@@ -150,6 +156,11 @@ class ImageRun:
                 bar.update(len(batch))
                 if self.processes.any(stopped()):
                     break
+        import jax
+
+        if layers[1] and jax.process_index() == 0:
+            saved = 1 - layers[0] / layers[1]
+            print(f"{layers[0]:.0f} of {layers[1]:.0f} evaluations of MMDiT layers were run, {saved:.0%} saved")
         return failures
 
     def _missing(self, requests: Sequence[Request], missing: Collection[str]) -> list[Request]:

@@ -23,6 +23,7 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import LocalPath, refuse_url
+from deepgen_jax.inference.acceleration import Acceleration, interval_of
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
@@ -82,6 +83,12 @@ class SamplingCommand(PromptArguments):
     """euler (default), heun, dpmpp_2m, or with added noise cps, flow, dance; or module:Class."""
     negative_prompt: str = ""
     """What to keep away from."""
+    cache: Annotated[float | None, arg(metavar="THRESHOLD", help_behavior_hint="(default: off)")] = None
+    """Skip the MMDiT's later layers in steps where its first layer changes by less than this share, such as 0.08."""
+    taylor: bool = False
+    """With --cache: extrapolate skipped layers from the last two evaluations instead of repeating them."""
+    guidance_interval: Annotated[str | None, arg(metavar="START,STOP", help_behavior_hint="(default: all)")] = None
+    """Guide in this part of the steps alone, such as 0,0.6 for the first three fifths."""
     padding: Padding = "reference"
     """How prompts of different length share a batch: as the released system treats each alone, as it treats the batch
     (one prompt only), or with padding hidden."""
@@ -131,6 +138,9 @@ class SamplingCommand(PromptArguments):
             strict_size=self.strict_size,
             max_reference_pixels=side * side,
             max_image_pixels=int(self.max_image_megapixels * 1e6),
+            acceleration=Acceleration(
+                self.cache, self.taylor, None if self.guidance_interval is None else interval_of(self.guidance_interval)
+            ),
         )
 
     def run(self) -> int:

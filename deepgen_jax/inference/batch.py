@@ -13,6 +13,7 @@ from PIL import Image
 from deepgen_jax.data.images import MAX_PIXELS, image_size, load_image
 from deepgen_jax.data.tokens import Padding
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.inference.acceleration import Acceleration
 from deepgen_jax.inference.image_inputs import fit_reference, reference_size, round_size
 from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
@@ -46,6 +47,7 @@ class Settings:
       max_reference_pixels: larger references are reduced to about this area.
       exact_reference_size: (width, height) that every reference is resized to, its aspect lost, as benchmarks ask.
       max_image_pixels: image files of more pixels are not decoded.
+      acceleration: work that is skipped.
     """
 
     negative_prompt: str = ""
@@ -66,6 +68,7 @@ class Settings:
     max_reference_pixels: int = 512 * 512
     exact_reference_size: tuple[int, int] | None = None
     max_image_pixels: int = MAX_PIXELS
+    acceleration: Acceleration = field(default_factory=Acceleration)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,11 @@ def batch_sizes(requests: Sequence[Request], batch_size: int) -> dict[Layout, in
 
 
 def render(
-    pipe: Callable[..., Any], requests: Sequence[Request], sizes: dict[Layout, int], settings: Settings
+    pipe: Callable[..., Any],
+    requests: Sequence[Request],
+    sizes: dict[Layout, int],
+    settings: Settings,
+    count_evaluations: Callable[[float, float], None] | None = None,
 ) -> Iterator[list[tuple[Request, Image.Image | DeepGenError]]]:
     """Makes the images, layout by layout in batches; yields a finished batch at a time.
 
@@ -163,6 +170,9 @@ def render(
       pipe: a ``DeepGenPipeline``.
       requests: what to make, in any order.
       sizes: from `batch_sizes` over the whole plan, so that a resumed run uses the same programs.
+      settings: shared by all.
+      count_evaluations: called after an accelerated batch with the MMDiT layers evaluated, and those without
+        acceleration.
 
     Raises:
       DeepGenError: the device is out of memory.
@@ -180,10 +190,10 @@ def render(
             except DeepGenError as error:
                 yield [(request, error)]
             if len(ready) == size:
-                yield _batch(pipe, ready, size, settings)
+                yield _batch(pipe, ready, size, settings, count_evaluations)
                 ready, loaded = [], {}
         if ready:
-            yield _batch(pipe, ready, size, settings)
+            yield _batch(pipe, ready, size, settings, count_evaluations)
 
 
 def _requests(record: Record, settings: Settings, check_prompt: PromptCheck, where: str) -> list[Request]:
@@ -247,7 +257,11 @@ def _reference(path: Path, settings: Settings, loaded: dict[Path, Image.Image]) 
 
 
 def _batch(
-    pipe: Callable[..., Any], ready: list[tuple[Request, list[Image.Image]]], size: int, settings: Settings
+    pipe: Callable[..., Any],
+    ready: list[tuple[Request, list[Image.Image]]],
+    size: int,
+    settings: Settings,
+    count_evaluations: Callable[[float, float], None] | None,
 ) -> list[tuple[Request, Image.Image | DeepGenError]]:
     rows = ready + ready[-1:] * (size - len(ready))
     requests = [request for request, _ in rows]
@@ -266,6 +280,7 @@ def _batch(
             padding=settings.padding,
             reference_posterior=settings.reference_posterior,
             output_type="pil",
+            **settings.acceleration.arguments(),
         )
     except DeepGenError as error:
         return [(request, error) for request, _ in ready]
@@ -275,4 +290,6 @@ def _batch(
         mend = "use a smaller --batch-size" if size > 1 else "use a smaller --size or split the model with --mesh"
         what = f"{size} images of {first.width}x{first.height} in a batch"
         raise DeepGenError(f"out of memory for {what}; {mend}") from error
+    if count_evaluations is not None and (evaluations := getattr(out, "evaluations", None)) is not None:
+        count_evaluations(*evaluations)
     return [(request, image) for (request, _), image in zip(ready, out.images, strict=False)]

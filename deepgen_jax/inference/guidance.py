@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from deepgen_jax.models.block_cache import BlockCache
 from deepgen_jax.models.deepgen import DeepGen
 
 
@@ -47,8 +48,31 @@ def guided_velocity(
     Returns:
       float32 [B, num_targets, D].
     """
-    batch, sides = patches.shape[0], 1 if guidance_scale is None else 2
-    v = model.apply(
+    sides = 1 if guidance_scale is None else 2
+    v, _ = velocity_of_sides(
+        model, variables, patches, position_ids, sigma, condition, sides, patch_mask, num_targets, None
+    )
+    return combine(v, guidance_scale)
+
+
+def velocity_of_sides(
+    model: DeepGen,
+    variables: Mapping[str, Any],
+    patches: jax.Array,
+    position_ids: jax.Array,
+    sigma: jax.Array,
+    condition: Condition,
+    sides: int,
+    patch_mask: jax.Array | None,
+    num_targets: int | None,
+    cache: BlockCache | None,
+) -> tuple[jax.Array, BlockCache | None]:
+    """Velocity of every sample on each of its ``sides``: [sides * B, num_targets, D], and the cache where there is one.
+
+    The other arguments are as for :func:`guided_velocity`; ``condition`` and ``cache`` are of sides * B samples.
+    """
+    batch = patches.shape[0]
+    out: Any = model.apply(
         variables,
         jnp.repeat(patches, sides, axis=0),
         jnp.repeat(position_ids, sides, axis=0),
@@ -58,10 +82,15 @@ def guided_velocity(
         None if patch_mask is None else jnp.repeat(patch_mask, sides, axis=0),
         condition.mask,
         num_targets,
+        cache,
         method="velocity",
     )
-    assert isinstance(v, jax.Array)
+    return out if cache is not None else (out, None)
+
+
+def combine(velocity: jax.Array, guidance_scale: ArrayLike | None) -> jax.Array:
+    """Velocities [2 B, ...], prompt and negative prompt side by side -> guided [B, ...]; [B, ...] without guidance."""
     if guidance_scale is None:
-        return v
-    v = v.reshape(batch, 2, *v.shape[1:])
+        return velocity
+    v = velocity.reshape(-1, 2, *velocity.shape[1:])
     return v[:, 1] + guidance_scale * (v[:, 0] - v[:, 1])

@@ -83,6 +83,7 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
     if request.sampler != "euler":
         # Left out otherwise, as in folders made before there were other samplers.
         what["sampler"] = request.sampler
+    what |= settings.acceleration.arguments()
     if request.images:
         what |= {
             "image_sha256": [_file_digest(path) for path in request.images],

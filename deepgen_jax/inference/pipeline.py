@@ -22,11 +22,13 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.samplers import get_sampler
 from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
+from deepgen_jax.inference.accelerated import start_work
+from deepgen_jax.inference.acceleration import Acceleration, interval_of
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.defaults import Sampling, resolve_sampling, resolve_size
 from deepgen_jax.inference.known_words import KnownWords, read_known_words
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
-from deepgen_jax.inference.rows import OnStep, PreviewCallback, on_step_of, run_each_row
+from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step_of, run_each_row
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
@@ -48,10 +50,12 @@ class PipelineOutput:
     Attributes:
       images: PIL images, uint8 [B, H, W, 3], or None for ``output_type="latent"``.
       latents: float32 [B, C, H/8, W/8], normalised.
+      evaluations: MMDiT layers evaluated and those without acceleration, summed over images; None without it.
     """
 
     images: list[Image.Image] | np.ndarray | None
     latents: np.ndarray
+    evaluations: tuple[float, float] | None = None
 
 
 class DeepGenPipeline:
@@ -118,6 +122,9 @@ class DeepGenPipeline:
         sampler: str | None = None,
         callback: PreviewCallback | None = None,
         callback_every: int = 1,
+        cache: float | None = None,
+        taylor: bool = False,
+        guidance_interval: Sequence[float] | None = None,
     ) -> PipelineOutput:
         """Generates images from prompts, or edits reference images where ``image`` is given.
 
@@ -145,6 +152,8 @@ class DeepGenPipeline:
           callback: called with a `Preview` after every ``callback_every`` steps and after the last one, perhaps from
             another thread; what it raises ends the call.
           callback_every: steps between previews.
+          cache, taylor, guidance_interval: skip work, see :class:`~deepgen_jax.inference.acceleration.Acceleration`;
+            images computed together share a cache's decisions.
 
         Raises:
           DeepGenError: arguments that do not fit the model or each other.
@@ -154,6 +163,7 @@ class DeepGenPipeline:
         if callback_every < 1:
             raise DeepGenError(f"callback_every is {callback_every}; use at least 1")
         sampling = resolve_sampling(self.config, num_inference_steps, guidance_scale, sampler)
+        saving = Acceleration(cache, taylor, None if guidance_interval is None else interval_of(guidance_interval))
         requests = self._requests(prompt, image, negative_prompt, seed)
         first = next((refs[0].size for refs in requests.images if refs), None)
         width, height = resolve_size(self.config, width, height, () if first is None else (first,))
@@ -167,23 +177,25 @@ class DeepGenPipeline:
             self.known_words.warn(requests.prompts)
         decode = output_type != "latent"
 
-        def run(requests: Requests, rows: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray]:
+        def run(requests: Requests, rows: Sequence[int]) -> Sampled:
             noise = self._initial_noise(requests, shape, None if latents is None else latents[list(rows)])
             posterior_noise = None if reference_noise is None else [reference_noise[row] for row in rows]
             references = self._references(requests, reference_posterior, posterior_noise)
             return self._sample(
-                requests, noise, references, sampling, padding, decode, on_step_of(callback, rows), callback_every
-            )
+                requests, noise, references, sampling, saving, padding, decode, on_step_of(callback, rows),
+                callback_every,
+            )  # fmt: skip
 
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         if self.mesh.size == 1 and on_cpu and padding != "batch":
-            pixels, final = run_each_row(run, requests)
+            sampled = run_each_row(run, requests)
         else:
-            pixels, final = run(requests, range(requests.count))
+            sampled = run(requests, range(requests.count))
+        pixels = sampled.pixels
         images: list[Image.Image] | np.ndarray | None = None
         if pixels is not None:
             images = [Image.fromarray(array) for array in pixels] if output_type == "pil" else pixels
-        return PipelineOutput(images, final)
+        return PipelineOutput(images, sampled.latents, sampled.evaluations)
 
     def _sample(
         self,
@@ -191,22 +203,27 @@ class DeepGenPipeline:
         noise: jax.Array,
         references: programs.References | None,
         sampling: Sampling,
+        saving: Acceleration,
         padding: Padding,
         decode: bool,
         on_step: OnStep | None,
         every: int,
-    ) -> tuple[np.ndarray | None, np.ndarray]:
-        """uint8 images [B, H, W, 3] (None without ``decode``) and latents [B, C, h, w] of requests, run together."""
+    ) -> Sampled:
+        """Requests, run together; without ``decode`` there are latents alone."""
         guidance = None if sampling.guidance == 1.0 else jnp.float32(sampling.guidance)
         condition = self._condition(requests, padding, guided=guidance is not None)
         size, steps = (noise.shape[2], noise.shape[3]), sampling.steps
         tokens = size[0] * size[1] // self.config.mmdit.patch_size**2
-        sigmas = jnp.asarray(programs.padded_sigmas(make_sigmas(self.scheduler, steps, tokens)))
+        levels = np.asarray(make_sigmas(self.scheduler, steps, tokens))
+        sigmas = jnp.asarray(programs.padded_sigmas(levels))
         mmdit = {"mmdit": self.params["mmdit"]}
         keys = None
         if get_sampler(sampling.sampler).stochastic:
             keys = programs.sample_keys(*self._seeds(requests))
-        state = programs.start_denoising(self.model, noise, sampling.sampler)
+        work = None
+        if saving:
+            work = start_work(self.model, saving, len(noise), tokens, levels, guided=guidance is not None)
+        state = programs.start_denoising(self.model, noise, sampling.sampler, work)
         bounds = [*range(0, steps, every if on_step else steps), steps]
         for begin, end in pairwise(bounds):
             state = programs.denoise_steps(
@@ -221,7 +238,9 @@ class DeepGenPipeline:
         if decode:
             pixels = programs.vae_decode(self.model, self._vae, final, one_by_one=self.mesh.size == 1)
             images = to_uint8(to_host(pixels)[: requests.count])
-        return images, to_host(final)[: requests.count]
+        done = state.cache
+        evaluations = (requests.count * float(done.done), requests.count * float(done.all)) if saving else None
+        return Sampled(images, to_host(final)[: requests.count], evaluations)
 
     def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
         """Tokens of one plain prompt text, the template applied inside.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepgen_jax.flow import samplers
+from deepgen_jax.inference.accelerated import Work, accelerated_velocity
 from deepgen_jax.inference.guidance import Condition, guided_velocity
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
@@ -113,9 +114,9 @@ def denoise(
 
 
 @partial(jax.jit, static_argnames=("model", "sampler"))
-def start_denoising(model: DeepGen, noise: jax.Array, sampler: str) -> samplers.State:
-    """State before the first step from initial latents [B, C, h, w]."""
-    return samplers.start(sampler, grids.patchify(noise, model.config.mmdit.patch_size))
+def start_denoising(model: DeepGen, noise: jax.Array, sampler: str, work: Work | None = None) -> samplers.State:
+    """State before the first step from initial latents [B, C, h, w]; ``work`` where steps are accelerated."""
+    return samplers.start(sampler, grids.patchify(noise, model.config.mmdit.patch_size), () if work is None else work)
 
 
 @partial(device_jit, static_argnames=("model", "sampler", "size"))
@@ -138,14 +139,14 @@ def denoise_steps(
 
     Args:
       model, params, references, condition, guidance_scale: as for :func:`denoise`.
-      state: of :func:`start_denoising` or an earlier call.
+      state: of :func:`start_denoising` or an earlier call; its cache says whether steps are accelerated.
       sigmas: float32, padded by :func:`padded_sigmas`.
       first, last: int32 scalars.
       keys: [B] of :func:`sample_keys`, which stochastic samplers draw their noise from; None for others.
       sampler: name of the sampler.
       size: (height, width) of the latents.
     """
-    velocity = _velocity_fn(model, params, size, state.x, references, condition, guidance_scale)
+    velocity = _cached_velocity_fn(model, params, size, state, references, condition, guidance_scale)
 
     def noise(step: jax.Array) -> jax.Array:
         assert keys is not None
@@ -153,8 +154,7 @@ def denoise_steps(
         return jax.vmap(draw)(keys)
 
     noise_fn = None if keys is None else noise
-    uncached = lambda x, sigma, cache: (velocity(x, sigma), cache)  # noqa: E731
-    return samplers.advance(sampler, uncached, state, sigmas, first, last, noise_fn)
+    return samplers.advance(sampler, velocity, state, sigmas, first, last, noise_fn)
 
 
 @partial(jax.jit, static_argnames=("model", "size"))
@@ -184,22 +184,57 @@ def _velocity_fn(
     guidance_scale: jax.Array | None,
 ) -> samplers.VelocityFn:
     """(target tokens [B, T, D], sigma) -> guided velocity."""
+    ids, mask = _tokens(model, size, x, references)
+
+    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        tokens, variables = _with_references(x, references), {"params": params}
+        return guided_velocity(model, variables, tokens, ids, sigma, condition, guidance_scale, mask, x.shape[1])
+
+    return velocity
+
+
+def _cached_velocity_fn(
+    model: DeepGen,
+    params: Params,
+    size: tuple[int, int],
+    state: samplers.State,
+    references: References | None,
+    condition: Condition,
+    guidance_scale: jax.Array | None,
+) -> samplers.CachedVelocityFn:
+    """(target tokens, sigma, cache) -> guided velocity and the next cache, which is a `Work` where steps save some."""
+    if not isinstance(state.cache, Work):
+        plain = _velocity_fn(model, params, size, state.x, references, condition, guidance_scale)
+        return lambda x, sigma, cache: (plain(x, sigma), cache)
+    ids, mask = _tokens(model, size, state.x, references)
+
+    def velocity(x: jax.Array, sigma: jax.Array, work: Work) -> tuple[jax.Array, Work]:
+        tokens, variables = _with_references(x, references), {"params": params}
+        return accelerated_velocity(
+            model, variables, tokens, ids, sigma, condition, guidance_scale, mask, x.shape[1], work
+        )
+
+    return velocity
+
+
+def _tokens(
+    model: DeepGen, size: tuple[int, int], x: jax.Array, references: References | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Position ids [B, N] and mask [B, N] or None of the MMDiT's image tokens."""
     config = model.config.mmdit
     batch, num_targets = x.shape[:2]
     targets = grids.position_ids(*size, config.patch_size, config.pos_embed_max_size)
     ids = jnp.broadcast_to(jnp.asarray(targets), (batch, num_targets))
-    mask = None
-    if references is not None:
-        ids = jnp.concatenate([ids, references.position_ids], axis=1)
-        if references.mask is not None:
-            mask = jnp.concatenate([jnp.ones((batch, num_targets), bool), references.mask], axis=1)
+    if references is None:
+        return ids, None
+    ids = jnp.concatenate([ids, references.position_ids], axis=1)
+    if references.mask is None:
+        return ids, None
+    return ids, jnp.concatenate([jnp.ones((batch, num_targets), bool), references.mask], axis=1)
 
-    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        tokens = x if references is None else jnp.concatenate([x, references.patches.astype(x.dtype)], axis=1)
-        variables = {"params": params}
-        return guided_velocity(model, variables, tokens, ids, sigma, condition, guidance_scale, mask, num_targets)
 
-    return velocity
+def _with_references(x: jax.Array, references: References | None) -> jax.Array:
+    return x if references is None else jnp.concatenate([x, references.patches.astype(x.dtype)], axis=1)
 
 
 @partial(jax.jit, static_argnames="model")

@@ -28,6 +28,21 @@ class Preview:
     latents: np.ndarray
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What sampling of some requests gives.
+
+    Attributes:
+      pixels: uint8 [B, H, W, 3], None where they are not wanted.
+      latents: float32 [B, C, h, w].
+      evaluations: MMDiT layers evaluated and those without acceleration, summed over images; None without it.
+    """
+
+    pixels: np.ndarray | None
+    latents: np.ndarray
+    evaluations: tuple[float, float] | None = None
+
+
 PreviewCallback = Callable[[Preview], None]
 #: (steps done, all steps, clean latents).
 OnStep = Callable[[int, int, np.ndarray], None]
@@ -40,9 +55,7 @@ def on_step_of(callback: PreviewCallback | None, rows: Sequence[int]) -> OnStep 
     return lambda step, steps, latents: callback(Preview(tuple(rows), step, steps, latents))
 
 
-def run_each_row(
-    run: Callable[[Requests, Sequence[int]], tuple[np.ndarray | None, np.ndarray]], requests: Requests
-) -> tuple[np.ndarray | None, np.ndarray]:
+def run_each_row(run: Callable[[Requests, Sequence[int]], Sampled], requests: Requests) -> Sampled:
     """Runs each request by itself, several at a time: XLA's CPU products round differently in batches of other sizes.
 
     The first runs alone, so that the programs are compiled once.
@@ -51,5 +64,7 @@ def run_each_row(
     if requests.count > 1:
         with ThreadPoolExecutor(min(requests.count - 1, os.cpu_count() or 1)) as pool:
             results += pool.map(lambda i: run(requests.row(i), [i]), range(1, requests.count))
-    pixels, latents = zip(*results, strict=True)
-    return (None if pixels[0] is None else np.concatenate(pixels)), np.concatenate(latents)
+    pixels = None if results[0].pixels is None else np.concatenate([np.asarray(one.pixels) for one in results])
+    counts = [one.evaluations for one in results if one.evaluations is not None]
+    evaluations = (sum(done for done, _ in counts), sum(total for _, total in counts)) if counts else None
+    return Sampled(pixels, np.concatenate([one.latents for one in results]), evaluations)

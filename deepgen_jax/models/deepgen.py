@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.models.attention import Attention
+from deepgen_jax.models.block_cache import BlockCache
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.mmdit import MMDiT
 from deepgen_jax.models.qwen_text import QwenText
@@ -53,7 +54,7 @@ class DeepGen(nn.Module):
         image = self.encode_images(jnp.zeros((*cell.shape, cfg.vision.patch_dim)), cell, cell, cell)
         pooled, sequence = self.condition(ids, positions, mask, mask, ids, image[0])
         patch = jnp.zeros((1, 1, cfg.mmdit.in_channels * cfg.mmdit.patch_size**2))
-        velocity = self.velocity(patch, ids, jnp.zeros((1,)), pooled, sequence)
+        velocity: Any = self.velocity(patch, ids, jnp.zeros((1,)), pooled, sequence)
         mean, _ = self.vae_encode(jnp.zeros((1, cfg.vae.downscale, cfg.vae.downscale, cfg.vae.in_channels)))
         return velocity, self.vae_decode(mean)
 
@@ -114,8 +115,9 @@ class DeepGen(nn.Module):
         patch_mask: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         num_targets: int | None = None,
-    ) -> jax.Array:
-        """Velocity of the target's patches; see :class:`MMDiT`."""
+        cache: BlockCache | None = None,
+    ) -> jax.Array | tuple[jax.Array, BlockCache]:
+        """Velocity of the target's patches, and with ``cache`` the next cache; see :class:`MMDiT`."""
         return self.mmdit(
             patches,
             position_ids,
@@ -125,6 +127,7 @@ class DeepGen(nn.Module):
             patch_mask=patch_mask,
             context_mask=context_mask,
             num_targets=num_targets,
+            cache=cache,
         )
 
     def vae_encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.block_cache import BlockCache, Layer, Streams, run_cached
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
 from deepgen_jax.models.layout import head_rows, split_tokens, token_rows
 from deepgen_jax.models.patches import sincos_table
@@ -248,7 +249,8 @@ class MMDiT(nn.Module):
         patch_mask: jax.Array | None = None,
         context_mask: jax.Array | None = None,
         num_targets: int | None = None,
-    ) -> jax.Array:
+        cache: BlockCache | None = None,
+    ) -> jax.Array | tuple[jax.Array, BlockCache]:
         """Velocity at a timestep.
 
         Args:
@@ -261,9 +263,10 @@ class MMDiT(nn.Module):
           patch_mask: [B, N] bool, False at padding, which nothing attends to; None where there is none.
           context_mask: [B, L] bool, False at condition tokens that nothing attends to; None where there are none.
           num_targets: number of leading tokens that belong to the target images; None: all.
+          cache: of the evaluation before, whose timesteps are all the same; None runs all layers.
 
         Returns:
-          float32 [B, num_targets, p * p * C_out].
+          float32 [B, num_targets, p * p * C_out], and with ``cache`` the cache for the next evaluation.
         """
         cfg = self.config
         num_targets = patches.shape[1] if num_targets is None else num_targets
@@ -278,18 +281,38 @@ class MMDiT(nn.Module):
         visible = _visible_keys(image, context, patch_mask, context_mask)
         visible_patches: Visible = {} if patch_mask is None else {"key_mask": patch_mask}
         streams = (image, context)
-        for i, run in enumerate(block_runs(cfg)):
-            layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
-            streams, _ = layers(
-                cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention, name=f"blocks_{i}"
-            )(streams, conditioning, visible, visible_patches)
+        if cache is None:
+            for i, run in enumerate(block_runs(cfg)):
+                layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
+                streams, _ = layers(
+                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention, name=f"blocks_{i}"
+                )(streams, conditioning, visible, visible_patches)
+            target = streams[0][:, :num_targets]
+        else:
+            stacks = self._stacks(num_targets, conditioning, visible, visible_patches)
+            target, cache = run_cached(stacks, streams, cache, timestep[0] / 1000)
 
-        target = layer_norm(streams[0][:, :num_targets], _EPS)
+        target = layer_norm(target, _EPS)
         scale, shift = jnp.split(
             Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")(conditioning)[:, None], 2, axis=-1
         )
         features = cfg.patch_size**2 * cfg.out_channels
-        return Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
+        velocity = Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
+        return velocity if cache is None else (velocity, cache)
+
+    def _stacks(self, num_targets: int, *inputs: Any) -> list[tuple[Layer, Mapping[str, Any]]]:
+        """Runs of layers as functions of their parameters, for the cache to call."""
+        stacks: list[tuple[Layer, Mapping[str, Any]]] = []
+        for i, run in enumerate(block_runs(self.config)):
+            settings = (self.config, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention)
+            block = MMDiTBlock(*settings, parent=None)
+
+            def layer(params: Any, streams: Streams, block: MMDiTBlock = block) -> Streams:
+                out: Any = block.apply({"params": params}, streams, *inputs)
+                return out[0]
+
+            stacks.append((layer, self.variables["params"][f"blocks_{i}"]))
+        return stacks
 
     def _conditioning(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
         """Embeddings of the timestep and of the pooled condition, added: float32 [B, D]."""

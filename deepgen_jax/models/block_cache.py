@@ -1,0 +1,130 @@
+"""First-block cache: skips the MMDiT's later layers where its first layer says that little has changed.
+
+From one step to the next, layers add almost the same to the residual stream. The first layer always runs. Where its
+update of the target tokens is close to that of the last full evaluation (mean absolute difference relative to the mean
+absolute value, over the whole batch), the updates of all later layers are taken from then (ParaAttention's first-block
+cache), or extrapolated linearly in sigma from the last two full evaluations (TaylorSeer, Liu et al. 2025,
+arXiv 2503.06923, order 1). A batch decides together: a decision for each image under ``vmap`` would compute both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+#: (image [B, N, D], context [B, L, D]).
+Streams = tuple[jax.Array, jax.Array]
+#: (parameters of one layer, streams) -> streams.
+Layer = Callable[[Any, Streams], Streams]
+
+
+class BlockCache(NamedTuple):
+    """What is kept between evaluations; a pytree.
+
+    Attributes:
+      first: [B, T, D], update of the target tokens by the first layer, at the last full evaluation.
+      rest: [B, T, D], update by all later layers, then.
+      slope: [B, T, D], change of ``rest`` per unit of sigma between the last two full evaluations; zeros before there
+        were two.
+      sigma: float32 scalar, noise level of the last full evaluation; negative before the first.
+      threshold: float32 scalar, largest relative change of ``first`` at which later layers are skipped.
+      extrapolate: bool scalar, use ``slope``.
+      evaluations, full: int32 scalars, evaluations so far, and those that ran all layers.
+    """
+
+    first: jax.Array
+    rest: jax.Array
+    slope: jax.Array
+    sigma: jax.Array
+    threshold: jax.Array
+    extrapolate: jax.Array
+    evaluations: jax.Array
+    full: jax.Array
+
+    def rows(self, step: int) -> BlockCache:
+        """Of every ``step``-th sample: of those with their prompt, where guidance pairs each with its negative."""
+        return self._replace(first=self.first[::step], rest=self.rest[::step], slope=self.slope[::step])
+
+    def with_rows(self, other: BlockCache, step: int) -> BlockCache:
+        """``other``, of every ``step``-th sample, with the remaining samples as they are here."""
+        first, rest, slope = (
+            whole.at[::step].set(part)
+            for whole, part in zip(self[:3], other[:3], strict=True)
+        )  # fmt: skip
+        return other._replace(first=first, rest=rest, slope=slope)
+
+
+def empty_cache(
+    batch: int, tokens: int, width: int, dtype: DTypeLike, threshold: float, extrapolate: bool
+) -> BlockCache:
+    """A cache before the first evaluation of ``batch`` samples of ``tokens`` target tokens of ``width`` channels."""
+    zeros = jnp.zeros((batch, tokens, width), dtype)
+    return BlockCache(
+        zeros, zeros, zeros, jnp.float32(-1), jnp.float32(threshold), jnp.bool_(extrapolate), jnp.int32(0), jnp.int32(0)
+    )
+
+
+def run_cached(
+    stacks: Sequence[tuple[Layer, Mapping[str, Any]]], streams: Streams, cache: BlockCache, sigma: jax.Array
+) -> tuple[jax.Array, BlockCache]:
+    """Runs all layers, or the first alone.
+
+    Args:
+      stacks: runs of equal layers, each a function and its parameters, stacked on a first axis.
+      streams: input of the first layer.
+      cache: of the evaluation before.
+      sigma: float32 scalar, noise level.
+
+    Returns:
+      Target tokens [B, T, D] after the last layer, and the cache for the next evaluation.
+    """
+    layer, params = stacks[0]
+    count = cache.first.shape[1]
+    targets = streams[0][:, :count]
+    streams = layer(jax.tree.map(lambda x: x[0], params), streams)
+    after_first = streams[0][:, :count]
+    first = (after_first - targets).astype(cache.first.dtype)
+    full = (cache.sigma < 0) | (_relative_change(first, cache.first) > cache.threshold)
+
+    def later_layers(streams: Streams) -> jax.Array:
+        for number, (layer, params) in enumerate(stacks):
+            length = jax.tree.leaves(params)[0].shape[0]
+            # The first layer stays in its stack, which would be copied without it; it is passed over.
+            skipped = jnp.arange(length) == 0 if number == 0 else jnp.zeros(length, bool)
+
+            def body(streams: Streams, x: Any, layer: Layer = layer) -> tuple[Streams, None]:
+                skip, one = x
+                return jax.lax.cond(skip, lambda s: s, lambda s: layer(one, s), streams), None
+
+            streams, _ = jax.lax.scan(body, streams, (skipped, params))
+        return streams[0][:, :count]
+
+    def reused(_: Streams) -> jax.Array:
+        slope = jnp.where(cache.extrapolate, cache.slope, 0)
+        rest = cache.rest + (sigma - cache.sigma).astype(slope.dtype) * slope
+        return (after_first + rest).astype(after_first.dtype)
+
+    final = jax.lax.cond(full, later_layers, reused, streams)
+    rest = (final - after_first).astype(cache.rest.dtype)
+    distance = sigma - cache.sigma
+    slope = ((rest - cache.rest) / jnp.where(distance == 0, 1, distance)).astype(cache.slope.dtype)
+    # Before there are two full evaluations there is nothing to extrapolate from.
+    slope = jnp.where((cache.sigma >= 0) & (distance != 0), slope, 0)
+    updated = cache._replace(
+        first=jnp.where(full, first, cache.first),
+        rest=jnp.where(full, rest, cache.rest),
+        slope=jnp.where(full, slope, cache.slope),
+        sigma=jnp.where(full, sigma, cache.sigma),
+        evaluations=cache.evaluations + 1,
+        full=cache.full + full,
+    )
+    return final, updated
+
+
+def _relative_change(new: jax.Array, old: jax.Array) -> jax.Array:
+    new, old = new.astype(jnp.float32), old.astype(jnp.float32)
+    return jnp.mean(jnp.abs(new - old)) / jnp.maximum(jnp.mean(jnp.abs(old)), 1e-12)
