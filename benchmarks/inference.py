@@ -35,6 +35,7 @@ from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models import flops
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, make_mesh
 from deepgen_jax.parallel.rules import leaves
+from deepgen_jax.random_keys import Inference
 from deepgen_jax.stores.model_folder import read_manifest
 
 PROMPT = (
@@ -99,7 +100,7 @@ class Workload:
         vae = self.pipe.config.vae
         shape = (vae.latent_channels, self.height // vae.downscale, self.width // vae.downscale)
         seeds, indices = np.zeros(self.batch, np.uint32), np.arange(self.batch, dtype=np.uint32)
-        return self._split(programs.normal_noise(seeds, indices, shape, programs.INITIAL_NOISE))
+        return self._split(programs.normal_noise(seeds, indices, shape, Inference.INITIAL_NOISE))
 
     def sigmas(self) -> np.ndarray:
         """Noise levels."""

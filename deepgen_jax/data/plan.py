@@ -28,6 +28,7 @@ from deepgen_jax.data.mixture import integer_rates, interleave, task_at
 from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.shuffle import generator, permuted
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.random_keys import Data
 
 # Settings that decide how data are read, not which.
 _READING = ("sources", "cache_dir", "threads", "workers", "prefetch", "index_workers", "max_bad_share", "max_pixels")
@@ -170,15 +171,15 @@ class Plan:
         for cell, start, end in zip(cells, before.tolist(), after.tolist(), strict=True):
             for epoch in range(start // cell.size, -(-end // cell.size)):
                 low, high = max(start - epoch * cell.size, 0), min(end - epoch * cell.size, cell.size)
-                places = permuted(np.arange(low, high), cell.size, seed, "order", cell.source, bucket, epoch)
+                places = permuted(np.arange(low, high), cell.size, seed, Data.ORDER, cell.source, bucket, epoch)
                 rows.append(self._orders[cell.source].array[cell.start + places])
                 sources.append(np.full(high - low, cell.source))
                 epochs.append(np.full(high - low, epoch))
         # Mixed, because hosts take contiguous shares.
-        mixed = generator(seed, "slots", number).permutation(size)
+        mixed = generator(seed, Data.SLOTS, number).permutation(size)
         dropped = np.zeros(size, np.bool_)
         if name == "t2i":
-            dropped = generator(seed, "text", number).random(size) < self.config.text_drop
+            dropped = generator(seed, Data.TEXT_DROP, number).random(size) < self.config.text_drop
         mixed_sources, mixed_rows, mixed_epochs = (np.concatenate(part)[mixed] for part in (sources, rows, epochs))
         return self._batch(number, task.buckets[bucket], mixed_sources, mixed_rows, mixed_epochs, dropped)
 

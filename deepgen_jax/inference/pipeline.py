@@ -34,6 +34,7 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
+from deepgen_jax.random_keys import Inference
 from deepgen_jax.stores.model_folder import locate
 
 OutputType = Literal["pil", "np", "latent"]
@@ -381,7 +382,7 @@ class DeepGenPipeline:
         self, requests: Requests, shape: tuple[int, ...], latents: np.ndarray | jax.Array | None
     ) -> jax.Array:
         if latents is None:
-            return programs.normal_noise(*self._seeds(requests), shape, programs.INITIAL_NOISE)
+            return programs.normal_noise(*self._seeds(requests), shape, Inference.INITIAL_NOISE)
         return self._split(np.asarray(latents)[requests.rows])
 
     def _condition(self, requests: Requests, padding: Padding, guided: bool) -> programs.Condition:
@@ -437,5 +438,5 @@ class DeepGenPipeline:
 
     def _posterior_noise(self, requests: Requests, row: int, column: int, shape: tuple[int, ...]) -> np.ndarray:
         seed, index = (np.asarray([x[row]], np.uint32) for x in (requests.seeds, requests.indices))
-        purpose = programs.REFERENCE_POSTERIOR + column
+        purpose = Inference.REFERENCE_POSTERIOR + column
         return np.asarray(programs.normal_noise(seed, index, shape, purpose)[0])

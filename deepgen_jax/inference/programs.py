@@ -20,12 +20,9 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
 from deepgen_jax.parallel.jit_options import device_jit
+from deepgen_jax.random_keys import Inference
 
 Params = dict[str, Any]
-
-#: What a random key is for; keys are fold_in(fold_in(key(seed), sample index), purpose). Reference j draws the noise of
-#: its posterior with REFERENCE_POSTERIOR + j.
-INITIAL_NOISE, REFERENCE_POSTERIOR, STEP_NOISE = 0, 1, 2**31
 
 
 class References(NamedTuple):
@@ -42,7 +39,7 @@ def _apply(model: DeepGen, method: str, params: Params, *args: Any, **kwargs: An
 
 @partial(jax.jit, static_argnames=("shape", "purpose"))
 def normal_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...], purpose: int) -> jax.Array:
-    """Standard normal noise [B, *shape], each sample's from its own (seed, index) alone."""
+    """Standard normal noise [B, *shape], each sample's from its own (seed, index) and one purpose of `Inference`."""
 
     def one(seed: jax.Array, index: jax.Array) -> jax.Array:
         return jax.random.normal(_key(seed, index, purpose), shape, jnp.float32)
@@ -166,7 +163,7 @@ def to_latents(model: DeepGen, tokens: jax.Array, size: tuple[int, int]) -> jax.
 @jax.jit
 def sample_keys(seeds: jax.Array, indices: jax.Array) -> jax.Array:
     """Keys [B] of the noise that stochastic samplers add, each sample's from its own (seed, index) alone."""
-    return jax.vmap(lambda seed, index: _key(seed, index, STEP_NOISE))(seeds, indices)
+    return jax.vmap(lambda seed, index: _key(seed, index, Inference.STEP_NOISE))(seeds, indices)
 
 
 def padded_sigmas(sigmas: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
+from deepgen_jax.random_keys import Rollout
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult, nothing
@@ -34,7 +35,7 @@ from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.policy import policy_variables
 from deepgen_jax.rl.prompts import PromptSample, check_prompts, load_prompts
 from deepgen_jax.rl.rl_config import GRPOConfig
-from deepgen_jax.rl.rollout import UPDATE, Trajectory, concatenated, image_keys, initial_noise, rollout
+from deepgen_jax.rl.rollout import Trajectory, concatenated, image_keys, initial_noise, rollout
 from deepgen_jax.rl.step import (
     canvas_of,
     guidance_scale,
@@ -157,7 +158,7 @@ class GRPOStage:
             return initial_noise(seed, prompts, group, (tokens, width), share), image_keys(seed, images)
 
         def update_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), UPDATE), step)
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Rollout.UPDATE), step)
 
         self._begin = jax.jit(begin, out_shardings=(batch_sharding(mesh, 3), everywhere))
         self._update_key = jax.jit(update_key, out_shardings=everywhere)

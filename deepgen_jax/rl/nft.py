@@ -20,6 +20,7 @@ import optax
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.random_keys import ForwardProcess, Update
 from deepgen_jax.rl.advantages import CLIP
 from deepgen_jax.rl.losses import velocity_kl
 from deepgen_jax.rl.rl_config import NFTConfig
@@ -36,10 +37,6 @@ from deepgen_jax.rl.update import (
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.state import TrainState
-
-# An image's key is split by a rollout's steps first; draws have indices far above those.
-_FORWARD = 2**31
-_LEVEL, _NOISE = 0, 1
 
 
 def optimality(advantages: jax.Array) -> jax.Array:
@@ -127,9 +124,9 @@ def nft_gradients(
     shape = clean.shape[1:]
 
     def forward(key: jax.Array, draw: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(key, jnp.uint32(_FORWARD) + draw)
-        u = sample_u(jax.random.fold_in(key, _LEVEL), (), scheduler, settings.supervised.weighting)
-        noise = jax.random.normal(jax.random.fold_in(key, _NOISE), shape, jnp.float32)
+        key = jax.random.fold_in(key, jnp.uint32(ForwardProcess.DRAWS) + draw)
+        u = sample_u(jax.random.fold_in(key, ForwardProcess.NOISE_LEVEL), (), scheduler, settings.supervised.weighting)
+        noise = jax.random.normal(jax.random.fold_in(key, ForwardProcess.NOISE), shape, jnp.float32)
         return sigma_from_u(u, scheduler, shape[0]), noise
 
     def problem(draw: jax.Array, micro: jax.Array) -> Problem:
@@ -183,7 +180,7 @@ def nft_step(
     """
     if state.ema is None or settings.supervised.ema_decay is not None:
         raise ValueError("nft keeps its old policy in state.ema, with no moving average besides")
-    images = draw_images(jax.random.fold_in(keys.rollout, 0), clean.shape[0], settings.policy, part)
+    images = draw_images(jax.random.fold_in(keys.rollout, Update.PARTS), clean.shape[0], settings.policy, part)
     found = nft_gradients(
         model,
         settings,

@@ -13,6 +13,7 @@ import numpy as np
 from deepgen_jax.data.mixture import integer_rates, interleave
 from deepgen_jax.data.shuffle import permuted
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.random_keys import Data
 from deepgen_jax.rl.prompt_files import PromptDataset, SamplingMode, read_prompt_config, read_prompt_list
 
 
@@ -99,7 +100,7 @@ class PromptSampler:
         dataset = self.datasets[stream]
         epoch, place = divmod(int(counts[stream]), len(dataset.prompts))
         # By the name, so that a data set's orders do not depend on the others.
-        row = permuted(np.array([place]), len(dataset.prompts), self._seed, f"prompts of {dataset.name}", epoch)[0]
+        row = permuted(np.array([place]), len(dataset.prompts), self._seed, Data.PROMPTS.format(dataset.name), epoch)[0]
         prompt = dataset.prompts[row]
         return PromptSample(prompt.text, dataset.name, dataset.rewards, prompt.metadata, index)
 

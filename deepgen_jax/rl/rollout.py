@@ -21,11 +21,9 @@ from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.jit_options import device_jit
+from deepgen_jax.random_keys import Rollout
 from deepgen_jax.rl.policy import Canvas, rows_of, velocity
 from deepgen_jax.training.partition import Tree
-
-#: What a random key is for: key = fold_in(fold_in(key(seed), purpose), number of the prompt, image or rollout).
-GROUP_NOISE, IMAGE_NOISE, STEP_NOISE, UPDATE = range(4)
 
 
 class Trajectory(NamedTuple):
@@ -62,7 +60,7 @@ class RolloutSettings:
 
 def image_keys(seed: ArrayLike, images: ArrayLike) -> jax.Array:
     """Keys of images by their numbers [B] in the whole run."""
-    base = jax.random.fold_in(jax.random.key(seed), STEP_NOISE)
+    base = jax.random.fold_in(jax.random.key(seed), Rollout.STEP_NOISE)
     return jax.vmap(partial(jax.random.fold_in, base))(jnp.asarray(images, jnp.uint32))
 
 
@@ -90,7 +88,7 @@ def initial_noise(
     """
     prompts = jnp.asarray(prompts, jnp.uint32)
     numbers = prompts if share else (prompts[:, None] * group_size + jnp.arange(group_size, dtype=jnp.uint32)).ravel()
-    base = jax.random.fold_in(jax.random.key(seed), GROUP_NOISE if share else IMAGE_NOISE)
+    base = jax.random.fold_in(jax.random.key(seed), Rollout.GROUP_NOISE if share else Rollout.IMAGE_NOISE)
 
     def one(number: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(base, number), shape, jnp.float32)

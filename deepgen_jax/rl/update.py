@@ -16,6 +16,7 @@ import optax
 
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.random_keys import Update
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.objective import RatioStatistics, penalty, step_of
 from deepgen_jax.rl.policy import Canvas, policy_variables, rows_of, velocity
@@ -25,9 +26,6 @@ from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.state import TrainState, apply_gradients
 from deepgen_jax.training.supervised import StepSettings, supervised_gradients
-
-# What a rollout's key is for.
-_PARTS, _TIMESTEPS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,8 @@ def grpo_step(
       update, where every ratio is 1 but for rounding, and 0 of later ones.
     """
     steps, images = trajectory.log_probs.shape
-    micro = draw_images(jax.random.fold_in(keys.rollout, _PARTS), images, settings.policy, part)
-    timesteps_key = jax.random.fold_in(jax.random.fold_in(keys.rollout, _TIMESTEPS), part)
+    micro = draw_images(jax.random.fold_in(keys.rollout, Update.PARTS), images, settings.policy, part)
+    timesteps_key = jax.random.fold_in(jax.random.fold_in(keys.rollout, Update.TIMESTEPS), part)
     timesteps = draw_timesteps(timesteps_key, steps, settings.policy.timestep_fraction)
     found = policy_gradients(
         model, settings, state.trainable, frozen, reference, trajectory, condition, advantages, micro, timesteps

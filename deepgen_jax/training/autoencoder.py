@@ -28,8 +28,9 @@ from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import to_global
+from deepgen_jax.random_keys import Training
 from deepgen_jax.training.accumulation import Sums, add_batch, mean_step
-from deepgen_jax.training.inputs import REFERENCE_POSTERIOR, TARGET_POSTERIOR, Moments, sample_keys
+from deepgen_jax.training.inputs import Moments, sample_keys
 from deepgen_jax.training.optimizer import make_optimizer
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import AutoencoderConfig
@@ -203,5 +204,5 @@ class AutoencoderStage(AccumulatingStage):
 
 def _pictures(batch: Batch) -> list[tuple[int, np.ndarray]]:
     """Target and references of a batch, uint8 [B, H, W, 3], each with the purpose of its noise."""
-    references = [(REFERENCE_POSTERIOR + i, pictures) for i, pictures in enumerate(batch["references"])]
-    return [(TARGET_POSTERIOR, batch["target"]), *references]
+    references = [(Training.REFERENCE_POSTERIOR + i, pictures) for i, pictures in enumerate(batch["references"])]
+    return [(Training.TARGET_POSTERIOR, batch["target"]), *references]

@@ -20,9 +20,6 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.qwen_vision import patch_layout
 from deepgen_jax.models.vae import normalise, sample_posterior
 
-#: What a key of (seed, sample) is for; reference i takes REFERENCE_POSTERIOR + i.
-TARGET_POSTERIOR, FLOW_NOISE, NOISE_LEVEL, LORA_DROPOUT, REFERENCE_POSTERIOR = range(5)
-
 
 class Moments(NamedTuple):
     """A VAE posterior: mean and logvar, float32 [B, h, w, C]."""

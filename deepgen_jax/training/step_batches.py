@@ -24,10 +24,9 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.hosts import same_on_all
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, host_share, to_global
+from deepgen_jax.random_keys import Training
 from deepgen_jax.training.encoders import check_untrained, digest_for, has_cached
 from deepgen_jax.training.inputs import (
-    REFERENCE_POSTERIOR,
-    TARGET_POSTERIOR,
     Features,
     MicroBatch,
     Moments,
@@ -298,10 +297,9 @@ def _assemble(
     budget: TokenBudget,
 ) -> tuple[MicroBatch, jax.Array]:
     keys = sample_keys(seed, index)
-    noise = posterior_noise(keys, TARGET_POSTERIOR, features.target)
-    others = [
-        posterior_noise(keys, REFERENCE_POSTERIOR + i, moments) for i, moments in enumerate(features.references)
-    ]
+    noise = posterior_noise(keys, Training.TARGET_POSTERIOR, features.target)
+    first = Training.REFERENCE_POSTERIOR
+    others = [posterior_noise(keys, first + i, moments) for i, moments in enumerate(features.references)]
     micro = assemble(model, features, text, weight, noise, others, budget)
     return _split_batches(mesh, micro), keys
 

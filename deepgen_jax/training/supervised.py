@@ -26,7 +26,8 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import gathered_shardings
-from deepgen_jax.training.inputs import FLOW_NOISE, LORA_DROPOUT, NOISE_LEVEL, MicroBatch
+from deepgen_jax.random_keys import Training
+from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree, join
 from deepgen_jax.training.run_config import SupervisedConfig
@@ -64,12 +65,12 @@ def draw(keys: jax.Array, micro: MicroBatch, settings: StepSettings) -> Draws:
     _, tokens, width = micro.latents.shape
 
     def one(key: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-        u = sample_u(jax.random.fold_in(key, NOISE_LEVEL), (), settings.scheduler, settings.weighting)
+        u = sample_u(jax.random.fold_in(key, Training.NOISE_LEVEL), (), settings.scheduler, settings.weighting)
         sigma = sigma_from_u(u, settings.scheduler, length)
-        return sigma, jax.random.normal(jax.random.fold_in(key, FLOW_NOISE), (tokens, width), jnp.float32)
+        return sigma, jax.random.normal(jax.random.fold_in(key, Training.FLOW_NOISE), (tokens, width), jnp.float32)
 
     sigma, noise = jax.vmap(one)(keys, jnp.sum(micro.target_mask, axis=1))
-    return Draws(sigma, noise, jax.random.fold_in(keys[0], LORA_DROPOUT))
+    return Draws(sigma, noise, jax.random.fold_in(keys[0], Training.LORA_DROPOUT))
 
 
 def supervised_losses(

@@ -19,6 +19,7 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.random_keys import Training
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.checkpoint import load_weights, stored_weights
 from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, origin_of
@@ -26,9 +27,6 @@ from deepgen_jax.training.inputs import sample_keys
 from deepgen_jax.training.partition import Tree, init_lora, join, split
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.state import TrainState
-
-# Keys of samples have a high word far below this.
-_ADAPTERS_STREAM = 2**32 - 1
 
 
 class Weights(NamedTuple):
@@ -172,7 +170,7 @@ def _merged(base: Tree, adapters: Tree, scale: float, dtype: Any, shardings: Any
 
 
 def _fresh_adapters(params: Tree, part: str, run: RunConfig, mesh: Mesh) -> Tree:
-    stream = jnp.array([[_ADAPTERS_STREAM, list(ADAPTED.values()).index(part)]], jnp.uint32)
+    stream = jnp.array([[Training.ADAPTERS, list(ADAPTED.values()).index(part)]], jnp.uint32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
     def make() -> Tree:

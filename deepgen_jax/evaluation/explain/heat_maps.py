@@ -29,6 +29,7 @@ from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.stack import ATTENTION_OUTPUTS
+from deepgen_jax.random_keys import Inference
 
 # Words and think tokens are padded to a multiple of this.
 _CONCEPT_BUCKET = 32
@@ -173,7 +174,7 @@ def initial_noise(pipe: DeepGenPipeline, width: int, height: int, seed: int) -> 
     down = pipe.config.vae.downscale
     shape = (pipe.config.vae.latent_channels, height // down, width // down)
     seeds, indices = np.array([seed], np.uint32), np.zeros(1, np.uint32)
-    return np.asarray(programs.normal_noise(seeds, indices, shape, programs.INITIAL_NOISE))[0]
+    return np.asarray(programs.normal_noise(seeds, indices, shape, Inference.INITIAL_NOISE))[0]
 
 
 def reference_latents(pipe: DeepGenPipeline, images: Sequence[Image.Image]) -> list[np.ndarray]:
