@@ -75,6 +75,7 @@ def convert(
     lora_alpha: float | None = None,
     dtype: str | None = None,
     member: str | None = None,
+    ema: bool = False,
     overwrite: bool = False,
     seed: int = 0,
 ) -> Report:
@@ -92,6 +93,8 @@ def convert(
       lora_alpha: numerator of the adapters' scale; 2 x rank where neither this nor ``hparams`` says.
       dtype: "bfloat16" or "float32" for everything stored; None keeps each tensor's own.
       member: part of the name of the checkpoint inside an archive that holds several.
+      ema: take the checkpoint's moving average of the weights; what it does not cover is taken as trained. Without it
+        the trained weights are taken, unless the checkpoint has nothing but an average.
       overwrite: replace ``out``.
       seed: of a fresh bridge.
 
@@ -105,6 +108,8 @@ def convert(
         raise DeepGenError("give either --diffusers, or --qwen and --sd3 (with --checkpoint for trained weights)")
     if diffusers is not None and checkpoint is not None:
         raise DeepGenError("--checkpoint goes with --qwen and --sd3; a diffusers release is complete by itself")
+    if ema and checkpoint is None:
+        raise DeepGenError("--ema is for --checkpoint; leave it out")
     with staged(out, overwrite=overwrite) as partial, contextlib.ExitStack() as stack:
         given = None if hparams is None else parse_hparams(configs.read_json(Path(hparams)), str(hparams))
         if diffusers is not None:
@@ -113,11 +118,11 @@ def convert(
             raise DeepGenError("--qwen and --sd3 go together; give both")
         else:
             stage = None if checkpoint is None else Path(checkpoint)
-            release = open_bases(Path(qwen), Path(sd3), stage, given, member=member, seed=seed, stack=stack)
+            release = open_bases(Path(qwen), Path(sd3), stage, given, member=member, ema=ema, seed=seed, stack=stack)
         lora = lora_config(release, lora_alpha)
         stored = None if dtype is None else DTYPES[dtype]
         plan = make_plan(release.config, release.inventory, lora, keep_lora=keep_lora, dtype=stored)
-        options = {"keep_lora": keep_lora, "dtype": dtype, "lora_alpha": lora.alpha if lora else None}
+        options = {"keep_lora": keep_lora, "dtype": dtype, "lora_alpha": lora.alpha if lora else None, "ema": ema}
         return _write(partial, out, plan, release, options)
 
 

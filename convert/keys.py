@@ -43,11 +43,15 @@ _ANY_ADAPTER = re.compile(
 _KNOWN_UNUSED = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r"^ema\.", "moving average of the training run; the trained weights themselves are converted"),
         (r"(?:^|\.)rotary_(?:pos_)?emb\.inv_freq$", "rotary frequencies, computed from the configuration"),
         (r"(?:^|\.)position_ids$", "a counting buffer"),
     )
 )
+
+
+#: Beginning of names of the moving average of the weights, beside the weights themselves.
+_AVERAGE = re.compile(r"^(?:module\.|model\.|_orig_mod\.)*ema\.(?:module\.)?")
+AVERAGE_LEFT_OUT = "moving average of the weights; the trained ones are converted, --ema takes the average"
 
 
 class Role(enum.Enum):
@@ -76,6 +80,12 @@ def parse_key(raw: str, prefix: str = "") -> Key:
         role = Role.LORA_A if (match["linear"] or match["table"]) == "A" else Role.LORA_B
         return Key(f"{match['module']}.weight", role, match["n1"] or match["n2"])
     return Key(_BASE.sub("", name))
+
+
+def average_of(raw: str) -> str | None:
+    """The name of the tensor that ``raw`` is the moving average of, or None where it is none."""
+    match = _AVERAGE.match(raw)
+    return raw[match.end() :] if match else None
 
 
 def is_adapter(name: str) -> bool:

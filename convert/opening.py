@@ -55,22 +55,28 @@ def open_bases(
     hparams: HParams | None,
     *,
     member: str | None,
+    ema: bool,
     seed: int,
     stack: contextlib.ExitStack,
 ) -> Release:
     """The two base models and, on top, a stage checkpoint or a fresh bridge.
 
-    Files stay open until ``stack`` closes them.
+    Files stay open until ``stack`` closes them. ``ema``: take the checkpoint's moving average.
+
+    Raises:
+      DeepGenError: something is missing or damaged, or the checkpoint has no moving average.
     """
     require_folder(qwen, Folder.QWEN, "--qwen")
     require_folder(sd3, Folder.SD3, "--sd3")
     sources = [(_opened(open_safetensors(qwen, "Qwen2.5-VL"), stack), _VLM), *_diffusion_sources(sd3, stack)]
     if checkpoint is not None:
-        source = _opened(open_checkpoint(checkpoint, member), stack)
+        source = _opened(open_checkpoint(checkpoint, member, ema=ema), stack)
         sources.append((source, ""))
         if hparams is None and source.hparams is not None:
             hparams = parse_hparams(source.hparams, source.label)
-    inventory = take_inventory(sources)
+    inventory = take_inventory(sources, ema=ema)
+    if checkpoint is not None and ema and not (inventory.averages or sources[-1][0].average):
+        raise DeepGenError(f"--ema: {checkpoint} holds no moving average of the weights; leave out --ema")
     hparams = hparams or HParams()
     config, scheduler = _configure(qwen, sd3, inventory, hparams, hparams.connector, hparams.where, qwen)
     if checkpoint is None:

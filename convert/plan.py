@@ -19,7 +19,7 @@ from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.user_warnings import warn_user
 
-from .keys import Role, parse_key, unused_reason
+from .keys import AVERAGE_LEFT_OUT, Role, average_of, parse_key, unused_reason
 from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
 from .sources import BFLOAT16, WEIGHT_DTYPES, Source
@@ -73,6 +73,8 @@ class Inventory:
     #: Known-unused entries -> reason.
     unused: dict[str, str] = field(default_factory=dict)
     duplicated: list[str] = field(default_factory=list)
+    #: Number of moving averages that take the place of trained tensors.
+    averages: int = 0
 
     @property
     def lora_rank(self) -> int | None:
@@ -80,14 +82,26 @@ class Inventory:
         return next((adapter.a.shape[0] for adapter in self.adapters.values() if adapter.a and adapter.a.shape), None)
 
 
-def take_inventory(sources: Iterable[tuple[Source, str]]) -> Inventory:
-    """Canonical keys of ``(source, prefix)`` pairs; a later source supersedes the tensors of an earlier one."""
+def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) -> Inventory:
+    """Canonical keys of ``(source, prefix)`` pairs; a later source supersedes the tensors of an earlier one.
+
+    With ``ema``, a tensor's moving average beside it, under the same name after ``ema.``, takes its place.
+    """
     inventory = Inventory()
     for source, prefix in sources:
         found: dict[tuple[str, Role], str] = {}
         inventory.unused.update({f"{name} of {source.label}": reason for name, reason in source.ignored.items()})
+        averages = {raw: of for raw in source.tensors if (of := average_of(raw)) is not None}
+        covered = {parse_key(of, prefix) for of in averages.values()} if ema else set()
+        inventory.averages += len(covered)
         for raw in source.tensors:
-            key = parse_key(raw, prefix)
+            key = parse_key(averages.get(raw, raw), prefix)
+            if raw in averages and not ema:
+                inventory.unused[f"{raw} of {source.label}"] = AVERAGE_LEFT_OUT
+                continue
+            if raw not in averages and key in covered:
+                inventory.unused[f"{raw} of {source.label}"] = "the moving average is taken in its place"
+                continue
             reason = unused_reason(key.name)
             if reason is not None:
                 inventory.unused[f"{raw} of {source.label}"] = reason

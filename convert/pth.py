@@ -95,6 +95,7 @@ class TorchFile(Source):
         loaded, record_names = _unpickle(small, root, list(records), label)
         weights = find_weights(loaded, label, ema=ema)
         self.layout, self.ignored, self.hparams = weights.layout, weights.ignored, weights.hparams
+        self.average = weights.average
         self._slots = {name: self._slot(name, tensor, record_names) for name, tensor in weights.tensors.items()}
         self.tensors = {name: self._info(tensor, self._slots[name]) for name, tensor in weights.tensors.items()}
         check_names(self.tensors, label)
@@ -176,6 +177,7 @@ class LegacyTorchFile(Source):
         self.label, self._origin = str(path), origin
         weights = find_weights(_load(path, self.label), self.label, ema=ema)
         self._tensors, self.layout, self.ignored = weights.tensors, weights.layout, weights.ignored
+        self.hparams, self.average = weights.hparams, weights.average
         check_names(self._tensors, self.label)
         for name, tensor in self._tensors.items():
             check_tensor(tensor, name, self.label)

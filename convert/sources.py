@@ -8,11 +8,12 @@ from __future__ import annotations
 import abc
 import hashlib
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 #: Dtypes that weights may have, by their name in safetensors.
 WEIGHT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 #: As in the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -63,6 +65,7 @@ class Source(abc.ABC):
       tensors: what it holds.
       ignored: further entries that are no weights, with the reason.
       sequential: going back in the file is slow, since it means decompressing it again.
+      average: its tensors are the moving average of the trained ones.
       hparams: hyper-parameters stored beside the weights, in the form of ``--hparams``; only our exports have them.
     """
 
@@ -71,6 +74,7 @@ class Source(abc.ABC):
     tensors: Mapping[str, TensorInfo]
     ignored: Mapping[str, str] = {}
     sequential: bool = False
+    average: bool = False
     hparams: Mapping[str, Any] | None = None
 
     @abc.abstractmethod
@@ -218,23 +222,59 @@ class Shards(Source):
             file.close()
 
 
+class _FileSet(NamedTuple):
+    """The files of one set of weights in a folder; ``variant`` is "fp16" in ``model.fp16.safetensors``, else ""."""
+
+    stem: str
+    variant: str
+    indexes: list[Path]
+    files: list[Path]
+
+
 def open_safetensors(folder: Path, layout: str) -> Source:
     """The safetensors weights of a folder: one file, or shards with an index.
 
+    Of several variants of the weights (``model.safetensors`` and ``model.fp16.safetensors``) the one without a name is
+    taken; the others are copies of it in lower precision.
+
     Raises:
-      DeepGenError: there are none, or the files do not agree with the index.
+      DeepGenError: there are none, several sets, or the files do not agree with the index.
     """
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if len(indexes) > 1 or (not indexes and len(files) > 1):
-        names = ", ".join(path.name for path in (indexes or files)[:4])
-        mend = "keep one set of weights" if indexes else "add their *.safetensors.index.json or keep one file"
-        raise DeepGenError(f"{folder} holds several sets of weights ({names}); {mend}")
-    if indexes:
-        return _open_shards(folder, indexes[0], layout)
-    if not files:
+    sets = _file_sets(folder)
+    if not sets:
         raise DeepGenError(f"{folder} holds no .safetensors file; download the weights of this part")
-    return SafetensorsFile(files[0], layout)
+    plain = [found for found in sets if not found.variant] if len({found.stem for found in sets}) == 1 else sets
+    chosen = plain if len(plain) == 1 else sets
+    if len(chosen) > 1:
+        names = ", ".join((found.indexes or found.files)[0].name for found in chosen[:4])
+        raise DeepGenError(f"{folder} holds several sets of weights ({names}); keep one set of weights")
+    found = chosen[0]
+    if len(found.indexes) > 1 or (not found.indexes and len(found.files) > 1):
+        names = ", ".join(path.name for path in (found.indexes or found.files)[:4])
+        fix = "keep one index" if found.indexes else "add their *.safetensors.index.json or keep one file"
+        raise DeepGenError(f"{folder} holds several sets of weights ({names}); {fix}")
+    if found.indexes:
+        return _open_shards(folder, found.indexes[0], layout)
+    return SafetensorsFile(found.files[0], layout)
+
+
+def _file_sets(folder: Path) -> list[_FileSet]:
+    """The sets of weights in a folder, by the names that transformers and diffusers give to files and variants.
+
+    These are ``S.safetensors``, ``S-00001-of-00002.safetensors`` and ``S.safetensors.index.json``; with a variant V
+    ``S.V.safetensors``, ``S.V-00001-of-00002.safetensors`` or ``S-00001-of-00002.V.safetensors``, and
+    ``S.safetensors.index.V.json`` or ``S.V.safetensors.index.json``.
+    """
+    sets: dict[tuple[str, str], _FileSet] = {}
+    for path in sorted(folder.glob("*.safetensors*")):
+        words = _SHARD.sub("", path.name).split(".")
+        index = words[-1] == "json" and "index" in words
+        if not index and words[-1] != "safetensors":
+            continue
+        stem, *rest = [word for word in words if word not in ("safetensors", "index", "json")] or [""]
+        found = sets.setdefault((stem, ".".join(rest)), _FileSet(stem, ".".join(rest), [], []))
+        (found.indexes if index else found.files).append(path)
+    return list(sets.values())
 
 
 def _open_shards(folder: Path, index: Path, layout: str) -> Shards:

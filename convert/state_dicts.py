@@ -13,7 +13,7 @@ from typing import Any
 
 from deepgen_jax.errors import DeepGenError
 
-from .keys import parse_key
+from .keys import AVERAGE_LEFT_OUT, parse_key
 
 #: Entries that hold the trained weights, and the layout that they mean; the first one present counts.
 TRAINED = {
@@ -29,7 +29,6 @@ AVERAGES = (
 )  # fmt: skip
 #: Entries inside an average's that may hold its tensors.
 _INNER = (*TRAINED, "shadow", "params", "averaged_model")
-AVERAGE_LEFT_OUT = "moving average of the weights; the trained ones are converted, --ema takes the average"
 
 
 @dataclass(frozen=True)

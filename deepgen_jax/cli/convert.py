@@ -31,6 +31,8 @@ class ConvertCommand:
     """JSON file of hyper-parameters that no checkpoint stores; without it they are those of the released model."""
     member: str | None = None
     """Part of the name of the checkpoint to read from an archive that holds several, such as SFT."""
+    ema: bool = False
+    """Take the checkpoint's moving average of the weights, which is left out otherwise."""
     keep_lora: bool = False
     """Store LoRA adapters apart instead of merging them."""
     lora_alpha: float | None = None
@@ -50,7 +52,8 @@ class ConvertCommand:
 
         report = convert(
             out=self.out, qwen=self.qwen, sd3=self.sd3, checkpoint=self.checkpoint, diffusers=self.diffusers,
-            hparams=self.hparams, member=self.member, keep_lora=self.keep_lora, lora_alpha=self.lora_alpha,
+            hparams=self.hparams, member=self.member, ema=self.ema, keep_lora=self.keep_lora,
+            lora_alpha=self.lora_alpha,
             dtype=self.dtype, overwrite=self.overwrite, seed=self.seed,
         )  # fmt: skip
         print(report)
