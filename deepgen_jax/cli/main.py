@@ -236,6 +236,12 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "deepgen serve deepgen --host 0.0.0.0 --api-keys keys.txt --max-batch 8",
         ),
     ),
+    "doctor": Subcommand(
+        "deepgen_jax.cli.doctor",
+        "DoctorCommand",
+        "report devices, versions, caches, memory and what is missing",
+        ("deepgen doctor", "deepgen doctor --json --server http://127.0.0.1:8000 --storage gs://bucket/data"),
+    ),
     "plot": Subcommand(
         "deepgen_jax.cli.plot",
         "PlotCommand",
