@@ -27,6 +27,9 @@ from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import NANO, locate
 from deepgen_jax.user_warnings import warn_user
 
+# Layers below know nothing of the procedural world.
+BENCHMARKS.register(NANO, "deepgen_jax.nano.benchmark:NanoBenchmark")
+
 #: Rows of our own in the benchmarks' formats, for a first try without downloads.
 SAMPLES = Path(deepgen_jax.__file__).parent / "evaluation/samples"
 
@@ -81,6 +84,8 @@ class EvalCommand(EvalArguments):
     """Fewer images of each prompt."""
     steps: Annotated[int | None, arg(help_behavior_hint="")] = None
     """Denoising steps; by default 50 as published, or the model's own."""
+    sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
+    """Sampler, such as heun or dpmpp_2m; by default euler as published, or the model's own."""
     guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
     """Classifier-free guidance scale; by default 4 as published (DPG-Bench: 7.5), or the model's own."""
     size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
@@ -102,17 +107,31 @@ class EvalCommand(EvalArguments):
     def run(self) -> int:
         """Makes the images; returns the exit status."""
         benchmark = open_benchmark(self.benchmark)
+        return self.make(benchmark, told=True) or 0
+
+    def make(self, benchmark: Benchmark, told: bool = False) -> int | None:
+        """Makes the images of a benchmark; returns the exit status, None in processes that follow the first.
+
+        Args:
+          benchmark: whose images.
+          told: say what comes next.
+        """
         self._check(benchmark)
         model = locate(self.model)
-        name = self.name or (NANO if self.model is None else Path(self.model).resolve().name)
-        out = self.out or Path(f"{self.benchmark}-{name}")
+        name, out = self._name, self._out
         reading = Reading(self._data(benchmark), name, _split(benchmark, self.split), self.images)
         items = fewer_images(chosen(benchmark.read(reading), self.limit, self.spread), self.num_images)
         if not items:
             raise DeepGenError(f"{reading.data} has no prompts of --split {self.split}; leave it out")
         config, check_prompt = open_model(model)
         settings = run_settings(
-            benchmark, config, seed=self.seed, steps=self.steps, guidance=self.guidance, side=self.size
+            benchmark,
+            config,
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            side=self.size,
+            sampler=self.sampler,
         )
         self._say_own(benchmark, settings)
         first = self.processes.join()
@@ -129,7 +148,8 @@ class EvalCommand(EvalArguments):
                 model, settings, self.batch_size, self.dtype, self.mesh, self.compilation_cache, self.processes
             )
             if not first:
-                return run.follow(requests, into_folder=True)
+                run.follow(requests, into_folder=True)
+                return None
             sheets = benchmark.sheets(items)
             result = run.fill_folder(
                 OutputFolder(out, folder.records),
@@ -139,9 +159,18 @@ class EvalCommand(EvalArguments):
                 finish=lambda finished: write_grids(out, sheets, finished),
                 derived="grid" if sheets else "",
             )
-        if result.status == 0:
+        if told and result.status == 0:
             print(_next(benchmark, out))
         return result.status
+
+    @property
+    def _name(self) -> str:
+        """Of the model."""
+        return self.name or (NANO if self.model is None else Path(self.model).resolve().name)
+
+    @property
+    def _out(self) -> Path:
+        return self.out or Path(f"{self.benchmark}-{self._name}")
 
     def _check(self, benchmark: Benchmark) -> None:
         for name, least in (("limit", 1), ("num_images", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("size", 1)):
@@ -177,7 +206,7 @@ class EvalCommand(EvalArguments):
         if used != published:
             what = "{}x{} pixels, {} steps, guidance {:g}"
             told = (what.format(side, side, steps, guidance) for side, steps, guidance in (used, published))
-            warn_user("settings are {}; published ones are {}".format(*told))
+            warn_user("settings are {}; the benchmark's are {}".format(*told))
 
     def _command(self) -> str:
         """The words that make the run again; which processes share it is left out."""
@@ -204,6 +233,7 @@ class EvalCommand(EvalArguments):
             "model_fingerprint": Model.of(model, dtype).fingerprint,
             "settings": {
                 "size": settings.width, "steps": settings.steps, "guidance": settings.guidance, "seed": self.seed,
+                "sampler": settings.sampler,
                 "negative_prompt": settings.negative_prompt, "dtype": dtype, "padding": settings.padding,
                 "images a prompt": len(items[0].files), "seeds": "one an image, from the run's seed and its file",
             },

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from deepgen_jax.cli.eval import EvalCommand
+from deepgen_jax.cli.processes import ProcessOptions
+from deepgen_jax.cli.sampling import open_model
+from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.evaluation.run import RunFolder
+from deepgen_jax.evaluation.scoring import score_exactly, write_scores
 from deepgen_jax.files import LocalPath
+from deepgen_jax.stores.model_folder import NANO, locate
 
 if TYPE_CHECKING:
     from deepgen_jax.nano.benchmark import Maker
+    from deepgen_jax.nano.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -51,10 +63,14 @@ class NanoCommand(NanoArguments):
     json: bool = False
     """Print one JSON object instead."""
 
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: nothing is kept)")] = None
+    """Keep the pictures, resumable, and their scores for `deepgen report`."""
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    """Split the work over devices, such as data=8."""
+    processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
+
     def run(self) -> int:
         """Prints; returns the exit status."""
-        from deepgen_jax.nano import benchmark
-        from deepgen_jax.nano.reward import WorldReward
         from deepgen_jax.nano.world.truth import SKILLS
 
         skills = tuple(name.strip() for name in self.skills.split(",") if name.strip()) or SKILLS
@@ -66,40 +82,61 @@ class NanoCommand(NanoArguments):
                 raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
         if (self.model is None) == (self.renders is None):
             raise DeepGenError("give either a MODEL or --renders")
-        samples = benchmark.held_out_samples(self.prompts, self.seed, skills)
-        make, size, guidance = self._maker()
-        rows = benchmark.evaluate(samples, make, WorldReward(workers=1).read)
-        if self.json:
-            settings = {
-                "model": str(self.model or f"{self.renders} renders"), "prompts": self.prompts, "seed": self.seed,
-                "size": size, "steps": self.steps, "guidance": guidance,
-            }  # fmt: skip
-            print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))
-        else:
-            print("\n".join(benchmark.lines(rows)))
-        return 0
-
-    def _maker(self) -> tuple[Maker, int, float | None]:
-        """What makes the pictures, their side, and the guidance that a model makes them with."""
-        from deepgen_jax.data.transforms import UNIT
-        from deepgen_jax.nano import benchmark
-
         if self.size is not None and (self.size < UNIT or self.size % UNIT):
             raise DeepGenError(f"--size is {self.size}; use a multiple of {UNIT}")
         if self.renders is not None:
-            size = self.size or 96
-            return benchmark.renders(self.renders, size), size, None
-        from deepgen_jax.cli.image_run import load_pipeline
-        from deepgen_jax.cli.sampling import open_model
-        from deepgen_jax.stores.model_folder import locate
+            return self._score_renders(skills)
+        if self.out is not None:
+            return self._evaluate(skills, self.out)
+        if self.processes != ProcessOptions():
+            raise DeepGenError("several processes share a folder; name it with --out")
+        with tempfile.TemporaryDirectory() as folder:
+            return self._evaluate(skills, Path(folder))
 
-        assert self.model is not None
-        folder = locate(self.model)
-        config, _ = open_model(folder)
-        size = self.size or config.default_side
-        guidance = config.guidance(self.guidance)
-        pipe = load_pipeline(folder, self.dtype, None, self.compilation_cache)
-        make = benchmark.generated(
-            pipe, size, steps=self.steps, guidance=guidance, seed=self.seed, batch_size=self.batch_size
-        )
-        return make, size, guidance
+    def _score_renders(self, skills: Sequence[str]) -> int:
+        from deepgen_jax.nano import benchmark
+
+        assert self.renders is not None
+        size = self.size or benchmark.NanoBenchmark.side
+        samples = benchmark.held_out_samples(self.prompts, self.seed, skills)
+        self._print(samples, benchmark.renders(self.renders, size), f"{self.renders} renders", size, None)
+        return 0
+
+    def _evaluate(self, skills: Sequence[str], out: Path) -> int:
+        """Makes a model's pictures in a folder, and scores them."""
+        from deepgen_jax.nano import benchmark
+
+        config, _ = open_model(locate(self.model))
+        size, guidance = self.size or config.default_side, config.guidance(self.guidance)
+        world = benchmark.NanoBenchmark(self.prompts, self.seed, skills, size)
+        command = EvalCommand(
+            NANO, None if self.model is None else str(self.model), out=out, steps=self.steps, guidance=guidance,
+            size=size, seed=self.seed, batch_size=self.batch_size, dtype=self.dtype, mesh=self.mesh,
+            compilation_cache=self.compilation_cache, processes=self.processes,
+        )  # fmt: skip
+        # The table, or one JSON object, is all that goes to stdout.
+        with contextlib.redirect_stdout(sys.stderr):
+            status = command.make(world)
+        folder = RunFolder(out)
+        if status != 0:
+            return status or 0
+        items = folder.items()
+        samples = benchmark.held_out_samples(self.prompts, self.seed, skills)
+        self._print(samples, benchmark.saved(items, out), str(self.model), size, guidance)
+        if self.out is not None:
+            write_scores(folder, score_exactly(world, items, out))
+        return 0
+
+    def _print(self, samples: Sequence[Sample], make: Maker, model: str, size: int, guidance: float | None) -> None:
+        from deepgen_jax.nano import benchmark
+        from deepgen_jax.nano.reward import WorldReward
+
+        rows = benchmark.evaluate(samples, make, WorldReward(workers=1).read)
+        if not self.json:
+            print("\n".join(benchmark.lines(rows)))
+            return
+        settings = {
+            "model": model, "prompts": self.prompts, "seed": self.seed, "size": size, "steps": self.steps,
+            "guidance": guidance,
+        }  # fmt: skip
+        print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))

@@ -45,7 +45,7 @@ class Item:
       files: its images in the tree, one an image to make.
       file, row: where it was read.
       category: what its score counts towards.
-      source: the picture to edit; relative paths lie in the tree.
+      sources: the pictures to edit; relative paths lie in the tree.
       facts: JSON-ready, what scoring needs of the row.
     """
 
@@ -55,7 +55,7 @@ class Item:
     file: str
     row: int
     category: str = ""
-    source: str = ""
+    sources: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class Item:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Item:
         """The inverse of `to_json`."""
-        return cls(**{**values, "files": tuple(values["files"])})
+        return cls(**{**values, "files": tuple(values["files"]), "sources": tuple(values["sources"])})
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,8 @@ def numbered(items: Sequence[Item]) -> None:
 
 
 def source_path(item: Item, out: Path) -> Path:
-    """Where the picture to edit lies."""
-    return out / item.source
+    """Where the one picture to edit lies."""
+    return out / item.sources[0]
 
 
 def image_file(row_file: Path, images: Path | None, name: str, where: str) -> str:

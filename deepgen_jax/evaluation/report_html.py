@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from deepgen_jax.data.images import load_image
-from deepgen_jax.evaluation.benchmark import Item, source_path
+from deepgen_jax.evaluation.benchmark import Item
 from deepgen_jax.evaluation.figures import Figure
 from deepgen_jax.evaluation.report import Comparison, RunReport, Section
 
@@ -131,7 +131,7 @@ def _pictures(section: Section) -> Iterator[str]:
         if not images:
             continue
         yield f"<h3>{_WORDS[kind]}{' of ' + _text(first.label) if others else ''}</h3>"
-        wide = " wide" if others or any(item.source for item, _, _ in images) else ""
+        wide = " wide" if others or any(item.sources for item, _, _ in images) else ""
         yield f"<div class='grid{wide}'>"
         for item, file, score in images:
             yield _picture(first, others, item, file, score)
@@ -140,8 +140,9 @@ def _pictures(section: Section) -> Iterator[str]:
 
 def _picture(first: RunReport, others: Sequence[RunReport], item: Item, file: str, score: float | None) -> str:
     parts = []
-    if item.source and (source := source_path(item, first.folder)).is_file():
-        parts.append(f"<div>{_image(source, 'picture to edit')}<figcaption>source</figcaption></div>")
+    for path in (first.folder / source for source in item.sources):
+        if path.is_file():
+            parts.append(f"<div>{_image(path, 'picture to edit')}<figcaption>source</figcaption></div>")
     for i, run in enumerate([first, *others]):
         if not (run.folder / file).is_file():
             continue

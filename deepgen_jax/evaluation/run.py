@@ -15,6 +15,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, numbered
 from deepgen_jax.files import read_text, write_text
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
+from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.prompts import Record
 from deepgen_jax.inference.requests import MAX_SEED
 
@@ -112,7 +113,7 @@ def plan_images(
                 index=index,
                 line=item.row,
                 prompt=item.prompt,
-                images=(out / item.source,) if item.source else (),
+                images=tuple(out / source for source in item.sources),
                 seed=image_seed(settings.seed, file) if seed is None else seed,
                 name=file.removesuffix(".png"),
             )
@@ -130,6 +131,7 @@ def run_settings(
     steps: int | None = None,
     guidance: float | None = None,
     side: int | None = None,
+    sampler: str | None = None,
 ) -> Settings:
     """Settings of a run: what is asked for, else the model's own where it has any, else the benchmark's.
 
@@ -137,7 +139,7 @@ def run_settings(
       benchmark: with DeepGen's published settings.
       config: of the model; one made for smaller images or another guidance than DeepGen keeps to its own.
       seed: of the run.
-      steps, guidance, side: asked for; None for the default.
+      steps, guidance, side, sampler: asked for; None for the default.
     """
     released = DeepGenConfig()
     side = side or min(benchmark.side, config.default_side)
@@ -145,16 +147,18 @@ def run_settings(
         same = config.guidance_scale == released.guidance_scale
         guidance = benchmark.guidance if same else config.guidance_scale
     if steps is None:
-        own = getattr(config, "num_inference_steps", 50)
-        steps = benchmark.steps if own == 50 else own
+        same = config.num_inference_steps == released.num_inference_steps
+        steps = benchmark.steps if same else config.num_inference_steps
+    sampling = resolve_sampling(config, steps, guidance, sampler)
     negative = benchmark.negative_prompt if guidance != 1 else ""
     return Settings(
         negative_prompt=negative,
         seed=seed,
         width=side,
         height=side,
-        steps=steps,
-        guidance=guidance,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        sampler=sampling.sampler,
         needs_image=benchmark.task == "edit",
         padding=benchmark.padding,
         side=side,

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from deepgen_jax.data.images import load_image
+from deepgen_jax.evaluation.benchmark import Benchmark, ImageScore, Item, Reading
+from deepgen_jax.evaluation.figures import Cell, Measure, each, mean_of
 from deepgen_jax.evaluation.intervals import wilson
-from deepgen_jax.nano.samples import Sample, make_sample, render
+from deepgen_jax.evaluation.live import make_images
+from deepgen_jax.evaluation.run import RECORDS
+from deepgen_jax.files import replacing
+from deepgen_jax.inference.batch import Settings
+from deepgen_jax.nano.reward import WorldReward
+from deepgen_jax.nano.samples import VERSION, Sample, make_sample, render
 from deepgen_jax.nano.world import wrong
+from deepgen_jax.nano.world.scene import Scene
 from deepgen_jax.nano.world.score import Reader, score
-from deepgen_jax.nano.world.truth import SKILLS
+from deepgen_jax.nano.world.truth import SKILLS, Truth
 
 #: What is shown instead of a model's pictures, to see whether the scorers are right.
 Renders = Literal["right", "wrong"]
@@ -121,33 +132,99 @@ def generated(
     """
 
     def make(samples: Sequence[Sample]) -> Iterator[Shown]:
-        made: dict[int, np.ndarray] = {}
-        for references in sorted({len(sample.references) for sample in samples}):
-            places = [i for i, sample in enumerate(samples) if len(sample.references) == references]
-            for start in range(0, len(places), batch_size):
-                chosen = places[start : start + batch_size]
-                # The last batch is filled up: one program for all.
-                filled = chosen + chosen[-1:] * (batch_size - len(chosen))
-                pictures = [_references(samples[i], size) for i in filled]
-                out = pipe(
-                    [samples[i].text for i in filled],
-                    image=pictures if references else None,
-                    height=size,
-                    width=size,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    seed=[seed + i for i in filled],
-                    padding="masked",
-                )
-                made |= {i: np.asarray(picture) for i, picture in zip(chosen, out.images, strict=False)}
-        for i in range(len(samples)):
-            yield Shown(made[i], made[i])
+        benchmark = NanoBenchmark(size=size)
+        items = benchmark.items(samples)
+        settings = Settings(
+            seed=seed, width=size, height=size, steps=steps, guidance=guidance, padding=benchmark.padding, side=size,
+            max_reference_pixels=size * size,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            benchmark.prepare(items, Reading(Path(), ""), Path(folder))
+            made = dict(make_images(benchmark, items, pipe, settings, batch_size, Path(folder)))
+        for item in items:
+            yield Shown(made[item.files[0]], made[item.files[0]])
 
     return make
 
 
-def _references(sample: Sample, size: int) -> list[Image.Image]:
-    return [render(scene, size) for scene in sample.references]
+def saved(items: Sequence[Item], out: Path) -> Maker:
+    """Pictures of a run's folder; ``items`` are those of the samples, in their order."""
+
+    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+        for item in items:
+            picture = np.asarray(load_image(out / item.files[0]))
+            yield Shown(picture, picture)
+
+    return make
+
+
+class NanoBenchmark(Benchmark):
+    """Held-out prompts and edits of the procedural world, scored by exact code.
+
+    Args:
+      prompts: of each skill.
+      seed: of the prompts.
+      skills: to test.
+      size: side of the pictures to edit in pixels.
+    """
+
+    title = "Procedural world"
+    scorer = "exact"
+    protocol = f"procedural-world/{VERSION}"
+    steps, guidance, side = 20, 1.0, 96
+    square_sources = False
+    padding = "masked"
+
+    def __init__(self, prompts: int = 100, seed: int = 0, skills: Sequence[str] = SKILLS, size: int = 96) -> None:
+        self._prompts, self._seed, self._skills, self._size = prompts, seed, tuple(skills), size
+        self._reader: WorldReward | None = None
+        #: Scenes of the pictures to edit, by the item's key.
+        self._scenes: dict[str, tuple[Scene, ...]] = {}
+
+    def read(self, reading: Reading) -> list[Item]:
+        """The samples as items; nothing is read."""
+        return self.items(held_out_samples(self._prompts, self._seed, self._skills))
+
+    def items(self, samples: Sequence[Sample]) -> list[Item]:
+        """An item a sample, named by skill and number."""
+        found: list[Item] = []
+        numbers: Counter[str] = Counter()
+        for index, sample in enumerate(samples):
+            skill = sample.truth.skill
+            key = f"{skill}/{numbers[skill]:05d}"
+            numbers[skill] += 1
+            self._scenes[key] = sample.references
+            facts = {"truth": sample.truth.to_json(), "index": index}
+            sources = tuple(f"{RECORDS}/references/{key}_{k}.png" for k in range(len(sample.references)))
+            found.append(Item(key, sample.text, (f"{key}.png",), skill, index, skill, sources, facts))
+        return found
+
+    def prepare(self, items: Sequence[Item], reading: Reading, out: Path) -> None:
+        """Draws the pictures to edit."""
+        for item in items:
+            for scene, source in zip(self._scenes[item.key], item.sources, strict=True):
+                path = out / source
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    render(scene, self._size).save(partial, "PNG")
+
+    def seed(self, item: Item, number: int, seed: int) -> int:
+        return seed + int(item.facts["index"])
+
+    def score_pixels(self, item: Item, image: np.ndarray) -> ImageScore:
+        self._reader = self._reader or WorldReward(workers=1)
+        truth = Truth.from_json(item.facts["truth"])
+        result = score(image, truth, self._reader.read)
+        cells = [Cell(f"skill/{truth.skill}", float(result.done))]
+        if truth.is_edit:
+            cells += [Cell(f"kept/{truth.skill}", float(result.kept)), Cell(PRESERVATION, float(result.kept))]
+            cells.append(Cell(WHOLE, float(result.done and result.kept)))
+        return ImageScore(result.share, tuple(cells))
+
+    def measures(self, groups: Sequence[str]) -> list[Measure]:
+        rows = [mean_of("all skills", groups, "skill/"), *each(groups, "skill/")]
+        rows += [Measure(f"{m.name}, rest kept", m.groups) for m in each(groups, "kept/")]
+        return [*rows, *(Measure(name, {name: 1.0}) for name in (PRESERVATION, WHOLE))]
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:

@@ -192,7 +192,7 @@ def test_pictures_stay_in_their_folder(tmp_path: Path):
         open_benchmark("imgedit").read(Reading(path, "m"))
     data.picture(tmp_path / "pictures/x.jpg", 0)
     (item,) = open_benchmark("imgedit").read(Reading(path, "m", images=tmp_path / "pictures"))
-    assert item.source == str(tmp_path / "pictures/x.jpg")
+    assert item.sources == (str(tmp_path / "pictures/x.jpg"),)
 
 
 def test_dpg_grids_hold_the_images_in_order(tmp_path: Path, pipe: FakePipeline):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from deepgen_jax.cli import eval as eval_command
+from deepgen_jax.cli import eval_nano, image_run
 from deepgen_jax.cli.main import main
+from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.evaluation.intervals import wilson
+from deepgen_jax.evaluation.run import RunFolder
+from deepgen_jax.evaluation.scoring import read_scores
 from deepgen_jax.nano.benchmark import PRESERVATION, WHOLE, evaluate, generated, held_out_samples, lines, renders
 from deepgen_jax.nano.samples import render
 from deepgen_jax.nano.world.truth import EDIT_SKILLS, SKILLS
@@ -91,6 +97,39 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert facts["rows"][0] == {"skill": "single", **whole}
     kept = {"kept": 2, "kept_share": 1.0, "kept_low": 0.3424, "kept_high": 1.0}
     assert facts["rows"][1] == {"skill": "remove", **whole, **kept}
+
+
+def test_a_kept_run_is_one_of_the_benchmarks(tmp_path, monkeypatch, capsys):
+    """The same machinery: a folder that resumes, scores and reports."""
+    skills = ["single", "recolour", "reference"]
+    oracle = Oracle(held_out_samples(3, 4, skills))
+    config = dataclasses.replace(DeepGenConfig(), guidance_scale=1.0, image_size=96)
+    for module in (eval_command, eval_nano):
+        monkeypatch.setattr(module, "open_model", lambda folder: (config, lambda text, sizes: None))
+    monkeypatch.setattr(image_run, "load_pipeline", lambda *args: oracle)
+    out = tmp_path / "run"
+    words = ["eval", "nano", str(tmp_path / "model"), "--prompts", "3", "--skills", ",".join(skills), "--seed", "4"]
+    assert main([*words, "--out", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [(row["skill"], row["right"]) for row in facts["rows"]] == [
+        ("single", 3), ("recolour", 3), ("reference", 3), ("preservation", 6), ("done_and_kept", 6)]  # fmt: skip
+    assert facts["guidance"] == 1.0
+    pictures = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    assert {f"{skill}/0000{i}.png" for skill in skills for i in range(3)} < pictures
+    scores = read_scores(RunFolder(out))
+    assert scores.judge == "exact"
+    assert {figure.name: figure.value for figure in scores.figures} == {
+        "all skills": 1, "single": 1, "recolour": 1, "reference": 1, "recolour, rest kept": 1,
+        "reference, rest kept": 1, "preservation": 1, "done_and_kept": 1,
+    }  # fmt: skip
+    # A sample's noise is that of its place in the table, and a second run makes what is missing alone.
+    assert [seeds for _, _, seeds in oracle.batches] == [(4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    (out / "recolour/00001.png").unlink()
+    assert main([*words, "--out", str(out)]) == 0
+    assert oracle.batches[3:] == [(3, 1, (8, 8, 8))]
+    assert main(["eval", "score", str(out)]) == 0
+    assert main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
+    assert "Procedural world" in (tmp_path / "r.html").read_text()
 
 
 def test_the_table_names_every_row():

@@ -62,7 +62,7 @@ class GEdit(Benchmark):
                 items.append(
                     Item(
                         f"{language}/{kind}/{key}", row.text("instruction").strip(), (f"{folder}/{key}.png",),
-                        str(path), number, kind, f"{folder}/{key}_SRCIMG.png",
+                        str(path), number, kind, (f"{folder}/{key}_SRCIMG.png",),
                         {"language": language, "both": bool(row.get("Intersection_exist"))},
                     )
                 )  # fmt: skip

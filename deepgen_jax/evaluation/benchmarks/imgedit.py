@@ -76,10 +76,9 @@ class ImgEdit(Benchmark):
                 if rubric not in _RUBRICS:
                     raise DeepGenError(f"{row.where}: edit_type is {kind!r}, expected one of {', '.join(_RUBRICS)}")
                 source = image_file(path, reading.images, row.text("id"), row.where)
-                items.append(
-                    Item(row.key, row.text("prompt").strip(), (f"{row.key}.png",), str(path), row.number, kind, source,
-                         {"rubric": rubric})
-                )  # fmt: skip
+                prompt, files = row.text("prompt").strip(), (f"{row.key}.png",)
+                facts = {"rubric": rubric}
+                items.append(Item(row.key, prompt, files, str(path), row.number, kind, (source,), facts))
         return items
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:

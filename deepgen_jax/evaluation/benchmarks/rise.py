@@ -83,7 +83,7 @@ class RISE(Benchmark):
                 if row.fields.get("reference_img"):
                     facts["reference_image"] = image_file(path, reading.images, row.text("reference_img"), row.where)
                 prompt = row.text("instruction").strip()
-                items.append(Item(index, prompt, files, str(path), row.number, category, source, facts))
+                items.append(Item(index, prompt, files, str(path), row.number, category, (source,), facts))
         return items
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:

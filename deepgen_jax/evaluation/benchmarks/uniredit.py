@@ -57,7 +57,7 @@ class UniREditBench(Benchmark):
                     shown = row.text("reference_image_path")
                     facts["reference_image"] = image_file(path, reading.images, shown, row.where)
                 files = (f"{name}/{index}.png",)
-                items.append(Item(f"{name}/{index}", prompt, files, str(path), row.number, name, source, facts))
+                items.append(Item(f"{name}/{index}", prompt, files, str(path), row.number, name, (source,), facts))
         return items
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:
