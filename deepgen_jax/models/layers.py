@@ -16,6 +16,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from deepgen_jax.models import quantized
+
 LORA = "lora"
 # Names of what even "full" rematerialisation keeps, and of the results of flash attention on TPUs.
 KEPT, FLASH_RESULTS = "kept", "flash_results"
@@ -48,6 +50,16 @@ def adapter_input(module: nn.Module, x: jax.Array, dropout: float) -> jax.Array:
     return jnp.where(keep, x / (1 - dropout), 0)
 
 
+def _product(module: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``x @ kernel`` in the layer's dtype, or as the scale beside an 8-bit kernel says (`models.quantized`)."""
+    precision = precision_of(module.dtype)
+    for name in (quantized.WEIGHT_SCALE, quantized.PRODUCT_SCALE):
+        if module.has_variable("params", name):
+            scale, products = module.get_variable("params", name), name == quantized.PRODUCT_SCALE
+            return quantized.matmul(x, kernel, scale, module.dtype, precision, products=products)
+    return jnp.matmul(x, kernel.astype(module.dtype), precision=precision)
+
+
 class Linear(nn.Module):
     """``x @ kernel + bias`` over the last axis: [..., in] -> [..., features]."""
 
@@ -61,7 +73,7 @@ class Linear(nn.Module):
         """``for_adapter``, of the shape of ``x``, is what the layer's adapter reads in its place."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = jnp.matmul(x, kernel.astype(self.dtype), precision=precision_of(self.dtype))
+        y = _product(self, x, kernel)
         if self.has_variable(LORA, "a"):
             a: jax.Array = self.get_variable(LORA, "a").astype(self.dtype)
             b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)
@@ -84,7 +96,11 @@ class Embedding(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         table = self.param("embedding", init, (self.num_embeddings, self.features))
-        y = jnp.take(table, ids, axis=0).astype(self.dtype)
+        y = jnp.take(table, ids, axis=0)
+        if self.has_variable("params", quantized.WEIGHT_SCALE):
+            rows = jnp.take(self.get_variable("params", quantized.WEIGHT_SCALE), ids, axis=0)
+            y = y.astype(jnp.float32) * rows[..., None]
+        y = y.astype(self.dtype)
         if self.has_variable(LORA, "a"):
             low = jnp.take(self.get_variable(LORA, "a"), ids, axis=0).astype(self.dtype)
             b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)

@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (rf"vae/.*/({_CONV})/kernel", (None, None, None, "fsdp")),
     (rf"vae/.*/({_CONV})/bias", (None,)),
     (r".*/scale", (None,)),
+    (r".*/(weight|product)_scale", (None,)),
     (r"(vae|bridge)/.*norm\w*/bias", (None,)),
     (r".*/embed_tokens/a", ("fsdp", None)),
     (r".*/embed_tokens/b", (None, "fsdp")),

@@ -1,0 +1,153 @@
+"""Weights, and products, in 8 bits: symmetric, with one float32 scale for each output channel.
+
+A quantised layer keeps its kernel as int8 or float8_e4m3fn beside a scale. The scale's name says how the layer
+computes: ``weight_scale`` reads the 8-bit kernel and multiplies in the computation's dtype (half the memory and
+traffic), ``product_scale`` also rounds the layer's input to 8 bits, with a scale for each token, so that the product
+itself runs on the 8-bit units (W8A8). Embedding tables keep a scale for each row.
+
+Small code rather than a library: qwix rewrites modules through interceptors, which would not see the stacked kernels of
+`nn.scan` as single layers, and quantises after loading; here folders hold 8 bits and no 16-bit copy is ever made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+WEIGHT_SCALE, PRODUCT_SCALE = "weight_scale", "product_scale"
+Format = Literal["int8", "fp8"]
+
+
+class _Type(NamedTuple):
+    dtype: Any
+    largest: float
+
+
+#: Storage types and their largest value.
+FORMATS: Mapping[str, _Type] = {
+    "int8": _Type(np.dtype(np.int8), 127.0),
+    "fp8": _Type(np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
+}
+
+#: Parameters that keep 16 or 32 bits, and why; the first pattern that matches the whole path counts.
+KEPT: tuple[tuple[str, str], ...] = (
+    (r"vae/.*", "80 M parameters, computed in float32: errors are seen as they are, pixel by pixel"),
+    (r".*/(scale|bias)", "vectors: nothing to gain"),
+    (r"bridge/meta_queries", "think tokens are few, and learned inputs rather than weights"),
+    (r"mmdit/pos_embed", "a table of sinusoids, whose differences between neighbours are below an 8-bit step"),
+    (r"mmdit/(patch_embed|proj_out)/kernel", "input and output of the sampler: 0.2 M parameters"),
+    (r"mmdit/(timestep|text)_fc[12]/kernel", "time and pooled embeddings modulate every layer"),
+    (r"vision/patch_embed/kernel", "reads pixels: 1.5 M parameters"),
+)
+#: Of the others, those whose products stay in 16 bits where products are 8-bit, and why.
+WEIGHTS_ONLY: tuple[tuple[str, str], ...] = (
+    (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/kernel", "adaLN shifts and gates scale whole streams"),
+    (r"mmdit/context_embedder/kernel", "reads the condition once a step"),
+    (r"bridge/projector_\w+/kernel", "condition: computed once an image"),
+    (r".*/embed_tokens/embedding", "rows are looked up, not multiplied"),
+)
+
+
+def treatment(path: str, products: bool) -> str:
+    """"kept", "weights" or "products" for a parameter's path, such as "mmdit/blocks_0/attn/to_q/kernel".
+
+    Args:
+      path: keys joined by slashes.
+      products: 8-bit products are wanted, not weights alone.
+    """
+    if not path.endswith(("/kernel", "/embedding")) or any(re.fullmatch(pattern, path) for pattern, _ in KEPT):
+        return "kept"
+    if not products or any(re.fullmatch(pattern, path) for pattern, _ in WEIGHTS_ONLY):
+        return "weights"
+    return "products"
+
+
+def scale_path(path: str, products: bool) -> str:
+    """Where the scale of a quantised parameter is stored: beside it, named after how the layer computes."""
+    name = PRODUCT_SCALE if treatment(path, products) == "products" else WEIGHT_SCALE
+    return f"{path.rpartition('/')[0]}/{name}"
+
+
+def scale_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One scale an output channel, [..., in, out] -> [..., out]; of a table [rows, D] one a row."""
+    return shape[:-1] if path.endswith("/embedding") else (*shape[:-2], shape[-1])
+
+
+def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.ndarray]:
+    """8-bit values and float32 scales, so that ``values * scale`` is ``value`` rounded.
+
+    Args:
+      path: says whether it is a kernel [..., in, out] or a table [rows, D].
+      value: of any float dtype.
+      to: storage type.
+
+    Returns:
+      values of the shape of ``value``, and scales of :func:`scale_shape`. A channel of zeros has scale 1.
+    """
+    dtype, largest = FORMATS[to]
+    axis = -1 if path.endswith("/embedding") else -2
+    exact = value.astype(np.float32)
+    most = np.abs(exact).max(axis=axis, keepdims=True)
+    scale = np.where(most > 0, most / largest, 1).astype(np.float32)
+    exact /= scale
+    if to == "int8":
+        np.rint(exact, out=exact)
+    # Rounding may pass the largest value by one part in 10^7.
+    np.clip(exact, -largest, largest, out=exact)
+    return exact.astype(dtype), np.squeeze(scale, axis=axis)
+
+
+def quantize_tree(params: Mapping[str, Any], to: Format, products: bool, prefix: str = "") -> dict[str, Any]:
+    """A tree of host arrays, or of ``ShapeDtypeStruct``, with 8-bit kernels and tables and their scales beside them."""
+    out: dict[str, Any] = {}
+    for name, value in params.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(value, Mapping):
+            out[name] = quantize_tree(value, to, products, path)
+        elif treatment(path, products) == "kept":
+            out[name] = value
+        else:
+            scale_name = scale_path(path, products).rpartition("/")[2]
+            if isinstance(value, jax.ShapeDtypeStruct):
+                out[name] = jax.ShapeDtypeStruct(value.shape, FORMATS[to].dtype)
+                out[scale_name] = jax.ShapeDtypeStruct(scale_shape(path, value.shape), np.float32)
+            else:
+                out[name], out[scale_name] = quantize(path, np.asarray(value), to)
+    return out
+
+
+def matmul(
+    x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: DTypeLike, precision: Any, *, products: bool
+) -> jax.Array:
+    """``x @ (kernel * scale)`` over the last axis of ``x``.
+
+    Args:
+      x: [..., in] in ``dtype``.
+      kernel: int8 or float8_e4m3fn [in, out].
+      scale: float32 [out].
+      dtype: of the result, and of the product where it is not 8-bit.
+      precision: of the product where it is not 8-bit.
+      products: round ``x`` to the kernel's type and multiply in 8 bits. Not differentiable in ``x``.
+    """
+    if not products:
+        y = jnp.matmul(x, kernel.astype(dtype), precision=precision)
+        return (y.astype(jnp.float32) * scale).astype(dtype)
+    integers = jnp.issubdtype(kernel.dtype, jnp.integer)
+    largest = FORMATS["int8" if integers else "fp8"].largest
+    exact = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
+    step = jnp.where(most > 0, most / largest, 1)
+    scaled = jnp.clip(exact / step, -largest, largest)
+    rounded = (jnp.rint(scaled) if integers else scaled).astype(kernel.dtype)
+    # Operands are handed over in 8 bits: on Hopper, what is quantised and dequantised before runs in bfloat16.
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    wide = jnp.int32 if integers else jnp.float32
+    y = jax.lax.dot_general(rounded, kernel, contract, preferred_element_type=wide)
+    return (y.astype(jnp.float32) * step * scale).astype(dtype)
