@@ -1,4 +1,4 @@
-"""All stages of DeepGen-nano; docs/nano.md has their order."""
+"""Stages of DeepGen-nano, one file each, and further rounds of them in `rounds.py`; docs/nano.md has their order."""
 
 from dataclasses import replace
 
@@ -9,10 +9,10 @@ MODEL = "out/nano/model"
 
 
 def world_source(name: str, task: str, size: int = 96, skills: str = "") -> SourceConfig:
-    """200,000 samples of a size before the first comes again, of some skills of the task alone or of all.
+    """200,000 samples of a size an epoch, of some skills of the task alone or of all.
 
-    Behind the skills may stand what else samples must be like, "recolour,background=grey". Such samples are searched
-    for, and there are 20,000.
+    After the skills may follow other conditions, "recolour,background=grey"; such samples are searched for, 20,000 an
+    epoch.
     """
     path = f"size={size},samples={20_000 if '=' in skills else 200_000},seed=0"
     return SourceConfig(name, "synthetic", f"{path},skills={skills}" if skills else path, task=task)
@@ -37,7 +37,7 @@ def world_data(
     skills: str = "",
     changes: str = "",
 ) -> DataConfig:
-    """Most prompts are of one length, so that few programs are compiled."""
+    """Most prompts have one length, so that few programs are compiled."""
     return DataConfig(
         sources=tuple(source for source in world(size, skills, changes) if source.task in cycle),
         micro_batch=micro_batch,

@@ -13,8 +13,8 @@ from deepgen_jax.training.run_config import CheckpointConfig
 def get_config() -> GRPOConfig:
     """8 prompts x 8 images a step, 10 steps of denoising, of which 3 are learned from.
 
-    The learning rate is 10 times the published one, as so small a DiT is to change within few updates; twice and ten
-    times that did harm (docs/nano.md). Penalty and auxiliary loss are raised, too.
+    The learning rate is 10 times the published one, so that a small model changes within few updates; 20 and 100 times
+    did harm (docs/experiments/nano.md). Penalty and auxiliary loss are raised as well.
     """
     return GRPOConfig(
         model=MODEL,

@@ -1,4 +1,4 @@
-"""The vision-language model of DeepGen-nano, which nobody has trained before: questions on pictures, and captions."""
+"""The vision-language model of DeepGen-nano from random weights: questions on pictures, and captions."""
 
 from dataclasses import replace
 

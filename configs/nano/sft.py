@@ -1,4 +1,4 @@
-"""Stage 2 of DeepGen-nano: edits join; bridge, DiT and adapters on the VLM learn, and the learning rate falls."""
+"""Stage 2 of DeepGen-nano: edits join; bridge, MMDiT and adapters on the VLM learn; `rounds.py` goes on from it."""
 
 from dataclasses import replace
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from deepgen_jax.config import to_dict
 from deepgen_jax.errors import DeepGenError, did_you_mean
-from deepgen_jax.registry import errors_of
+from deepgen_jax.registry import errors_of, load_file
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.values import item_hint, parse
 
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 #: Package that holds one configuration file for each published stage.
 CONFIGS = "deepgen_jax.configs"
+# A file with several configurations, and its table of them by name.
+_ROUNDS_FILE, ROUNDS = "rounds", "ROUNDS"
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def load_config(path_or_name: str) -> RunConfig:
     sys.modules[module.__name__] = module
     with errors_of(path):
         exec(compile(code, str(path), "exec"), module.__dict__)
-    get_config = getattr(module, "get_config", None)
+    rounds = getattr(module, ROUNDS, None)
+    named = rounds.get(path_or_name.rpartition("/")[2]) if path.stem == _ROUNDS_FILE and rounds else None
+    get_config = named or getattr(module, "get_config", None)
     if not callable(get_config):
         raise DeepGenError(f"{path} has no function get_config(); define one that returns a RunConfig")
     with errors_of(path):
@@ -94,7 +98,10 @@ def load_config(path_or_name: str) -> RunConfig:
 
 
 def packaged_configs() -> dict[str, Path]:
-    """Files of the packaged configurations by name; those in a folder go by its name, too: "nano/vae"."""
+    """Files of the packaged configurations by name; those in a folder go by its name, too: "nano/vae".
+
+    The file ``rounds.py`` of a folder holds several, by name in its ``ROUNDS``: "nano/sft_words".
+    """
     spec = importlib.util.find_spec(CONFIGS)
     folders = list(spec.submodule_search_locations or ()) if spec else []
     return dict(sorted(_configs_in(Path(folders[0])).items())) if folders else {}
@@ -104,6 +111,11 @@ def _configs_in(folder: Path, prefix: str = "") -> dict[str, Path]:
     found: dict[str, Path] = {}
     for module in pkgutil.iter_modules([str(folder)]):
         name = f"{prefix}{module.name}"
+        if module.name == _ROUNDS_FILE:
+            path = folder / f"{module.name}.py"
+            rounds = getattr(load_file(path, "packaged configurations"), ROUNDS)
+            found |= {f"{prefix}{name}": path for name in rounds}
+            continue
         found |= _configs_in(folder / module.name, f"{name}/") if module.ispkg else {name: folder / f"{module.name}.py"}
     return found
 

@@ -68,7 +68,7 @@ def test_prompts_fit_and_signs_are_spelled(model: Path):
     for task in TASK_SKILLS:
         samples = [make_sample("held_out", task, seed=7, index=index) for index in range(300)]
         lengths = [
-            prompts.words(sample.text, len(sample.references) or None) + per_picture * len(sample.references)
+            prompts.length(sample.text, len(sample.references) or None) + per_picture * len(sample.references)
             for sample in samples
         ]
         for name, units in ((name, units) for (of, name), units in UNITS.items() if of == task):
