@@ -110,6 +110,21 @@ def test_unigenbench_in_both_kinds_of_columns(split: str, ours: bool, tmp_path: 
     assert not open_benchmark("unigenbench").read(Reading(path, "m", ("zh_other",)))
 
 
+def test_a_missing_comma_of_the_official_file_is_read(tmp_path: Path):
+    path = data.unigenbench(tmp_path)
+    whole = path.read_text()
+    path.write_text(whole.replace('""Style"", ""Attribute', '""Style"" ""Attribute', 1))
+    told: list[str] = []
+    with collect_warnings(told.append):
+        items = open_benchmark("unigenbench").read(Reading(path, "m"))
+    assert [len(item.facts["points"]) for item in items] == [2, 2, 2]
+    assert len(told) == 1
+    assert "row 1: sub_dims lacks a comma" in told[0]
+    path.write_text(whole.replace("Testpoints", "Test"))
+    with pytest.raises(DeepGenError, match="row 1: sub_dims is no JSON with 'Testpoints'"):
+        open_benchmark("unigenbench").read(Reading(path, "m"))
+
+
 def test_variants_of_deepgens_repositories(tmp_path: Path):
     (tmp_path / "dpg.jsonl").write_text('{"prompt": "a barn", "key": "partiprompts1"}\n')
     (item,) = open_benchmark("dpg").read(Reading(tmp_path / "dpg.jsonl", "m"))

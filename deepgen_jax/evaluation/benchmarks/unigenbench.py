@@ -12,6 +12,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Answers, Benchmark, ImageScore, Item, Question, Reading
 from deepgen_jax.evaluation.figures import Cell, Measure, each
 from deepgen_jax.evaluation.rows import Row, find_files, read_rows
+from deepgen_jax.user_warnings import warn_user
 
 _POINTS = ("Testpoints", "考点")
 _DESCRIPTIONS = ("Testpoint Description", "考点对应描述")
@@ -107,10 +108,22 @@ def dimension(point: str) -> str:
     return match[1].strip() if match else point
 
 
+def _loads(text: str, where: str) -> Any:
+    """JSON; a missing comma, as the official test_prompts_en_long.csv has one, is put in with a notice."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Expecting ',' delimiter"):
+            raise
+        fixed = json.loads(f"{text[: error.pos]},{text[error.pos :]}")
+        warn_user(f"{where}: sub_dims lacks a comma in column {error.pos + 1}; it is read as if it had one")
+        return fixed
+
+
 def _points(row: Row, text: Any) -> list[tuple[str, str]]:
     """Test points with their descriptions, from the JSON of the column ``sub_dims``."""
     try:
-        values = json.loads(text) if isinstance(text, str) else text
+        values = _loads(text, row.where) if isinstance(text, str) else text
         names = next(values[name] for name in _POINTS if name in values)
         told = next(values[name] for name in _DESCRIPTIONS if name in values)
     except (ValueError, TypeError, StopIteration, RecursionError):
