@@ -29,25 +29,23 @@ from deepgen_jax.models import flops
 from deepgen_jax.models.attention import implementation_of
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel import rules
-from deepgen_jax.parallel.jit_options import device_jit
-from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.policy import policy_variables
-from deepgen_jax.rl.rl_config import GRPOConfig
-from deepgen_jax.rl.rollout import Trajectory, rollout
-from deepgen_jax.rl.step import (
+from deepgen_jax.rl.programs import (
     canvas_of,
     guidance_scale,
+    jit_update,
     learning_passes,
-    make_update,
     policy_model,
     rollout_settings,
     run_optimizer,
 )
+from deepgen_jax.rl.rl_config import GRPOConfig
+from deepgen_jax.rl.rollout import Trajectory, rollout
 from deepgen_jax.rl.update import UpdateKeys, learned_steps
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.stage import check_micro_batch
-from deepgen_jax.training.state import TrainState, abstract_state, shardings_of
+from deepgen_jax.training.state import TrainState, abstract_state
 
 
 class _Parts(NamedTuple):
@@ -137,7 +135,8 @@ def update_program(subject: Subject, batch: int | None) -> Program:
     sides, tokens = (1 if scale is None else 2), image_tokens(subject.model, config.rollout.size)
     length, width = prompt_length(subject), subject.model.mmdit.in_channels * subject.model.mmdit.patch_size**2
     images, steps = config.prompts_per_step * config.rollout.group_size, config.rollout.steps
-    step = make_update(config, model, optimizer, SchedulerConfig(), lora.scale if lora else 0.0, canvas)
+    lora_scale = lora.scale if lora else 0.0
+    jitted = jit_update(config, model, optimizer, SchedulerConfig(), lora_scale, canvas, state, mesh)
     latents = array(mesh, steps + 1, images, tokens, width, dtype=jnp.dtype(config.rollout.dtype), axis=1)
     trajectory = Trajectory(
         latents,
@@ -158,7 +157,6 @@ def update_program(subject: Subject, batch: int | None) -> Program:
         state, frozen, reference, trajectory, condition, array(mesh, images), micro,
         UpdateKeys(array(mesh, dtype=key_type()), keys), array(mesh, dtype=jnp.int32),
     )  # fmt: skip
-    jitted = device_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
     return Program(
         "update",
         "images",

@@ -86,6 +86,10 @@ class RewardMixture:
                     f"{did_you_mean(canonical(name), self.names)}"
                 )
 
+    def unused(self, wanted: Iterable[str]) -> list[str]:
+        """The run's rewards that are not ``wanted``."""
+        return [name for name in self.names if name not in {canonical(name) for name in wanted}]
+
     def submit(
         self, samples: Sequence[RewardSample], weights: Sequence[Mapping[str, float]]
     ) -> concurrent.futures.Future[RewardResult]:

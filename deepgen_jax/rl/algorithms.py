@@ -1,4 +1,4 @@
-"""The algorithms by name, and what each needs of the stage that runs it."""
+"""Algorithms by name, and what each needs from the stage that runs it."""
 
 from __future__ import annotations
 

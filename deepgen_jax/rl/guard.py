@@ -43,7 +43,7 @@ def mean_gain(sampler: str, step: Step) -> jax.Array:
 
 
 def guarded_surrogate(sampler: str, clip: float, step: Step, velocity: jax.Array, advantages: jax.Array) -> Surrogate:
-    """The clipped policy loss with normalised ratios, divided by the step's gain; arguments as of GRPO's."""
+    """The clipped policy loss with normalised ratios, divided by the step's gain; arguments as for GRPO."""
     log_ratio = normalised_log_ratio(sampler, step, velocity)
     loss = clipped_policy_loss(log_ratio, jnp.zeros_like(log_ratio), advantages, clip)
     return Surrogate(loss / jnp.maximum(mean_gain(sampler, step), SMALLEST_GAIN), jnp.exp(log_ratio))

@@ -26,10 +26,10 @@ from deepgen_jax.rl.losses import velocity_kl
 from deepgen_jax.rl.rl_config import NFTConfig
 from deepgen_jax.rl.update import (
     PolicyGradients,
-    Problem,
     UpdateKeys,
     UpdateSettings,
     Velocities,
+    VelocityLoss,
     accumulated_gradients,
     draw_images,
     finish,
@@ -50,19 +50,19 @@ def contrastive_losses(
     clean: jax.Array,
     noisy: jax.Array,
     sigma: jax.Array,
-    weight: jax.Array,
+    probability: jax.Array,
     strength: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Losses of the implicit positive and negative policy, each [b].
 
     The square is that of the predicted clean image, x_s - s v, divided by its mean absolute error without gradient:
-    the paper's adaptive weighting, which gives all noise levels like weights.
+    the paper's adaptive weighting, which weights all noise levels alike.
 
     Args:
       velocity, old_velocity: of the trained and the old policy at ``noisy``, [b, T, D]; the latter takes no gradient.
       clean, noisy: x_0 and x_s, [b, T, D].
       sigma: s, [b].
-      weight: r, [b].
+      probability: r, [b].
       strength: beta.
 
     Returns:
@@ -77,7 +77,7 @@ def contrastive_losses(
         return jnp.mean(jnp.square(error), axis=(1, 2)) / jax.lax.stop_gradient(scale)
 
     step = strength * (velocity - old)
-    return weight * loss(old + step), (1 - weight) * loss(old - step)
+    return probability * loss(old + step), (1 - probability) * loss(old - step)
 
 
 class ForwardStatistics(NamedTuple):
@@ -117,7 +117,7 @@ def nft_gradients(
       old: the policy that sampled, structured as ``trainable``.
       clean: [B, T, D] float32, latents of the sampled images.
       image_keys: [B] of ``rollout.image_keys``; noise levels and noise depend on these alone.
-      the others: as of ``update.policy_gradients``.
+      the others: as in ``update.policy_gradients``.
     """
     policy, scheduler = settings.policy, settings.supervised.scheduler
     velocities = Velocities(model, settings, frozen, condition)
@@ -129,28 +129,28 @@ def nft_gradients(
         noise = jax.random.normal(jax.random.fold_in(key, ForwardProcess.NOISE), shape, jnp.float32)
         return sigma_from_u(u, scheduler, shape[0]), noise
 
-    def problem(draw: jax.Array, micro: jax.Array) -> Problem:
+    def loss_of(draw: jax.Array, micro: jax.Array) -> VelocityLoss:
         sigma, noise = jax.vmap(forward, in_axes=(0, None))(image_keys[micro], draw)
         x0, s = settings.canvas.split(clean[micro]), sigma[:, None, None]
         noisy = (1 - s) * x0 + s * noise
         where = (noisy, sigma, micro)
         old_velocity = jax.lax.stop_gradient(velocities.policy(old, *where))
-        weight = optimality(advantages[micro])
+        probability = optimality(advantages[micro])
 
         def loss(v: jax.Array) -> tuple[jax.Array, ForwardStatistics]:
-            positive, negative = contrastive_losses(v, old_velocity, x0, noisy, sigma, weight, policy.nft.strength)
+            positive, negative = contrastive_losses(v, old_velocity, x0, noisy, sigma, probability, policy.nft.strength)
             drift = jnp.mean(jnp.square(v - old_velocity), axis=(1, 2))
             sums = ForwardStatistics(jnp.float32(micro.size), jnp.sum(positive), jnp.sum(negative), jnp.sum(drift))
             return jnp.mean(positive + negative), sums
 
         if not policy.beta:
-            return Problem(noisy, sigma, loss, None)
+            return VelocityLoss(noisy, sigma, loss, None)
         anchor = velocities.reference(reference, *where)
-        return Problem(noisy, sigma, loss, lambda v: policy.beta * velocity_kl(v, anchor))
+        return VelocityLoss(noisy, sigma, loss, lambda v: policy.beta * velocity_kl(v, anchor))
 
     draws = jnp.arange(policy.nft.draws, dtype=jnp.uint32)
     empty = ForwardStatistics(*[jnp.float32(0)] * 4)
-    return accumulated_gradients(velocities, problem, trainable, draws, images, empty, policy.log_part_norms)
+    return accumulated_gradients(velocities, loss_of, trainable, draws, images, empty, policy.log_part_norms)
 
 
 def updated_old_policy(config: NFTConfig, old: Tree, new: Tree, update: jax.Array) -> Tree:
@@ -174,7 +174,7 @@ def nft_step(
     keys: UpdateKeys,
     part: jax.Array | int = 0,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update of DiffusionNFT from clean images; arguments as of :func:`nft_gradients` and ``update.grpo_step``.
+    """One update of DiffusionNFT from clean images; arguments as in :func:`nft_gradients` and ``update.grpo_step``.
 
     The old policy is ``state.ema``: rollouts must sample with it, and the step moves it after the last part.
     """

@@ -1,7 +1,7 @@
 """The MR-GRPO objective of one denoising step of a micro-batch (paper, eq. 3 and 4).
 
-Everything is a function of velocities, in float32: what the model predicts at a stored latent, what the reference
-predicts there, and the transition that the rollout made.
+Functions of float32 velocities: those that the model and the reference predict at a stored latent, and the transition
+that the rollout made.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def penalty(kind: str, sampler: str, step: Step, velocity: jax.Array, reference:
 
     Args:
       kind: one of :data:`KL_KINDS`. "velocity" is eq. 4, averaged over elements; "velocity_scaled" divides it by
-        2 std^2 + 1e-7 with the schedule's std; "latent" is the divergence of the two transitions, an element's.
-      sampler: whose transitions are meant.
+        2 std^2 + 1e-7 with the schedule's std; "latent" is the divergence of the two transitions per element.
+      sampler: defines the transitions.
       step: where both velocities were predicted.
       velocity, reference: the policy's and the reference's, [b, T, D].
 

@@ -23,7 +23,7 @@ from deepgen_jax.training.partition import Tree, join
 
 @dataclass(frozen=True)
 class Canvas:
-    """Static facts of a batch of images.
+    """Static sizes of a batch of images.
 
     Attributes:
       height, width: of the latents, before they are cut into patches.

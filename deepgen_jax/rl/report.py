@@ -1,4 +1,4 @@
-"""What a step of reinforcement learning tells: rewards by name and data set, what failed, and pictures with scores."""
+"""Metrics of a step of reinforcement learning: rewards by name and data set, failures, and pictures with scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _POLICY = {*_COMBINED, "kl", "old_policy_drift"} - {"skipped"}
 
 
 def of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of a step from those of its updates: ratios are those of all updates, anything else that of the last."""
+    """Metrics of a step from those of its updates: ratios over all updates, everything else from the last."""
     last = updates[-1]
     together = {name: f([update[name] for update in updates]) for name, f in _COMBINED.items() if name in last}
     return {f"rl/{name}" if name in _POLICY else name: x for name, x in {**last, **together}.items()}
@@ -37,10 +37,10 @@ def of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """An error of one host ends all of them at this point, where the others would wait for it without end.
+    """Raises on every host if one raises within the block; the others would wait for it forever.
 
     Raises:
-      DeepGenError: this host's own, or one that names the host whose it is.
+      DeepGenError: this host's own error, or one that names the host that failed.
     """
     failure: DeepGenError | None = None
     try:
@@ -61,7 +61,7 @@ def failing_together() -> Iterator[None]:
 
 
 def own_groups(groups: range) -> list[int]:
-    """The groups that this host has scored: hosts take turns, so that every group is whole on exactly one of them."""
+    """The groups that this host scores: hosts take turns, so that every group is whole on exactly one of them."""
     return [group for group in groups if group % jax.process_count() == jax.process_index()]
 
 
@@ -140,7 +140,7 @@ def failure_metrics(result: RewardResult) -> dict[str, float]:
 
 
 def picture(pixels: np.ndarray, result: RewardResult, group_size: int) -> Image.Image:
-    """The first groups of a step that this host has scored, one a row, with their scores below each image.
+    """The first groups of a step that this host scored, one a row, with the scores below each image.
 
     Args:
       pixels: uint8 [N, H, W, 3], whole groups.

@@ -105,7 +105,7 @@ class NFTConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """How the policy learns from what was sampled.
+    """How the policy learns from its images.
 
     Attributes:
       algorithm: "grpo" (paper eq. 3), "guard" (GRPO-Guard) or "nft" (DiffusionNFT).
@@ -118,9 +118,9 @@ class PolicyConfig:
       micro_batch: images that the network sees at once.
       sft_weight: lambda of (1 - lambda) GRPO + lambda SFT (eq. 5).
       check_ratio: stop where a ratio of a rollout's first update is not 1.
-      ratio_tolerance: how far it may be off; None for 1e-6 in float32, and in bfloat16 for half the clip range.
-      log_part_norms: log the gradient norms of policy, penalty and auxiliary loss apart; costs two further gradients in
-        memory and a second backward pass through the network.
+      ratio_tolerance: largest deviation allowed; None for 1e-6 in float32, and in bfloat16 for half the clip range.
+      log_part_norms: log the gradient norms of policy, penalty and auxiliary loss separately; costs two more
+        gradients in memory and a second backward pass through the network.
       nft: settings of "nft".
     """
 
@@ -150,7 +150,7 @@ class PolicyConfig:
             raise DeepGenError(f"policy.sft_weight is {self.sft_weight}; it must be at least 0 and below 1")
 
     def tolerance(self, dtype: str) -> float:
-        """How far a first ratio may be from 1 when the computation is in ``dtype``."""
+        """Largest deviation of a first ratio from 1 when the computation is in ``dtype``."""
         if self.ratio_tolerance is not None:
             return self.ratio_tolerance
         return 1e-6 if dtype == "float32" else self.clip / 2
@@ -166,7 +166,7 @@ class GRPOConfig(RunConfig):
 
     Attributes:
       trains: ("mmdit",), or ("mmdit_lora",) for adapters on it, which need no second copy as reference.
-      rollout, policy, prompts: see there.
+      rollout, policy, prompts: see their classes.
       rewards: the mixture.
       prompts_per_step: prompts of a rollout; times the group size it is the batch.
       data: what the auxiliary supervised loss learns from; None leaves it out.

@@ -1,4 +1,4 @@
-"""Rollouts: groups of images sampled by the policy, and the trajectories that it learns from.
+"""Rollouts: the policy samples groups of images and keeps the trajectories that it learns from.
 
 An image's noise depends on the run's seed and the image's own number, counted over the whole run, alone: not on the
 batch it is rolled out in, nor on the mesh.
@@ -27,7 +27,7 @@ from deepgen_jax.training.partition import Tree
 
 
 class Trajectory(NamedTuple):
-    """What was sampled, all that the update needs of it.
+    """The transitions of a rollout, as an update needs them.
 
     Attributes:
       latents: [N + 1, B, T, D], the initial noise first, in the dtype of the rollout's settings.
@@ -141,8 +141,8 @@ def rollout(
         index, sigma, sigma_next = inputs
         x = canvas.split(latents[index].astype(jnp.float32))
         v, levels = guided(x, sigma), (sigma, sigma_next, sigmas[1], eta)
-        fresh = step_noise(keys, index, x.shape[1:])
-        following = sde_step(settings.sampler, v, x, *levels, noise=fresh)[0].astype(settings.dtype)
+        noise = step_noise(keys, index, x.shape[1:])
+        following = sde_step(settings.sampler, v, x, *levels, noise=noise)[0].astype(settings.dtype)
         log_prob = sde_step(settings.sampler, v, x, *levels, next_sample=following)[3]
         return canvas.split(latents.at[index + 1].set(following), axis=1), log_prob
 
@@ -155,8 +155,8 @@ def rollout(
 
 @jax.jit
 def concatenated(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """One trajectory of several that were rolled out one after the other under the same noise levels."""
+    """Concatenates trajectories of the same noise levels along their images."""
     if not trajectories:
-        raise DeepGenError("there are no trajectories to put together; roll out at least one micro-batch")
+        raise DeepGenError("no trajectories to concatenate; roll out at least one micro-batch")
     latents, log_probs = (jnp.concatenate(x, axis=1) for x in zip(*(t[:2] for t in trajectories), strict=True))
     return Trajectory(latents, log_probs, trajectories[0].sigmas, jnp.concatenate([t.keys for t in trajectories]))

@@ -48,11 +48,11 @@ class UpdateSettings:
     guidance_scale: float | None = None
 
 
-class Problem(NamedTuple):
-    """What is learned from one micro-batch: where the velocity is asked for, and losses of the answer.
+class VelocityLoss(NamedTuple):
+    """What one micro-batch minimises: losses of the velocity at given latents.
 
     Attributes:
-      latents: [b, T, D] float32.
+      latents: [b, T, D] float32, where the velocity is evaluated.
       sigma: noise level, scalar or [b].
       policy: velocity -> (scalar loss, statistics); gradients flow to the velocity alone.
       penalty: velocity -> scalar penalty, already weighted; None for none.
@@ -68,7 +68,7 @@ class PolicyGradients(NamedTuple):
     """Sums over (step, micro-batch), divided by their number.
 
     Attributes:
-      gradients: ("policy", "kl") -> tree where they are kept apart, else "grpo" -> their sum.
+      gradients: ("policy", "kl") -> tree where they are separate, else "grpo" -> their sum.
       policy, kl: mean losses, the latter weighted.
       statistics: of all micro-batches.
     """
@@ -102,35 +102,35 @@ class Velocities:
 
 def accumulated_gradients(
     velocities: Velocities,
-    problem: Callable[[Any, jax.Array], Problem],
+    loss_of: Callable[[Any, jax.Array], VelocityLoss],
     trainable: Tree,
     outer: Any,
     images: jax.Array,
     empty: Any,
-    apart: bool,
+    separate: bool,
 ) -> PolicyGradients:
     """Gradients summed over (outer, micro-batch) in nested scans.
 
     Args:
       velocities: of the policy.
-      problem: (one of ``outer``, images [b]) -> what is learned there.
+      loss_of: (one of ``outer``, images [b]) -> its loss.
       trainable: what the gradient is taken of.
       outer: stacked on a leading axis, such as the steps [K].
       images: int32 [M, b], the micro-batches.
-      empty: statistics of nothing, with a method ``merged``.
-      apart: keep the gradients of policy loss and penalty apart. That takes one more gradient in memory and a second
-        backward pass through the network; together they share one.
+      empty: statistics of no micro-batch, with a method ``merged``.
+      separate: keep the gradients of policy loss and penalty separate, which takes one more gradient in memory and a
+        second backward pass through the network.
     """
     number = jax.tree.leaves(outer)[0].shape[0] * images.shape[0]
 
     def one(item: Any, micro: jax.Array) -> tuple[dict[str, Tree], jax.Array, jax.Array, Any]:
-        what = problem(item, micro)
+        what = loss_of(item, micro)
         v, pullback = jax.vjp(lambda t: velocities.policy(t, what.latents, what.sigma, micro), trainable)
         (policy, statistics), towards = jax.value_and_grad(what.policy, has_aux=True)(v)
         kl, back = jnp.float32(0), jnp.zeros_like(v)
         if what.penalty is not None:
             kl, back = jax.value_and_grad(what.penalty)(v)
-        cotangents = {"policy": towards, "kl": back} if apart else {"grpo": towards + back}
+        cotangents = {"policy": towards, "kl": back} if separate else {"grpo": towards + back}
         gradients = {name: pullback(cotangent / number)[0] for name, cotangent in cotangents.items()}
         return gradients, policy / number, kl / number, statistics
 
@@ -142,7 +142,7 @@ def accumulated_gradients(
     def scan_images(carry: tuple[Any, Any], item: Any) -> tuple[tuple[Any, Any], None]:
         return jax.lax.scan(lambda c, micro: micro_batch(c, (item, micro)), carry, images)
 
-    names = ("policy", "kl") if apart else ("grpo",)
+    names = ("policy", "kl") if separate else ("grpo",)
     zeros = {name: jax.tree.map(jnp.zeros_like, trainable) for name in names}
     start = ((zeros, jnp.float32(0), jnp.float32(0)), empty)
     (sums, statistics), _ = jax.lax.scan(scan_images, start, outer)
@@ -161,7 +161,7 @@ def policy_gradients(
     images: jax.Array,
     timesteps: jax.Array,
 ) -> PolicyGradients:
-    """Gradient of the policy loss and the KL penalty (paper eq. 3), as loss to be lowered.
+    """Gradient of the policy loss and the KL penalty (paper eq. 3, negated).
 
     Args:
       model, settings: static.
@@ -171,8 +171,8 @@ def policy_gradients(
       trajectory: of B images.
       condition: of their prompts, or with guidance of pairs.
       advantages: float32 [B].
-      images: int32 [M, b], which to learn from, in micro-batches.
-      timesteps: int32 [K], which steps to learn from.
+      images: int32 [M, b], those to learn from, in micro-batches.
+      timesteps: int32 [K], those to learn from.
     """
     policy, sampler = settings.policy, settings.sampler
     surrogate = ALGORITHMS[policy.algorithm].surrogate
@@ -180,7 +180,7 @@ def policy_gradients(
         raise ValueError(f"{policy.algorithm} does not learn from trajectories")
     velocities = Velocities(model, settings, frozen, condition)
 
-    def problem(index: jax.Array, micro: jax.Array) -> Problem:
+    def loss_of(index: jax.Array, micro: jax.Array) -> VelocityLoss:
         step = step_of(trajectory, index, micro, settings.eta)
         step = step._replace(sample=settings.canvas.split(step.sample), following=settings.canvas.split(step.following))
 
@@ -189,14 +189,14 @@ def policy_gradients(
             return found.loss, RatioStatistics.of(found.ratio, policy.clip)
 
         if not policy.beta:
-            return Problem(step.sample, step.levels[0], loss, None)
+            return VelocityLoss(step.sample, step.levels[0], loss, None)
         anchor = velocities.reference(reference, step.sample, step.levels[0], micro)
-        return Problem(
+        return VelocityLoss(
             step.sample, step.levels[0], loss, lambda v: policy.beta * penalty(policy.kl, sampler, step, v, anchor)
         )
 
-    empty, apart = RatioStatistics.empty(), policy.log_part_norms
-    return accumulated_gradients(velocities, problem, trainable, timesteps, images, empty, apart)
+    empty, separate = RatioStatistics.empty(), policy.log_part_norms
+    return accumulated_gradients(velocities, loss_of, trainable, timesteps, images, empty, separate)
 
 
 def draw_timesteps(key: jax.Array, steps: int, fraction: float) -> jax.Array:
@@ -205,7 +205,7 @@ def draw_timesteps(key: jax.Array, steps: int, fraction: float) -> jax.Array:
 
 
 def learned_steps(steps: int, fraction: float) -> int:
-    """How many of a rollout's steps an update learns from: floor(fraction * steps), one at least, never the last."""
+    """Number of a rollout's steps that an update learns from: floor(fraction * steps), at least 1, never the last."""
     return min(max(int(fraction * steps), 1), steps - 1)
 
 
@@ -246,9 +246,9 @@ def grpo_step(
     """One update of GRPO or GRPO-Guard from a rollout: (1 - lambda) GRPO + lambda SFT (paper eq. 5).
 
     Args:
-      sft_micro_batches: task -> stacked micro-batches; empty leaves the auxiliary loss out, lambda and all.
-      part: which of the rollout's updates this is; the parts of a rollout learn from disjoint images.
-      the others: as of :func:`policy_gradients` and ``supervised.train_step``.
+      sft_micro_batches: task -> stacked micro-batches; empty for no auxiliary loss, with lambda 0.
+      part: number of the update in its rollout; the parts of a rollout learn from disjoint images.
+      the others: as in :func:`policy_gradients` and ``supervised.train_step``.
 
     Returns:
       The new state and float32 scalars. ``first_ratio_deviation`` is the largest |ratio - 1| of a rollout's first
@@ -276,7 +276,7 @@ def finish(
     sft_micro_batches: Mapping[str, MicroBatch],
     sft_keys: Mapping[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Mixes in the auxiliary loss and updates the state; any algorithm's update ends here.
+    """Adds the auxiliary loss and updates the state; the last part of any algorithm's update.
 
     Gradient norms of the parts are those of the weighted terms of the total loss.
     """
@@ -290,7 +290,7 @@ def finish(
     first, *others = gradients.values()
     total = jax.tree.map(lambda *x: sum(x), first, *others)
     if share:
-        apart = settings.policy.log_part_norms
+        separate = settings.policy.log_part_norms
         sft, sft_metrics = supervised_gradients(
             model,
             settings.supervised,
@@ -298,12 +298,12 @@ def finish(
             frozen,
             sft_micro_batches,
             sft_keys,
-            None if apart else total,
+            None if separate else total,
             share,
         )
-        if apart:
+        if separate:
             norms["sft"] = optax.tree.norm(sft)
-        total = jax.tree.map(jnp.add, total, sft) if apart else sft
+        total = jax.tree.map(jnp.add, total, sft) if separate else sft
         metrics["loss/sft"] = sft_metrics["loss"]
         loss = loss + share * sft_metrics["loss"]
     new_state, applied = apply_gradients(optimizer, settings.supervised.ema_decay, state, total, loss)

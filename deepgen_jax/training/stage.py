@@ -37,7 +37,7 @@ STAGES = {
         ("deepgen_jax.training.run_config", "AutoencoderConfig"),
         ("deepgen_jax.training.autoencoder", "AutoencoderStage"),
     ),
-    "grpo": (("deepgen_jax.rl.rl_config", "GRPOConfig"), ("deepgen_jax.rl.grpo_stage", "GRPOStage")),
+    "grpo": (("deepgen_jax.rl.rl_config", "GRPOConfig"), ("deepgen_jax.rl.grpo", "GRPOStage")),
     "language": (
         ("deepgen_jax.training.run_config", "LanguageConfig"),
         ("deepgen_jax.training.language", "LanguageStage"),

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.xdist_group("grpo_runs")
 STEPS, MANY_STEPS = 4, 40
 #: Where a process dies: of what, and before which of its calls.
 PHASES = {
-    "rollout": ("deepgen_jax.rl.grpo_stage", "rollout", 2),  # calls a step
+    "rollout": ("deepgen_jax.rl.experience", "rollout", 2),  # calls a step
     "reward": ("deepgen_jax.rewards.mixture", "RewardMixture.collect", 1),
-    "update": ("deepgen_jax.rl.grpo_stage", "GRPOStage._check_ratio", 1),  # between a rollout's two updates
+    "update": ("deepgen_jax.rl.grpo", "GRPOStage._check_ratio", 1),  # between a rollout's two updates
 }
 DIE = """
 import functools, importlib, itertools, os, signal, sys
@@ -40,12 +40,12 @@ sys.exit(main())
 DISAGREE = """
 import sys
 from deepgen_jax.cli.main import main
-from deepgen_jax.rl import grpo_stage
-rollout = grpo_stage.rollout
+from deepgen_jax.rl import experience
+rollout = experience.rollout
 def other(*args):
     images, trajectory = rollout(*args)
     return images, trajectory._replace(log_probs=trajectory.log_probs + 1e-4)
-grpo_stage.rollout = other
+experience.rollout = other
 sys.exit(main())
 """
 FAIL_ON_ONE_HOST = """

@@ -1,4 +1,7 @@
-"""What a run of reinforcement learning jits: made from its configuration and the model's sizes, without weights."""
+"""The programs of a run of reinforcement learning, made from its configuration and the model's sizes, without weights.
+
+The stage runs them on arrays, the compile study lowers them on shapes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -13,7 +17,9 @@ from jax.sharding import Mesh
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.models.attention import choose_kernel
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.parallel.mesh import batch_sharding
+from deepgen_jax.parallel.jit_options import device_jit
+from deepgen_jax.parallel.mesh import batch_sharding, replicated
+from deepgen_jax.random_keys import Rollout
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.nft import nft_step
 from deepgen_jax.rl.policy import Canvas
@@ -21,12 +27,9 @@ from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import RolloutSettings
 from deepgen_jax.rl.update import UpdateSettings, grpo_step, learned_steps
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
-from deepgen_jax.training.state import TrainState
+from deepgen_jax.training.partition import Tree
+from deepgen_jax.training.state import TrainState, shardings_of
 from deepgen_jax.training.supervised import StepSettings
-
-#: (state, frozen, reference, *learned, auxiliary micro-batches, keys, part) -> (state, metrics); ``learned`` is what
-#: the algorithm learns from, see ``update.grpo_step`` and ``nft.nft_step``.
-Update = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 def policy_model(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
@@ -57,9 +60,9 @@ def run_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
 
 
 def learning_passes(config: GRPOConfig) -> int:
-    """What all updates of a rollout cost for each image, in forward passes of the MMDiT (see ``flops.training``).
+    """Cost of all updates of a rollout for each image, in forward passes of the MMDiT (see ``flops.training``).
 
-    What the backward pass computes again is not counted.
+    Recomputation in the backward pass is not counted.
     """
     each = (3 if "mmdit" in config.trains else 2) + bool(config.policy.beta)
     if ALGORITHMS[config.policy.algorithm].trajectory:
@@ -67,15 +70,31 @@ def learning_passes(config: GRPOConfig) -> int:
     return config.policy.nft.draws * (each + 1)  # the old policy's velocity, too
 
 
-def make_update(
+def jit_update(
     config: GRPOConfig,
     model: DeepGen,
     optimizer: optax.GradientTransformation,
     scheduler: SchedulerConfig,
     lora_scale: float,
     canvas: Canvas,
-) -> Update:
-    """An update of the run's algorithm, as the stage jits it."""
+    state: TrainState,
+    mesh: Mesh,
+) -> device_jit:
+    """The compiled program of an update of the run's algorithm.
+
+    It maps (state, frozen, reference, *learned, auxiliary micro-batches, keys, part) to (state, metrics); ``learned``
+    is what the algorithm learns from, see ``update.grpo_step`` and ``nft.nft_step``.
+
+    Args:
+      config: of the run.
+      model: see :func:`policy_model`.
+      optimizer: see :func:`run_optimizer`.
+      scheduler: of the model.
+      lora_scale: alpha over rank of adapters that train.
+      canvas: see :func:`canvas_of`.
+      state: arrays, or shapes with shardings; the new state is sharded alike.
+      mesh: metrics are replicated on it.
+    """
     settings = UpdateSettings(
         canvas,
         config.policy,
@@ -92,4 +111,27 @@ def make_update(
         new, metrics = update(state, *args)
         return new, metrics | {"learning_rate": rate(state.step)}
 
-    return step
+    return device_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+
+
+def jit_reference(config: GRPOConfig) -> Callable[[Tree, Tree], Tree]:
+    """The program that copies starting values (params, lora) as the reference policy.
+
+    Parameters are rounded to the dtype of the computation, which rounds them anyway; adapters are not.
+    """
+    dtype = jnp.dtype(config.dtype)
+
+    @jax.jit
+    def reference(params: Tree, lora: Tree) -> Tree:
+        return {"params": jax.tree.map(lambda x: x.astype(dtype), params), "lora": lora}
+
+    return reference
+
+
+def jit_update_key(mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
+    """The program that makes the key of a rollout's updates from (seed, step)."""
+
+    def update_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), Rollout.UPDATE), step)
+
+    return jax.jit(update_key, out_shardings=replicated(mesh))
