@@ -162,6 +162,8 @@ def _changed(value: Any, hint: Any, node: _Tree | _Change, path: str = "") -> An
         return _changed_dataclass(value, node, path)
     if isinstance(value, tuple):
         return _changed_tuple(value, hint, node, path)
+    if value is None and hint is Any:
+        value = {}  # an option of options that is not given yet, such as a reward's client.cache
     if isinstance(value, Mapping):
         item = (*typing.get_args(hint), Any, Any)[1]
         below = {key: _changed(value.get(key), item, child, f"{path}.{key}") for key, child in node.items()}

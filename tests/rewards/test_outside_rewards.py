@@ -74,6 +74,8 @@ def test_the_command_line_adds_and_replaces_rewards():
     assert isinstance(changed, GRPOConfig)
     assert changed.rewards[-1] == RewardConfig("bright", "my_reward.py:Brightness", {"factor": 2, "mode": "a,b"})
     assert changed.rewards[:-1] == config.rewards
+    deeper = overrides.apply(config, ["rewards.red.options.client.cache=a.jsonl", "rewards.red.options.client.tries=2"])
+    assert deeper.rewards[0].options["client"] == {"cache": "a.jsonl", "tries": 2}
     replaced = overrides.apply(config, ["rewards.red.kind=my_reward.py:Brightness"])
     assert [reward.name for reward in replaced.rewards] == [reward.name for reward in config.rewards]
 
