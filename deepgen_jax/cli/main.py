@@ -153,7 +153,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "report": Subcommand(
                 "deepgen_jax.cli.nano",
                 "ReportCommand",
-                "write how it was trained, its curves and its scores into docs/nano.md",
+                "write how it was trained, its curves and its scores into docs/experiments/nano.md",
                 ("deepgen nano report --runs out/nano --scores trained=out/nano/scores.json",),
             ),
         },

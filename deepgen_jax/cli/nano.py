@@ -72,7 +72,7 @@ class ReportCommand:
     """Column of the table of scores: its title, and what `deepgen eval nano --json` printed."""
     device: str = ""
     """What runs that have not recorded it ran on."""
-    out: Path = Path("docs/nano.md")
+    out: Path = Path("docs/experiments/nano.md")
     """The page, which has a place for the report; the picture goes to images/nano_curves.png beside it."""
 
     def run(self) -> int:

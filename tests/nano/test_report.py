@@ -39,8 +39,8 @@ def scores(path: Path, share: float) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a page, three of the stages and two files of scores."""
     monkeypatch.chdir(tmp_path)
-    Path("docs").mkdir()
-    Path("docs/nano.md").write_text(PAGE)
+    Path("docs/experiments").mkdir(parents=True)
+    Path("docs/experiments/nano.md").write_text(PAGE)
     runs = Path("out/nano")
     write_run(
         runs / "vae", "nano/vae", ["steps=100", "out=elsewhere", "log.every=5"], lambda step: {"loss": step / 100},
@@ -64,11 +64,11 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
     words = ["nano", "report", "--scores", "after SFT=a.json", "--scores", "after RL=b.json", "--device", "2 cores"]
     assert main(words) == 0
     captured = capsys.readouterr()
-    assert captured.out.split() == ["docs/nano.md", "docs/images/nano_curves.png"]
+    assert captured.out.split() == ["docs/experiments/nano.md", "docs/experiments/images/nano_curves.png"]
     left_out = [line.split("; ")[1].split()[0] for line in captured.err.splitlines()]
     assert {"nano/vae_small", "nano/language", "nano/pretrain"} <= set(left_out)
     assert not {"nano/vae", "nano/sft", "nano/grpo"} & set(left_out)
-    text = Path("docs/nano.md").read_text()
+    text = Path("docs/experiments/nano.md").read_text()
     assert text.startswith(f"# Nano\n\nbefore\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nafter\n")
     assert "an old report" not in text
@@ -85,11 +85,11 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
     assert "| `single` | 50.0% (40.0% to 60.0%) | 75.0% (65.0% to 85.0%) |" in text
     assert "| `only_b` |  | 75.0% (65.0% to 85.0%); rest kept 75.0% |" in text
     assert "- after RL: 200 samples a skill, 20 steps of denoising, guidance 4, 96 pixels a side, seed 3" in text
-    with Image.open("docs/images/nano_curves.png") as picture:
+    with Image.open("docs/experiments/images/nano_curves.png") as picture:
         assert min(picture.size) > 300
     # Again it says the same.
     assert main(words) == 0
-    assert Path("docs/nano.md").read_text() == text
+    assert Path("docs/experiments/nano.md").read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_what_cannot_be_used_changes_nothing(
     before = sorted(path for path in Path().rglob("*"))
     assert main(["nano", "report", *words]) == 2
     assert f"deepgen: error: {message}" in capsys.readouterr().err
-    assert Path("docs/nano.md").read_text() == PAGE
+    assert Path("docs/experiments/nano.md").read_text() == PAGE
     assert sorted(path for path in Path().rglob("*")) == before
