@@ -55,7 +55,8 @@ def _product(module: Linear, x: jax.Array, kernel: jax.Array) -> jax.Array:
     precision = precision_of(module.dtype)
     for name in (quantized.WEIGHT_SCALE, quantized.PRODUCT_SCALE):
         if module.has_variable("params", name):
-            scale, products = module.get_variable("params", name), name == quantized.PRODUCT_SCALE
+            scale: jax.Array = module.get_variable("params", name)
+            products = name == quantized.PRODUCT_SCALE
             return quantized.matmul(x, kernel, scale, module.dtype, precision, products=products)
     return jnp.matmul(x, kernel.astype(module.dtype), precision=precision)
 
