@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,26 +20,9 @@ from deepgen_jax.data.sources import open_source, register
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training import overrides
 
-#: Pictures named after their captions: 0001-a_red_circle.png.
-SOURCE = '''
-import os
-
-from deepgen_jax.data.storage import Blob
-from deepgen_jax.data.sources import Record, Source
-
-
-class NamedPictures(Source):
-    """Pictures whose captions are in their names."""
-
-    suffixes = (".png", ".jpg")
-
-    def scan(self, path):
-        yield path
-
-    def read(self, row):
-        name = os.path.splitext(os.path.basename(row))[0]
-        return Record(name.partition("-")[2].replace("_", " "), (Blob(row),))
-'''
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+#: The example of the page: pictures named after their captions, 0001-a_red_circle.png.
+SOURCE = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "class " in block)
 
 
 @pytest.fixture
@@ -56,8 +40,7 @@ def deepgen(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
-def inspect(kind: str, path: Path, model_folder: Path, tmp_path: Path, **environment: str) -> dict:
-    # The list of the packaged configuration is replaced whole by one source.
+def inspect(kind: str, path: Path, model_folder: Path, tmp_path: Path, *more: str, **environment: str) -> dict:
     source = f"data.sources.pairs.kind={kind}"
     config = tmp_path / "config.py"
     config.write_text(
@@ -69,7 +52,7 @@ def inspect(kind: str, path: Path, model_folder: Path, tmp_path: Path, **environ
         "    sources = (SourceConfig('pairs', 'json', 'list.json'),)\n"
         "    return replace(config, data=replace(config.data, sources=sources, mixture=MixtureConfig(('t2i',))))\n"
     )
-    words = [str(config), source, f"data.sources.pairs.path={path}", f"model={model_folder}"]
+    words = [str(config), source, f"data.sources.pairs.path={path}", f"model={model_folder}", *more]
     run = deepgen(
         "data", "inspect", *words, f"data.cache_dir={tmp_path}/cache", "data.workers=1",
         "--contact-sheet", "", "--seconds", "0.01", "--json", **environment,
@@ -80,8 +63,13 @@ def inspect(kind: str, path: Path, model_folder: Path, tmp_path: Path, **environ
 
 def test_a_file_on_the_command_line(tmp_path: Path, pictures: Path, folders):
     (tmp_path / "my_source.py").write_text(SOURCE)
-    report = inspect(f"{tmp_path}/my_source.py:NamedPictures", pictures, folders("none"), tmp_path)
+    (pictures / "nameless.jpg").write_bytes(t2i_samples(1)[0].image)
+    report = inspect(
+        f"{tmp_path}/my_source.py:NamedPictures", pictures, folders("none"), tmp_path, "data.max_bad_share=0.2"
+    )
     assert report["sources"][0]["usable"] == 8
+    assert report["sources"][0]["bad"] == {"no caption in name": 1}
+    assert report["sources"][0]["examples"]["no caption in name"] == f"{pictures}/nameless.jpg"
 
 
 def test_an_installed_wheel(tmp_path: Path, pictures: Path, folders):
