@@ -1,10 +1,10 @@
-"""Whether reinforcement learning learns, on the tiny model: three runs of `deepgen train tiny_grpo` and their curves.
+"""Does reinforcement learning learn? Three runs of `deepgen train tiny_grpo` on the tiny model, and their curves.
 
     python benchmarks/grpo_learning.py --model out/tiny --start out/runs/tiny_sft --data out/example
 
-One run learns to make images that are small as JPEG files, two learn red images: with the KL penalty and the auxiliary
-loss, and without. The supervised loss on the example pictures, always at the same noise and noise levels, tells how far
-each has drifted from what it learned before. Runs that are there already are not made again.
+One run is rewarded for small JPEG files, two for red images: with the KL penalty and the auxiliary loss, and without.
+The supervised loss on the example pictures, at fixed noise and noise levels, measures the drift from earlier training.
+Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from deepgen_jax.training.step_batches import StepBatches, open_loader
 from deepgen_jax.training.supervised import Draws, supervised_losses
 from deepgen_jax.training.weights import load_start
 
-#: Noise levels of the supervised loss, and how often each picture is noised at each.
+#: Noise levels of the supervised loss, and draws of noise at each.
 LEVELS, DRAWS = (0.1, 0.3, 0.5, 0.7, 0.9), 8
 #: Steps at both ends of a run whose mean rewards are compared.
 ENDS = 15
@@ -42,7 +42,7 @@ ENDS = 15
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its title in the picture, the reward it is after, its colour, and its settings beside the common ones."""
+    """A run: its title in the picture, its reward, its colour, and its settings besides the common ones."""
 
     title: str
     reward: str
@@ -50,15 +50,15 @@ class Run:
     words: tuple[str, ...]
 
 
-#: Penalty and auxiliary loss weigh more than published, because such steps lead away from the start much faster.
+#: Penalty and auxiliary loss weigh more than published, because the larger steps drift faster.
 HELD = ("policy.beta=0.002", "policy.sft_weight=0.002")
 RUNS = {
     "jpeg": Run("small JPEG files", "jpeg", "tab:blue", HELD),
     "red": Run("red, with KL and auxiliary loss", "red", "tab:green", HELD),
     "red_free": Run("red, without both", "red", "tab:red", ("policy.beta=0", "policy.sft_weight=0", "data=null")),
 }
-#: A DiT of 1.8 million parameters that is to change within 150 updates wants a learning rate far above the published
-#: one. With one update per rollout ratios are 1 and the clip range does nothing, so it stays as published.
+#: To change a DiT of 1.8 million parameters within 150 updates takes a learning rate far above the published one. With
+#: one update per rollout ratios are 1 and the clip range has no effect, so it stays as published.
 SETTINGS = (
     "optimizer.learning_rate=3e-4",
     "optimizer.warmup=5",
@@ -74,7 +74,7 @@ SETTINGS = (
 
 
 def train(run: Run, folder: Path, args: Any) -> list[dict[str, Any]]:
-    """Runs it through the command line, unless it is there; returns its logged steps."""
+    """Trains through the command line, unless the run is finished; returns its logged steps."""
     log = folder / "metrics.jsonl"
     if not log.is_file() or len(list(read_lines(log))) < args.steps:
         words = [*SETTINGS, *run.words, f"steps={args.steps}", f"model={args.model}", f"start={args.start}"]

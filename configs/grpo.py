@@ -1,7 +1,7 @@
 """Stage 3, MR-GRPO: the DiT learns from mixed rewards; Tables 10 and 11 of the paper.
 
-Prompts and reward weights by category are in the YAML; `docs/rewards.md` tells how to run the judge. The lists that the
-YAML names and that are not public can be left out with `prompts.absent=skip`.
+Prompts and reward weights by category are in the YAML; `docs/reinforcement_learning.md` explains how to run the judge.
+`prompts.absent=skip` leaves out the lists of the YAML that are not public.
 """
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig

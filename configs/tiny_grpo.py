@@ -1,4 +1,4 @@
-"""Stage 3 on a tiny model, going on from `tiny_sft.py`: images are to become red, and small as JPEG files."""
+"""Stage 3 on a tiny model, continuing from `tiny_sft.py`: rewards red images and small JPEG files."""
 
 from deepgen_jax.configs.tiny_vae import SOURCES
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig

@@ -62,7 +62,7 @@ class RewardServerCommand:
             try:
                 server.serve()
             except (KeyboardInterrupt, Terminated):
-                print("stopping after the answers under way", flush=True)
+                print("stopping after the answers in progress", flush=True)
         return 0
 
 

@@ -1,4 +1,4 @@
-"""An asyncio event loop in a thread of its own, for programs that are not asynchronous themselves."""
+"""An asyncio event loop in a background thread, for programs that are not asynchronous."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class BackgroundLoop:
-    """Runs coroutines in the background; the thread ends with `close`, or with the process."""
+    """Runs coroutines in the background until `close` or the end of the process."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -24,7 +24,7 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Cancels what is under way and ends the thread."""
+        """Cancels all coroutines and ends the thread."""
         if self._loop.is_closed():
             return
         self.submit(_cancel_all()).result()

@@ -1,4 +1,4 @@
-"""Answers of services, kept so that the same question is asked once, in memory and, if wanted, in a file."""
+"""Cache of services' answers, in memory and optionally in a file, so that each request is sent once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deepgen_jax.user_warnings import warn_user
 
 
 def request_key(payload: Mapping[str, Any]) -> str:
-    """SHA-256 of all of a request, the model's name included; not of its address, which may change between runs."""
+    """SHA-256 of a request with the model's name, but without the address, which may change between runs."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class AnswerCache:
-    """The answers used last, by the key of their request; safe to use from several threads.
+    """The most recently used answers, by the key of their request; safe to use from several threads.
 
     The file holds one JSON object a line, {"key", "answer"}, and only ever grows. A last line that was cut off, as by a
     kill, is dropped.
@@ -61,7 +61,7 @@ class AnswerCache:
                 self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; what is put later is kept in memory alone."""
+        """Closes the file; later answers are kept in memory alone."""
         with self._lock:
             if self._file is not None:
                 self._file.close()

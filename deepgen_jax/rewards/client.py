@@ -1,4 +1,4 @@
-"""One HTTP client for judges and remote rewards: limits, time-outs, retries, and answers that are kept."""
+"""HTTP client of judges and remote rewards: limits, time-outs, retries and a cache of answers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """How a service is asked.
+    """Limits, time-outs and retries of requests to a service.
 
     Attributes:
-      concurrency: requests under way at once, each on a connection of its own from the pool.
+      concurrency: requests in flight, each on its own connection from the pool.
       connect_seconds: to open a connection.
       read_seconds: for one try, from sending the request to the end of the answer.
       total_seconds: for one request with all its tries and the waits between them.
-      tries: how often a request is sent at most.
-      backoff_seconds: wait before the second try; doubles with every further one, and is then drawn between half of it
-        and all of it.
-      max_backoff_seconds: longest such wait. A server's ``Retry-After`` takes its place, however long, if
-        ``total_seconds`` allow it.
+      tries: most times that a request is sent.
+      backoff_seconds: wait before the second try, doubled with every further one; the actual wait is random, from half
+        of it to all of it.
+      max_backoff_seconds: longest such wait. A server's ``Retry-After`` takes precedence, within ``total_seconds``.
       max_answer_mb: largest answer that is read, in MB.
-      cache: file that keeps answers, so that a run that is resumed gets the same ones; "" keeps them in memory alone.
-      cache_entries: answers kept in memory, the ones used last.
+      cache: file of answers, so that a resumed run gets the same ones; "" keeps them in memory alone.
+      cache_entries: answers kept in memory, the most recently used.
       api_key_variable: environment variable that holds a bearer token; "" sends none.
     """
 
@@ -70,7 +69,7 @@ class RequestFailed(ScoringFailed):
 
 
 class _TryFailed(Exception):
-    """One try failed; ``after`` are the seconds that the server asks to wait, if it does."""
+    """One try failed; ``after`` is the server's ``Retry-After`` in seconds, if any."""
 
     def __init__(self, reason: str, retry: bool, after: float | None = None) -> None:
         super().__init__(reason)
@@ -80,8 +79,8 @@ class _TryFailed(Exception):
 class Client:
     """Posts JSON and gets JSON.
 
-    `counts` tells what happened: "requests" asked for, of which "cached" and "failed"; "tries" sent, "retries" among
-    them, and "try failed: REASON" for every try that failed.
+    Attributes:
+      counts: "requests", of which "cached" and "failed"; "tries" sent, of which "retries"; "try failed: REASON".
     """
 
     def __init__(self, config: ClientConfig | Mapping[str, Any] | None = None) -> None:
@@ -108,12 +107,12 @@ class Client:
         parse: Callable[[Any], Any],
         keep: Callable[[Any], bool] = lambda result: True,
     ) -> Any:
-        """Asks, and asks again after 429, 5xx, time-outs, lost connections and unreadable answers.
+        """Sends a request; retries after 429, 5xx, time-outs, lost connections and unreadable answers.
 
         Args:
           url: of the service.
           payload: the request, JSON-ready; it alone is the key of the cache.
-          parse: makes the answer's JSON the result, which must be JSON-ready, too; raises ValueError where it cannot.
+          parse: turns the answer's JSON into the result, JSON-ready as well; raises ValueError if it cannot.
           keep: whether a result may be kept in the cache.
 
         Raises:
@@ -126,7 +125,7 @@ class Client:
             return answer
         try:
             async with self._slots, asyncio.timeout(self.config.total_seconds):
-                answer = await self._insist(url, payload, parse)
+                answer = await self._retry(url, payload, parse)
         except TimeoutError:
             self.counts["failed"] += 1
             raise RequestFailed("no answer in time") from None
@@ -144,7 +143,7 @@ class Client:
             self._http = None
         self._cache.close()
 
-    async def _insist(self, url: str, payload: Mapping[str, Any], parse: Callable[[Any], Any]) -> Any:
+    async def _retry(self, url: str, payload: Mapping[str, Any], parse: Callable[[Any], Any]) -> Any:
         body = json.dumps(payload).encode()
         backoff = self.config.backoff_seconds
         for number in range(1, self.config.tries + 1):
@@ -183,7 +182,7 @@ class Client:
         except (httpx.TimeoutException, TimeoutError):
             raise _TryFailed("timeout", retry=True) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise DeepGenError(f"{url} is no address of a service ({error}); write http://HOST:PORT/...") from None
+            raise DeepGenError(f"{url} is not the address of a service ({error}); write http://HOST:PORT/...") from None
         except httpx.TransportError:
             raise _TryFailed("connection error", retry=True) from None
         if status != 200:
@@ -196,7 +195,7 @@ class Client:
             raise _TryFailed("unreadable answer", retry=True) from None
 
     async def _body(self, response: httpx.Response) -> bytes:
-        """The body of an answer, read no further than its limit."""
+        """The body of an answer, read up to its limit."""
         limit = int(self.config.max_answer_mb * 10**6)
         # The request asks for no compression; a small compressed body could expand to any size.
         if response.headers.get("content-encoding", "identity") != "identity":

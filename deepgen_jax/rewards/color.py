@@ -1,4 +1,4 @@
-"""A reward that is cheap and smooth, to see whether learning works: how close an image's mean colour is to a target."""
+"""Distance of an image's mean colour from a target: a cheap and smooth reward for testing whether a run learns."""
 
 from __future__ import annotations
 

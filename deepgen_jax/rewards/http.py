@@ -1,4 +1,4 @@
-"""Any scorer behind the JSON protocol of `protocol`, such as ``deepgen reward-server`` on another machine."""
+"""Client of any scorer with the JSON protocol of `protocol`, such as ``deepgen reward-server`` on another machine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class HTTPReward(Reward):
 
     Args:
       url: the server, as http://HOST:PORT; requests go to /score.
-      reward: what the server calls the reward.
-      batch_size: samples of one request at most; groups are not split where they are needed.
+      reward: the server's name of the reward.
+      batch_size: most samples of a request; groups are not split if ``needs_group``.
       needs_group: the scorer compares the images of a group.
       client: limits, time-outs and retries.
     """
@@ -36,7 +36,7 @@ class HTTPReward(Reward):
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DeepGenError(f"url {url!r} is no address of a server; write http://HOST:PORT")
+            raise DeepGenError(f"url {url!r} is not the address of a server; write http://HOST:PORT")
         if batch_size < 1:
             raise DeepGenError(f"batch_size is {batch_size}; it must be at least 1")
         self.url, self.reward = url.rstrip("/").removesuffix("/score") + "/score", reward
@@ -88,5 +88,5 @@ def _checked(answer: Any, count: int) -> dict[str, Any]:
 
 
 def _is_final(answer: dict[str, Any]) -> bool:
-    """Whether asking again cannot give more scores."""
+    """Whether another request cannot give more scores."""
     return all(failure["permanent"] for failure in answer["failures"].values())

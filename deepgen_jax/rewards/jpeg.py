@@ -1,4 +1,4 @@
-"""Compressibility: small JPEG files are good ones, or large ones."""
+"""Compressibility: rewards small JPEG files, or large ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import LocalReward, RewardSample
 from deepgen_jax.rewards.image_codec import encode
 
-#: Kilobytes (of 1000 bytes) that count as 1.
+#: Kilobytes (1000 bytes) per unit of the reward.
 _UNIT = 500
 
 

@@ -18,7 +18,7 @@ class Judge:
     """Asks ``/v1/chat/completions`` at temperature 0.
 
     Attributes:
-      client: the connection, with its counts.
+      client: sends the requests and counts them.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Judge:
         Args:
           url: the server, as http://HOST:PORT, with or without the path of its interface.
           model: name of the served model.
-          max_tokens: longest reply; one that is cut off has no answer in it.
+          max_tokens: longest reply; one that is cut off has no answer.
           quality: of the JPEG files in which images are sent.
           client: limits, time-outs and retries.
 
@@ -43,7 +43,7 @@ class Judge:
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise DeepGenError(f"url {url!r} is no address of a server; write http://HOST:PORT")
+            raise DeepGenError(f"url {url!r} is not the address of a server; write http://HOST:PORT")
         if not model:
             raise DeepGenError("model is empty; give the name of the served model")
         base = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")

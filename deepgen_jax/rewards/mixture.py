@@ -1,4 +1,4 @@
-"""Several rewards of the same images, computed in the background while the next images are generated."""
+"""Several rewards of the same images, computed in the background while the next images are sampled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from deepgen_jax.user_warnings import warn_user
 class RewardMixture:
     """The rewards of a run; a context manager.
 
-    A training step submits its micro-batches one by one, generates on, and collects at the end::
+    A training step submits each micro-batch, samples the next one meanwhile, and collects at the end::
 
         futures = [mixture.submit(samples, weights) for ... in micro_batches]
         result = mixture.collect(futures)
@@ -57,9 +57,9 @@ class RewardMixture:
         Args:
           rewards: what to compute; names must differ.
           group_size: images of a group. If given, rewards that compare the images of a group refuse groups of another
-            size, because a part of a group would be scored without a word otherwise.
-          required_share: smallest share of the samples that want a reward which must have it at the end of a step.
-          retries: how often a step's missing rewards are asked for again if fewer are there.
+            size instead of scoring a part of a group.
+          required_share: of the samples that want a reward, the smallest share that must have it at the end of a step.
+          retries: most times that a step's missing rewards are computed again if the share is smaller.
           retry_seconds: wait before the first such retry; doubles with every further one.
 
         Raises:
@@ -78,7 +78,7 @@ class RewardMixture:
         self._closed = False
 
     def check(self, wanted: Iterable[str]) -> None:
-        """Raises a DeepGenError unless all ``wanted`` rewards are here."""
+        """Raises a DeepGenError unless the run has all ``wanted`` rewards."""
         for name in wanted:
             if canonical(name) not in self.names:
                 raise DeepGenError(
@@ -93,7 +93,7 @@ class RewardMixture:
     def submit(
         self, samples: Sequence[RewardSample], weights: Sequence[Mapping[str, float]]
     ) -> concurrent.futures.Future[RewardResult]:
-        """Starts to score a micro-batch and returns at once.
+        """Starts scoring a micro-batch and returns at once.
 
         Args:
           samples: N images; groups may be spread over micro-batches only where no reward compares their images.
@@ -109,32 +109,33 @@ class RewardMixture:
         return self._background.submit(self._score(samples, self._weight_matrix(samples, weights)))
 
     def collect(self, futures: Sequence[concurrent.futures.Future[RewardResult]]) -> RewardResult:
-        """Waits for the micro-batches of a step, and asks again for what is missing if that is too much.
+        """Waits for the micro-batches of a step; computes missing rewards again if there are too many.
 
         Returns:
           their rewards, in their order.
 
         Raises:
-          DeepGenError: a reward is still there for less than the required share of the samples.
+          DeepGenError: fewer than the required share of the samples have a reward after all retries, or a reward failed
+            by a programming error.
         """
         result = concatenate([future.result() for future in futures])
         for attempt in range(self._retries):
             if not (short := self._short(result)):
                 return result
             wait = self._retry_seconds * 2**attempt
-            warn_user(f"too few rewards ({', '.join(short)}); asking again in {wait:g} s")
+            warn_user(f"too few rewards ({', '.join(short)}); retrying in {wait:g} s")
             time.sleep(wait)
             result = self._background.submit(self._retry(result)).result()
         if short := self._short(result):
             reasons = "; ".join(_explain(result, name) for name in short)
             raise DeepGenError(
                 f"too few rewards after {self._retries} retries: {reasons}; "
-                "mend the service and resume the run, or lower the required share"
+                "repair the service and resume the run, or lower required_reward_share"
             )
         return result
 
     def counts(self) -> dict[str, int]:
-        """What happened so far, by "reward/event", such as "preference/retries"."""
+        """Events since the start by "reward/event", such as "preference/retries"."""
         return {
             f"{name}/{event}": count
             for name, reward in zip(self.names, self._rewards, strict=True)
@@ -142,7 +143,7 @@ class RewardMixture:
         }
 
     def close(self) -> None:
-        """Drops what is under way; closes connections and threads."""
+        """Cancels rewards in progress; closes connections and threads."""
         if not self._closed:
             self._closed = True
             self._background.submit(self._close_all()).result()
@@ -215,7 +216,7 @@ class RewardMixture:
         return scores, time.monotonic() - start
 
     async def _retry(self, result: RewardResult) -> RewardResult:
-        """Asks again for what is missing; for whole groups, where a reward compares them."""
+        """Computes missing rewards again; for whole groups if a reward compares them."""
         again = np.zeros(result.weights.shape, bool)
         for (row, column), entry in result.missing.items():
             again[row, column] = not entry.permanent

@@ -21,14 +21,13 @@ NO_TEXT = Missing("the prompt quotes no text", permanent=True)
 
 
 class OCRReward(LocalReward):
-    """Text accuracy of what rapidocr reads in the image; its models lie inside its package.
+    """Text accuracy of the text that rapidocr recognises; its models are part of its package.
 
     Args:
-      workers: images read at once, each by a recogniser and on a core of its own; 0 for as many as there are cores, at
-        most 8.
+      workers: images recognised at once, each on one core; 0 for the number of cores, at most 8.
       min_confidence: lines recognised with less are ignored.
-      detection_side: images whose shorter side has fewer pixels are enlarged to it before lines are looked for; the
-        time that takes grows with its square.
+      detection_side: images whose shorter side has fewer pixels are enlarged to it before lines are detected; time
+        grows with its square.
 
     Raises:
       DeepGenError: rapidocr, onnxruntime or rapidfuzz is not installed.
@@ -43,13 +42,13 @@ class OCRReward(LocalReward):
         self.executor = self._pool = ThreadPoolExecutor(workers, thread_name_prefix="ocr")
         self.min_confidence, self.detection_side = min_confidence, detection_side
         self._local = threading.local()
-        self._told = threading.Lock()
+        self._warned = threading.Lock()
         _require_packages()
 
     def score_one(self, sample: RewardSample) -> float | Missing:
         if target_text(sample.prompt) is None:
-            # Told once in the life of the reward: the lock is never released.
-            if self._told.acquire(blocking=False):
+            # Warns once in the life of the reward: the lock is never released.
+            if self._warned.acquire(blocking=False):
                 warn_user(f"no OCR reward for prompts that quote no text, such as {sample.prompt[:80]!r}")
             return NO_TEXT
         return text_accuracy(self.recognise(sample.image), sample.prompt)
@@ -57,7 +56,7 @@ class OCRReward(LocalReward):
     def recognise(self, image: np.ndarray, *, upright: bool = False) -> list[tuple[str, float]]:
         """Lines of text in an image, uint8 [H, W, 3], with their confidence in 0..1, from top to bottom.
 
-        ``upright`` text is not tried upside down, as which short words can be read, too.
+        ``upright`` text is not tried upside down, in which short words can be misread.
         """
         if not hasattr(self._local, "engine"):
             self._local.engine = _engine(self.min_confidence, self.detection_side)
@@ -78,9 +77,9 @@ def target_text(prompt: str) -> str | None:
 
 
 def text_accuracy(recognised: str | Iterable[tuple[str, float]], prompt: str) -> float:
-    """1 - min(edit distance, len) / len of the quoted text, which counts as exact wherever it is contained.
+    """1 - min(edit distance, len) / len of the quoted text; 1 if the recognised text contains it.
 
-    Case and white space do not matter.
+    Case and white space are ignored.
 
     Args:
       recognised: recognised text, or (text, confidence) lines; lines of confidence 0 are ignored, the others joined.

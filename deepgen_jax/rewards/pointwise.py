@@ -1,4 +1,4 @@
-"""What the rewards share for which a judge looks at one image at a time."""
+"""Base of rewards by a judge that looks at one image at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PointwiseJudgeReward(Reward):
 
     @abc.abstractmethod
     def question(self, sample: RewardSample) -> str | Missing:
-        """What to ask about the image, or why not to ask."""
+        """The question about the image, or the reason for not asking."""
 
     @abc.abstractmethod
     def parse(self, reply: str, sample: RewardSample) -> float | Missing:

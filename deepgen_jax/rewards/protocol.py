@@ -9,9 +9,9 @@ Answer::
     {"scores": [NUMBER or null, one a sample],
      "failures": {"PLACE": {"reason": TEXT, "permanent": true or false}, one for every null}}
 
-``group`` (0 where absent) is the same number for images to be compared with each other, ``metadata`` ({} where absent)
-the further fields of the prompt. "failures" may be absent; ``permanent`` says that asking again cannot help. An error
-is answered with a status of 400 or above and ``{"error": TEXT}``.
+``group`` (default 0) is equal for images to be compared with each other; ``metadata`` (default {}) holds the other
+fields of the prompt. "failures" is optional; ``permanent`` means that another try cannot help. Errors have a status of
+400 or above and ``{"error": TEXT}``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewards of a micro-batch or a step, with what is missing and why."""
+"""Rewards of a micro-batch or a step, with the reasons of missing ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class RewardResult:
 
     Attributes:
       names: of the rewards, in the order of the columns.
-      samples: what was scored, N.
+      samples: the N scored images.
       rewards: float32 [N, K], NaN where a reward is missing: not wanted by the sample's data set, or failed.
-      weights: float32 [N, K], as the data sets give them, 0 for a reward that is not wanted. That of a reward that
-        failed stays: whoever computes advantages leaves NaN out.
-      missing: why a wanted reward is missing, by (row, column).
-      notes: by (reward, text), how often something worth knowing happened that did not cost a reward.
-      seconds: from submission to the last score, by reward; of several micro-batches, the sum.
+      weights: float32 [N, K], as the data sets give them, 0 for a reward that is not wanted. Missing rewards keep
+        theirs: advantages leave out NaN.
+      missing: reason of each missing reward that is wanted, by (row, column).
+      notes: counts by (reward, text) of events that did not cost a reward, such as unreadable comparisons.
+      seconds: from submission to the last score, by reward, summed over micro-batches.
     """
 
     names: tuple[str, ...]
@@ -37,16 +37,16 @@ class RewardResult:
 
     @property
     def failures(self) -> Counter[tuple[str, str]]:
-        """Number of samples that a reward failed for, by (reward, reason); without those it does not apply to."""
+        """Number of samples by (reward, reason) for which a reward failed, without those it does not apply to."""
         return self._counted(permanent=False)
 
     @property
     def inapplicable(self) -> Counter[tuple[str, str]]:
-        """Number of samples that a wanted reward does not apply to, by (reward, reason)."""
+        """Number of samples by (reward, reason) to which a wanted reward does not apply."""
         return self._counted(permanent=True)
 
     def present_share(self) -> dict[str, float]:
-        """By reward, the share of the samples that want it, and that it applies to, which have it; 1 of none."""
+        """By reward, the share of samples that have it among those that want it and to which it applies; 1 of none."""
         failed = Counter(column for (_, column), entry in self.missing.items() if not entry.permanent)
         present = (np.isfinite(self.rewards) & (self.weights != 0)).sum(axis=0)
         wanted = {column: int(present[column]) + failed[column] for column in range(len(self.names))}
@@ -60,8 +60,8 @@ class RewardResult:
         )
 
 
-def nothing(names: tuple[str, ...]) -> RewardResult:
-    """The result of a host that had no images to score."""
+def empty_result(names: tuple[str, ...]) -> RewardResult:
+    """The result of a host without images to score."""
     none = np.zeros((0, len(names)), np.float32)
     return RewardResult(names, (), none, none, {}, Counter(), dict.fromkeys(names, 0.0))
 
@@ -73,7 +73,7 @@ def concatenate(results: Sequence[RewardResult]) -> RewardResult:
       DeepGenError: there are none.
     """
     if not results:
-        raise DeepGenError("no micro-batch was submitted; there are no rewards to collect")
+        raise DeepGenError("no micro-batch was submitted, so there are no rewards to collect")
     missing: dict[tuple[int, int], Missing] = {}
     start = 0
     for result in results:

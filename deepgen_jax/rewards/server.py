@@ -71,11 +71,11 @@ class RewardServer:
         self._http.serve_forever(poll_interval=0.1)
 
     def stop(self) -> None:
-        """Ends `serve`."""
+        """Stops `serve`."""
         self._http.shutdown()
 
     def close(self, patience: float = 30.0) -> None:
-        """Listens no more, waits at most ``patience`` seconds for the answers under way, and closes the rewards."""
+        """Stops listening, waits up to ``patience`` seconds for answers in progress, and closes the rewards."""
         self._http.server_close()
         with self._changed:
             self._changed.wait_for(lambda: self._busy == 0, timeout=patience)
@@ -90,14 +90,14 @@ class RewardServer:
         self.close()
 
     def count(self, change: int) -> None:
-        """Counts the answers under way."""
+        """Counts the answers in progress."""
         with self._changed:
             self._busy += change
             self._changed.notify_all()
 
 
 class _Server(ThreadingHTTPServer):
-    # Idle connections must not hold up the end; answers under way are waited for by RewardServer.close.
+    # Idle connections must not delay the end; RewardServer.close waits for answers in progress.
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128

@@ -22,7 +22,7 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, replicated
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
-from deepgen_jax.rewards.result import RewardResult, nothing
+from deepgen_jax.rewards.result import RewardResult, empty_result
 from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.programs import canvas_of, guidance_scale, policy_model, rollout_settings
@@ -160,7 +160,7 @@ class ExperienceCollector:
 
 
 class _Scoring:
-    """Rewards under way of this host's groups of a step.
+    """Rewards in progress of this host's groups of a step.
 
     Attributes:
       pixels: uint8 [group, H, W, 3] of each group.
@@ -187,4 +187,4 @@ class _Scoring:
     def collect(self) -> RewardResult:
         """Waits for all rewards of this host."""
         with report.failing_together():
-            return self._rewards.collect(self._futures) if self._futures else nothing(self._rewards.names)
+            return self._rewards.collect(self._futures) if self._futures else empty_result(self._rewards.names)

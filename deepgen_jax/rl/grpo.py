@@ -237,7 +237,7 @@ class GRPOStage:
         ]
 
     def close(self) -> None:
-        """Stops reading ahead and drops rewards under way."""
+        """Stops reading ahead and cancels rewards in progress."""
         if self._loader is not None:
             self._loader.close()
         self._rewards.close()

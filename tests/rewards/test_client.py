@@ -85,7 +85,7 @@ def test_answers_are_read_up_to_a_limit(reply, reason):
     assert server.requests[0][1]["Accept-Encoding"] == "identity"
 
 
-def test_nobody_listens():
+def test_server_that_is_down():
     server = JudgeServer(replies())
     server.stop()
     client = Client({**FAST, "tries": 2})

@@ -179,17 +179,22 @@ def test_many_values_are_refused_before_they_are_parsed():
     assert (answer.status_code, "values" in answer.json()["error"]) == (413, True)
 
 
-def test_connections_are_bounded(server, url):
-    idle = [socket.create_connection(server.address) for _ in range(LIMITS.connections)]
-    try:
-        wait_for(lambda: status_of(url) == 503)
-        before = threading.active_count()
-        assert {status_of(url) for _ in range(10)} == {503}
-        assert threading.active_count() <= before
-    finally:
-        for connection in idle:
-            connection.close()
-    wait_for(lambda: status_of(url) == 200)
+def test_connections_are_bounded():
+    limits = ServerLimits(connections=4)
+    with RewardServer({"jpeg": make(RewardConfig("jpeg"))}, limits=limits) as server:
+        threading.Thread(target=server.serve, daemon=True).start()
+        url = "http://{}:{}".format(*server.address)
+        idle = [socket.create_connection(server.address) for _ in range(limits.connections)]
+        try:
+            wait_for(lambda: status_of(url) == 503)
+            before = threading.active_count()
+            assert {status_of(url) for _ in range(10)} == {503}
+            assert threading.active_count() <= before
+        finally:
+            for connection in idle:
+                connection.close()
+        wait_for(lambda: status_of(url) == 200)
+        server.stop()
 
 
 def test_slow_requests_are_ended(server, url):
@@ -199,7 +204,7 @@ def test_slow_requests_are_ended(server, url):
         connection.sendall(b"POST /score HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{")
         while data := connection.recv(4096):
             assert b"200 OK" not in data
-        assert time.monotonic() - start < 8
+        assert time.monotonic() - start < 9.5
     wait_for(lambda: status_of(url) == 200)
 
 
@@ -212,7 +217,7 @@ def status_of(url):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -287,7 +292,7 @@ def test_command_serves_until_sigterm(tmp_path):
             # An open connection does not hold up the end.
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
-        assert process.stdout.read() == "stopping after the answers under way\n"
+        assert process.stdout.read() == "stopping after the answers in progress\n"
         assert process.stderr.read() == ""
     finally:
         process.kill()

@@ -195,7 +195,7 @@ def test_first_steps_in_several_processes(folder, smooth, count):
 
 @pytest.mark.slow
 def test_rewards_that_fail_on_one_host_end_all(folder):
-    """The others would wait for it else."""
+    """Otherwise the others would wait for it forever."""
     texts = [
         runs.finish(process, status=2) for process in processes(folder, folder / "failing", program=FAIL_ON_ONE_HOST)
     ]
@@ -288,6 +288,9 @@ def test_faulty_judge(folder, whole):
     for kind, name in (("no JSON", "unreadable answer"), ("HTTP 500", "HTTP 500")):
         assert judge.injected[kind] - lost <= failed[name] <= judge.injected[kind]
     assert counts[prefix + "requests"] == STEPS * 4 * 2
+    # Replies without a verdict are in the log, by reason.
+    noted = sum(line.get("reward_notes/preference: no verdict in the reply", 0) for line in lines)
+    assert judge.injected["no answer"] - lost <= noted <= judge.injected["no answer"]
     # Of two images one wins, or both half of it: a group's mean is 1/2, or its rewards are missing.
     for line in lines:
         assert line["reward/preference/missing_share"] <= 0.5

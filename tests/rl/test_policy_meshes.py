@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 TESTS = Path(__file__).parents[1]
-#: Run in a process of its own, because the number of devices is fixed when JAX starts.
+#: Run in its own process, because the number of devices is fixed when JAX starts.
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
