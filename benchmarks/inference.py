@@ -180,7 +180,7 @@ def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, A
     rates = {name: count / medians[name] for name, count in operations.items()}
     result = {
         "parameters": {part: sum(leaf.size for _, leaf in leaves(tree)) for part, tree in pipe.params.items()},
-        "attention": pipe.model.attention,
+        "attention": pipe.model.plan.kernel,
         "condition_tokens": length,
         "compile_seconds": {name: round(seconds - medians[name], 3) for name, seconds in first.items()},
         "seconds": {name: summary(times[name]) for name in stages},

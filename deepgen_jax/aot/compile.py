@@ -1,47 +1,49 @@
-"""Compiles programs of a run for devices that are not there, and finds out what they would need and take."""
+"""Compiles a run's programs for absent devices, and reports the memory and time they would take."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from deepgen_jax.aot import abstract, programs
 from deepgen_jax.aot.estimate import Estimate, estimate
 from deepgen_jax.aot.report import Report, account, shard_bytes
 from deepgen_jax.aot.topology import Topology, compiler_versions
+from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, usual_mesh
-from deepgen_jax.rl.rl_config import GRPOConfig
-from deepgen_jax.training.run_config import RunConfig, SupervisedConfig
+from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, parse_mesh, usual_mesh
+from deepgen_jax.stores import model_folder
+from deepgen_jax.training.abstract_run import AbstractRun, Compilable
+from deepgen_jax.training.run_config import RunConfig
+from deepgen_jax.training.stage import stage_class
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-#: Words of a prompt with the template around them, in tokens: the length that most captions stay below.
+#: Default length of a prompt with its template, in tokens; most captions are shorter.
 PROMPT_TOKENS = 100
-# Of the model's operations, the fraction that every program computes: compilers drop a little, such as products with
-# padding and the gradient of what nothing depends on.
+# Fraction of the model's operations that every program computes: compilers drop a little, such as products with padding
+# and unused gradients.
 _LEAST_COMPUTED = 0.95
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compiled.
+    """What to compile.
 
     Attributes:
       config: of the run.
       topology: for which devices.
       mesh: sizes of the axes as text; "" for :func:`usual_mesh`.
       program: name; "" for the configuration's first.
-      batch: see ``programs.make_program``.
+      batch: samples of an optimiser step, or images of a rollout or of inference, over all devices; None for what the
+        configuration says.
       prompt_tokens: length of prompts.
-      command: what the report says it came from.
+      command: that the report quotes.
     """
 
     config: RunConfig
@@ -58,7 +60,28 @@ class Request:
 
     @property
     def program_name(self) -> str:
-        return self.program or programs.names_of(self.config)[0]
+        return self.program or next(iter(self._programs))
+
+    @property
+    def compilable(self) -> Compilable:
+        """The program that is asked for.
+
+        Raises:
+          DeepGenError: the configuration has none of that name.
+        """
+        if self.program_name not in self._programs:
+            known = ", ".join(self._programs)
+            raise DeepGenError(f"--program {self.program!r} is not one of this configuration; choose one of {known}")
+        return self._programs[self.program_name]
+
+    @property
+    def _programs(self) -> Mapping[str, Compilable]:
+        programs: Mapping[str, Compilable] = getattr(stage_class(self.config), "abstract_programs", {})
+        if not programs:
+            raise DeepGenError(
+                f"a {type(self.config).__name__} has no programs to compile; name a configuration of stage 1, 2 or 3"
+            )
+        return programs
 
 
 class Job:
@@ -69,23 +92,23 @@ class Job:
 
         Args:
           request: what.
-          devices: for which; they need not be there.
+          devices: for which; they may be absent.
 
         Raises:
-          DeepGenError: the program cannot be made of what was asked for.
+          DeepGenError: the parts of the request do not fit together.
         """
         self._request, self._start = request, time.monotonic()
         self._mesh: Mesh = make_mesh(request.mesh_text, devices)
-        host_share(self._mesh)  # training refuses a mesh whose batches hosts cannot share
-        sizes, whose = abstract.model_sizes(request.config)
-        subject = abstract.Subject(request.config, sizes, self._mesh, request.prompt_tokens)
-        program = programs.make_program(subject, request.program_name, request.batch)
-        self._program = dataclasses.replace(program, facts=(whose, *program.facts))
+        host_share(self._mesh)  # A mesh whose batches hosts cannot share is refused in training, too.
+        sizes, source = model_sizes(request.config)
+        run = AbstractRun(request.config, sizes, self._mesh, request.prompt_tokens, request.batch)
+        program = request.compilable.make(run)
+        self._program = dataclasses.replace(program, summary=(source, *program.summary))
         self._lowered = program.lower()
 
     @property
     def latency_hiding(self) -> bool:
-        """Whether the compiler is to begin collectives early."""
+        """As for `deepgen_jax.parallel.jit_options`."""
         return self._program.latency_hiding
 
     def compile(self, options: dict[str, Any]) -> Report:
@@ -103,11 +126,14 @@ class Job:
         return self.report(compiled.as_text(), total + stats.output_size_in_bytes - stats.alias_size_in_bytes)
 
     def report(self, text: str | None, total: float) -> Report:
-        """What there is to tell.
+        """The report of a compilation.
 
         Args:
-          text: the optimised program; None where there is none.
+          text: the optimised program; None if the compiler ran out of memory before.
           total: bytes a device that the program and its arguments take.
+
+        Raises:
+          DeepGenError: the text cannot be estimated.
         """
         program, request, mesh = self._program, self._request, self._mesh
         work = max(total - shard_bytes(program.arguments), 0.0)
@@ -121,7 +147,7 @@ class Job:
             program.unit,
             program.batch,
             program.micro_batch,
-            program.facts,
+            program.summary,
             request.topology,
             {axis: mesh.shape[axis] for axis in AXES},
             memory,
@@ -137,28 +163,15 @@ class Job:
         return report
 
     def _advice(self) -> list[str]:
-        """What would take less memory; none of it is compiled here."""
-        config, mesh, program = self._request.config, self._mesh, self._program
-        pieces = batch_size_multiple(mesh)
-        advice = ["what would take less (--search compiles and ranks such choices):"]
-        if program.trains and config.remat != "full":
-            advice.append("remat=full, which computes activations again in the backward pass")
-        if program.name == "step" and isinstance(config, SupervisedConfig):
-            if config.gather_frozen:
-                advice.append("gather_frozen=false, which splits the language model, too, and gathers its layers")
-            if config.merge > 1:
-                advice.append("merge=1, which takes the micro-batches of a task one after another")
-        each = program.micro_batch // pieces
+        """Changes that would take less memory; they are not compiled here."""
+        mesh, program = self._mesh, self._program
+        advice = ["to take less memory (--search compiles and ranks such choices):"]
+        if program.trains and self._request.config.remat != "full":
+            advice.append("remat=full, which recomputes activations in the backward pass")
+        advice += program.advice
+        each = program.micro_batch // batch_size_multiple(mesh)
         if each > 1:
-            smaller = program.micro_batch // 2
-            if program.name == "step" and isinstance(config, SupervisedConfig):
-                smaller = config.data.micro_batch // 2
-                mend = f"accumulation={2 * config.accumulation} data.micro_batch={smaller}, the same batch"
-            elif program.name == "update":
-                mend = f"policy.micro_batch={smaller}, the same batch"
-            else:
-                mend = f"--batch {smaller}"
-            advice.append(f"{mend}: {each // 2} instead of {each} at once on each device")
+            advice.append(f"{program.half_batch}: {each // 2} instead of {each} at once on each device")
         if mesh.shape["data"] > 1:
             held = sum(shard_bytes(tree) for kind, tree in program.memory.items() if kind != "batch")
             tensor = f",tensor={mesh.shape['tensor']}" if mesh.shape["tensor"] > 1 else ""
@@ -167,8 +180,16 @@ class Job:
                 f"now {held / 2**30:.1f} GiB a device, are split over twice as many"
             )
         if len(advice) == 1:
-            advice.append("more devices: every sample has a device of its own, and weights are split over all")
+            advice.append("more devices: each sample has its own device already, and weights are split over all")
         return advice
+
+
+def model_sizes(config: RunConfig) -> tuple[DeepGenConfig, str]:
+    """Sizes of the model that a run starts from, and a line that says where they are from."""
+    folder = config.model_folder
+    if config.model and folder.is_dir():
+        return dataclasses.replace(model_folder.read_manifest(folder).config, lora=None), f"model {folder}"
+    return DeepGenConfig(), f"there is no folder {config.model!r}; sizes are those of the released model"
 
 
 def _check_operations(found: Estimate, model_flops: float, topology: Topology) -> None:
@@ -191,14 +212,14 @@ def _check_operations(found: Estimate, model_flops: float, topology: Topology) -
 
 
 def needed_bytes(message: str, arguments: float) -> float:
-    """Bytes that a program and its arguments need, from the compiler's complaint that they are too many.
+    """Bytes that a program and its arguments need, from the compiler's out-of-memory error.
 
     Args:
-      message: which names either all of it or the temporaries alone.
+      message: the error, which gives either the total or the temporaries alone.
       arguments: bytes of the arguments.
 
     Raises:
-      DeepGenError: it complains about something else.
+      DeepGenError: it is another error.
     """
     whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of", message)
     temporaries = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message)
@@ -210,39 +231,34 @@ def needed_bytes(message: str, arguments: float) -> float:
 
 
 def largest(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> Report:
-    """The report of the largest batch that fits, the number of micro-batches as the configuration says.
+    """The report of the largest batch that fits, in as many micro-batches as the configuration says.
 
     Args:
-      request: its batch is not looked at.
+      request: its batch is ignored.
       run: compiles a request.
-      say: is told of every try.
+      say: prints a line about each attempt.
 
     Raises:
       DeepGenError: not even one sample a device fits.
     """
-    topology, name, config = request.topology, request.program_name, request.config
-    pieces = topology.size
-    if "tensor" in request.mesh_text:
-        pieces //= int(request.mesh_text.partition("tensor=")[2].partition(",")[0])
-    unit = pieces * programs.micro_batches(config, name)
-    if name in ("update", "rollout") and isinstance(config, GRPOConfig):
-        unit = math.lcm(unit, config.rollout.group_size)
+    pieces = request.topology.size // parse_mesh(request.mesh_text)["tensor"]
+    unit = request.compilable.smallest_batch(request.config, pieces)
     reports: dict[int, Report] = {}
 
     def fits(count: int) -> bool:
-        reports[count] = report = run(dataclasses.replace(request, program=name, batch=count * unit))
+        reports[count] = report = run(dataclasses.replace(request, batch=count * unit))
         verdict = "fits" if report.fits else "does not fit"
         say(f"{report.micro_batch // pieces} at once on a device: {report.needed / 2**30:.1f} GiB, {verdict}")
         return report.fits
 
     best = bisect(fits)
     if not best:
-        raise DeepGenError(f"not even one sample a device fits on {topology}; {reports[1].advice[-1]}")
+        raise DeepGenError(f"not even one sample a device fits on {request.topology}; {reports[1].advice[-1]}")
     return reports[best]
 
 
 def bisect(fits: Callable[[int], bool], most: int = 256) -> int:
-    """The largest number from 1 to ``most`` that fits, 0 if none does; what fits is taken to be without gaps."""
+    """The largest number from 1 to ``most`` for which the monotonic ``fits`` is true; 0 if none."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, 2 * high

@@ -26,7 +26,7 @@ class Report:
 
     Attributes:
       command: that gives this report again.
-      program, unit, batch, micro_batch, facts: of :class:`abstract.Program`.
+      program, unit, batch, micro_batch, summary: of :class:`deepgen_jax.parallel.abstract.AbstractProgram`.
       topology: what it was compiled for.
       mesh: axis -> size.
       memory: kind -> bytes a device; empty where the compiler gave up before it knew.
@@ -45,7 +45,7 @@ class Report:
     unit: str
     batch: int
     micro_batch: int
-    facts: tuple[str, ...]
+    summary: tuple[str, ...]
     topology: Topology
     mesh: dict[str, int]
     memory: dict[str, float]
@@ -87,7 +87,7 @@ class Report:
             "devices": self.topology.size,
             "mesh": self.mesh,
             "batch": {"size": self.batch, "unit": self.unit, "micro_batch": self.micro_batch},
-            "shapes": list(self.facts),
+            "shapes": list(self.summary),
             "chip": {key: value for key, value in asdict(chip).items() if isinstance(value, (str, float, int))},
             "compiler_options": chip.compiler_options(self.latency_hiding),
             "memory": {**self.memory, "total": self.needed, "limit": chip.memory},
@@ -105,7 +105,8 @@ class Report:
     def table(self) -> str:
         """What a person reads."""
         chip, mesh = self.topology.chip, ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
-        lines = [f"{self.program} on {self.topology}, mesh {mesh or 'of one device'}", *map(_indented, self.facts), ""]
+        lines = [f"{self.program} on {self.topology}, mesh {mesh or 'of one device'}"]
+        lines += [*(f"  {line}" for line in self.summary), ""]
         lines.append(f"memory a device, {chip.name}, GiB")
         lines += [f"  {kind:<28}{size / GIB:8.2f}" for kind, size in self.memory.items()]
         verdict = "fits" if self.fits else "DOES NOT FIT"
@@ -147,7 +148,7 @@ def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, f
     """Bytes a device by kind, in the order of :data:`KINDS`.
 
     Args:
-      memory: kind -> tree of shapes with shardings, see ``abstract.Program.memory``.
+      memory: kind -> tree of shapes with shardings, see ``AbstractProgram.memory``.
       work: what the program needs besides its arguments.
       trains: gradients, as large as what trains, are part of it.
     """
@@ -166,7 +167,3 @@ def shard_bytes(tree: Any) -> float:
         width = leaf.dtype.itemsize
         total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * width
     return float(total)
-
-
-def _indented(line: str) -> str:
-    return f"  {line}"

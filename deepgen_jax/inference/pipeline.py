@@ -30,8 +30,7 @@ from deepgen_jax.inference.known_words import KnownWords, read_known_words
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step_of, run_each_row
 from deepgen_jax.models import patches as grids
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import make_network
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
 from deepgen_jax.random_keys import Inference
@@ -72,7 +71,6 @@ class DeepGenPipeline:
         dtype: DTypeLike,
     ) -> None:
         """Takes parameters that already lie on the mesh in their dtypes; most users want :meth:`from_pretrained`."""
-        implementation = choose_kernel(mesh, dtype)
         self.config = config
         self.scheduler = scheduler
         self.mesh = mesh
@@ -80,7 +78,7 @@ class DeepGenPipeline:
         #: Words that the model has seen, where its folder lists them; calls warn about others.
         self.known_words: KnownWords | None = None
         self.tokenizer = tokenizer
-        self.model = DeepGen(config, dtype=jnp.dtype(dtype), attention=implementation)
+        self.model = make_network(config, mesh, dtype)
         self._prompts = PromptEncoder(self.model, params, tokenizer, mesh)
 
     @classmethod

@@ -1,73 +1,22 @@
-"""The one attention function of every model part."""
+"""Scaled dot-product attention of every part of the model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
-from jax.typing import DTypeLike
+from jax.sharding import PartitionSpec
 
 from deepgen_jax.models.layers import precision_of
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.splash import splash_attention
 from deepgen_jax.parallel.mesh import BATCH_AXES, batch_size_multiple
 
-Implementation = Literal["xla", "loop", "cudnn", "splash"]
-
-#: Widest head, in channels, of flash attention in both directions.
+#: Largest head dimension of flash attention in both directions.
 _LARGEST_FLASH_HEAD = 128
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """An implementation of attention on a mesh, where each device computes its share of samples and heads.
-
-    This also keeps activations split over the batch: left to itself, the compiler lets some follow the layout of the
-    weights.
-    """
-
-    implementation: Implementation
-    mesh: Mesh
-
-    def axis_of(self, count: int) -> Literal["tensor"] | None:
-        """What splits so many heads, or tokens: the "tensor" axis where it divides them."""
-        parts = self.mesh.shape["tensor"]
-        return "tensor" if parts > 1 and count % parts == 0 else None
-
-
-#: How modules are told to attend: an implementation, for a single device, or one on a mesh.
-Attention = Implementation | Kernel
-
-
-def implementation_of(attention: Attention) -> Implementation:
-    """What computes the scores, on a mesh or not."""
-    return attention.implementation if isinstance(attention, Kernel) else attention
-
-
-def choose_kernel(mesh: Mesh, dtype: DTypeLike, *, gradients: bool = False) -> Attention:
-    """The fastest attention for programs that run on a mesh in ``dtype``; see :func:`choose_implementation`."""
-    implementation = choose_implementation(list(mesh.devices.flat), dtype, gradients=gradients)
-    return implementation if mesh.size == 1 else Kernel(implementation, mesh)
-
-
-def choose_implementation(
-    devices: Sequence[jax.Device], dtype: DTypeLike, *, gradients: bool = False
-) -> Implementation:
-    """The fastest implementation for programs that run on ``devices`` in ``dtype``.
-
-    "loop" on a single CPU device (but not under ``gradients``, where it holds as much memory and makes larger
-    programs), in 16-bit types cuDNN flash attention on NVIDIA GPUs and the splash kernel on TPUs, "xla" elsewhere.
-    """
-    if devices[0].platform == "cpu" and len(devices) == 1 and not gradients:
-        return "loop"
-    if jnp.dtype(dtype).itemsize == 2 and devices[0].platform in ("gpu", "tpu"):
-        return "cudnn" if devices[0].platform == "gpu" else "splash"
-    return "xla"
 
 
 def attention(
@@ -79,7 +28,7 @@ def attention(
     key_lengths: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     causal: bool = False,
-    implementation: Attention = "xla",
+    plan: Plan = Plan(),  # noqa: B008 - immutable
 ) -> jax.Array:
     """Scaled dot-product attention, softmax statistics in float32.
 
@@ -88,63 +37,65 @@ def attention(
       key: [B, K, G, D]; G divides H (grouped-query attention).
       value: [B, K, G, D].
       key_mask: [B, K] bool, True where a key may be attended. A query with no key to attend gets zeros.
-      key_lengths: [B] int32, at least 1, in place of all other masks: the first so many keys may be attended. Flash
-        attention then needs no mask in memory.
+      key_lengths: [B] int32, at least 1, instead of all other masks: the first ``key_lengths[b]`` keys may be attended.
+        Flash attention then needs no mask in memory.
       segment_ids: [B, S] int32 for self-attention (Q == K == S): tokens attend within their own segment.
       causal: query i attends keys 0..i (Q == K).
-      implementation: "xla" holds the scores of all heads at once and partitions well over a mesh; "loop" goes
-        through the (sample, head) pairs one at a time, which keeps scores in cache on a CPU; "cudnn" is flash
-        attention on NVIDIA GPUs and "splash" on TPUs, with "xla" for dtypes and widths of heads that they do not
-        take. A :class:`Kernel` splits the work over a mesh.
+      plan: its kernel is "xla", which holds the scores of all heads at once and partitions well over a mesh; "loop",
+        which computes one (sample, head) pair at a time and so keeps scores in cache on a CPU; "cudnn", flash attention
+        on NVIDIA GPUs; or "splash", flash attention on TPUs. The last two fall back to "xla" for dtypes and head
+        dimensions that they do not support. Its mesh splits samples and heads over devices.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
     """
-    if isinstance(implementation, Kernel):
+    if plan.mesh is not None:
         masks = {"key_mask": key_mask, "key_lengths": key_lengths, "segment_ids": segment_ids}
-        return _over_mesh(implementation, query, key, value, masks, causal)
+        return _over_mesh(plan, query, key, value, masks, causal)
     flash = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD
-    cudnn = flash and implementation == "cudnn"
+    cudnn = flash and plan.kernel == "cudnn"
     if key_lengths is not None:
         if key_mask is not None or segment_ids is not None or causal:
-            raise ValueError("attention: key_lengths stands in place of all other masks")
+            raise ValueError("attention: key_lengths replaces all other masks")
         if cudnn:
             lengths = key_lengths.astype(jnp.int32)
             return jax.nn.dot_product_attention(
                 query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
             )
         key_mask = jnp.arange(key.shape[1]) < key_lengths[:, None]
-    if flash and implementation == "splash":
+    if flash and plan.kernel == "splash":
         return splash_attention(query, key, value, key_mask=key_mask, segment_ids=segment_ids, causal=causal)
     mask = _mask(query, key, key_mask, segment_ids, causal)
     if cudnn:
         return _cudnn(query, key, value, mask)
-    if implementation == "loop":
+    if plan.kernel == "loop":
         return _loop(query, key, value, mask)
     return _xla(query, key, value, mask)
 
 
 def _over_mesh(
-    kernel: Kernel,
+    plan: Plan,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    masks: dict[str, jax.Array | None],
+    masks: dict[str, Any],
     causal: bool,
 ) -> jax.Array:
-    mesh = kernel.mesh
+    """Attention on each device over its share of samples and heads."""
+    mesh = plan.mesh
+    assert mesh is not None
     if query.shape[0] % batch_size_multiple(mesh):
-        # Too few samples to give every device some; the compiler finds a way.
-        return attention(query, key, value, **masks, causal=causal, implementation="xla")
-    axis, groups = kernel.axis_of(query.shape[2]), key.shape[2]
-    if axis is not None and kernel.axis_of(groups) is None:
+        # Fewer samples than devices: left to the partitioner.
+        return attention(query, key, value, **masks, causal=causal)
+    axis, groups = plan.tensor_axis(query.shape[2]), key.shape[2]
+    if axis is not None and plan.tensor_axis(groups) is None:
         # Several devices share a group of query heads, so each holds a copy of its keys and values.
         copies = math.lcm(groups, mesh.shape[axis]) // groups
         key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
     samples, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, axis)
     given = {name: mask for name, mask in masks.items() if mask is not None}
-    local = partial(attention, causal=causal, implementation=kernel.implementation)
-    # Kernels do not tell over which axes their results vary.
+    local = partial(attention, causal=causal, plan=Plan(plan.kernel))
+    # Kernels do not declare over which axes their results vary.
     spread = jax.shard_map(
         lambda q, k, v, masks: local(q, k, v, **masks),
         mesh=mesh,

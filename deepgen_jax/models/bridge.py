@@ -9,9 +9,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import BridgeConfig
-from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import LayerNorm, Linear
-from deepgen_jax.models.layout import split_tokens
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.stack import Remat, rematerialised, scanned
 
 
@@ -20,7 +20,7 @@ class ConnectorLayer(nn.Module):
 
     config: BridgeConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array, visible: jax.Array) -> tuple[jax.Array, None]:
@@ -32,14 +32,14 @@ class ConnectorLayer(nn.Module):
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm1")(x)
         query, key, value = (heads(name, h) for name in ("q_proj", "k_proj", "v_proj"))
-        h = attention(query, key, value, key_mask=visible, implementation=self.attention)
+        h = attention(query, key, value, key_mask=visible, plan=self.plan)
         h = Linear(cfg.hidden_size, dtype=self.dtype, name="out_proj")(h.reshape(x.shape))
-        x = split_tokens(x + h, self.attention)
+        x = self.plan.shard_tokens(x + h)
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm2")(x)
         h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, name="fc1")(h), approximate=True)
         h = Linear(cfg.hidden_size, dtype=self.dtype, name="fc2")(h)
-        return split_tokens(x + h, self.attention), None
+        return self.plan.shard_tokens(x + h), None
 
 
 class Bridge(nn.Module):
@@ -61,7 +61,7 @@ class Bridge(nn.Module):
     sequence_dim: int
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Attention = "xla"
+    plan: Plan = Plan()
 
     def setup(self) -> None:
         cfg = self.config
@@ -73,7 +73,7 @@ class Bridge(nn.Module):
         self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
         self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros)
         layers = scanned(rematerialised(ConnectorLayer, self.remat), cfg.num_layers, 1)
-        self.layers = layers(cfg, self.dtype, self.attention)
+        self.layers = layers(cfg, self.dtype, self.plan)
 
     def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:
         """[B, L, text_dim] -> [B, L + num_queries, text_dim]."""

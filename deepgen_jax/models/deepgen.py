@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig
-from deepgen_jax.models.attention import Attention
 from deepgen_jax.models.block_cache import BlockCache
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.mmdit import MMDiT
+from deepgen_jax.models.plan import Plan, fastest_plan
 from deepgen_jax.models.qwen_text import QwenText
 from deepgen_jax.models.qwen_vision import QwenVision
 from deepgen_jax.models.stack import Remat
@@ -25,24 +26,29 @@ from deepgen_jax.models.vae import VAE
 class DeepGen(nn.Module):
     """The five parts under one parameter tree: ``vision``, ``text``, ``bridge``, ``mmdit``, ``vae``.
 
-    ``dtype`` is the dtype of the computation, except in the VAE where ``vae.force_upcast`` asks for float32.
+    Attributes:
+      config: sizes.
+      dtype: of the computation, except in a VAE whose ``force_upcast`` asks for float32.
+      remat: what layers recompute in the backward pass.
+      plan: attention kernel and mesh.
+      lora_dropout: rate at which inputs of the language model's adapters are dropped.
     """
 
     config: DeepGenConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Attention = "xla"
+    plan: Plan = Plan()
     lora_dropout: float = 0.0
 
     def setup(self) -> None:
         cfg = self.config
-        options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention}
+        options: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat, "plan": self.plan}
         self.vision = QwenVision(cfg.vision, **options)
         self.text = QwenText(cfg.text, cfg.bridge.selection_stride, lora_dropout=self.lora_dropout, **options)
         widths = cfg.text.hidden_size, cfg.mmdit.pooled_projection_dim, cfg.mmdit.joint_attention_dim
         self.bridge = Bridge(cfg.bridge, *widths, **options)
         self.mmdit = MMDiT(cfg.mmdit, **options)
-        self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype, self.attention)
+        self.vae = VAE(cfg.vae, jnp.float32 if cfg.vae.force_upcast else self.dtype, self.plan)
 
     def __call__(self) -> tuple[jax.Array, ...]:
         """Runs every part once on the smallest input: what `init` needs to make all parameters."""
@@ -137,6 +143,22 @@ class DeepGen(nn.Module):
     def vae_decode(self, z: jax.Array) -> jax.Array:
         """Latents [B, h, w, C], scale and shift undone -> pixels [B, 8h, 8w, 3]."""
         return self.vae.decode(z)
+
+
+def make_network(
+    config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike, *, remat: Remat = "none", gradients: bool = False
+) -> DeepGen:
+    """The network with the fastest attention on a mesh.
+
+    Args:
+      config: sizes.
+      mesh: that programs run on.
+      dtype: of the computation.
+      remat: what layers recompute in the backward pass.
+      gradients: programs differentiate it.
+    """
+    plan = fastest_plan(mesh, dtype, gradients=gradients)
+    return DeepGen(config, dtype=jnp.dtype(dtype), remat=remat, plan=plan)
 
 
 def init_params(config: DeepGenConfig, key: jax.Array) -> dict[str, Any]:

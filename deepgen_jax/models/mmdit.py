@@ -1,10 +1,10 @@
 """MMDiT of Stable Diffusion 3.5 Medium, with reference images as further image tokens.
 
-Two streams of tokens, image patches and the condition, have weights of their own and meet in the joint attention of
-every layer (Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 4).
-The first layers attend a second time, over the image tokens alone (dual attention). The timestep and the pooled
-condition modulate every layer (adaLN-Zero). The last layer only reads the condition, as nothing follows that would
-use its update.
+Two streams of tokens, image patches and context (the condition sequence), have separate weights and meet in the joint
+attention of every layer (Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
+section 4 and figure 2). The timestep and the pooled condition modulate every layer (adaLN-Zero; Peebles and Xie 2023).
+The first layers of SD3.5 have a second attention, over the image tokens alone (MMDiT-X). The last layer reads the
+context without updating it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,27 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import MMDiTConfig
-from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.attention import attention
 from deepgen_jax.models.block_cache import BlockCache, Layer, Streams, run_cached
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
-from deepgen_jax.models.layout import head_rows, split_tokens, token_rows
 from deepgen_jax.models.patches import sincos_table
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, rematerialised, scanned
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
 TIMESTEP_CHANNELS = 256
 
-#: Which keys may be attended: the masks among the arguments of :func:`attention`, none where all may.
-Visible = Mapping[str, Any]
+#: ``key_mask`` or ``key_lengths`` of :func:`attention`; empty if all keys may be attended.
+Mask = Mapping[str, Any]
+
+
+class Modulation(NamedTuple):
+    """adaLN-Zero parameters of one sub-layer, float32 [B, 1, D]; alpha, beta and gamma in the paper's figure 2."""
+
+    shift: jax.Array
+    scale: jax.Array
+    gate: jax.Array
 
 
 class BlockRun(NamedTuple):
@@ -71,29 +79,29 @@ def timestep_embedding(timestep: jax.Array, channels: int) -> jax.Array:
 
 
 def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """Shifts and scales normalised tokens [B, N, D] by [B, 1, D]."""
+    """Scales and shifts normalised tokens [B, N, D] by [B, 1, D]."""
     return normed * (1 + scale) + shift
 
 
-def _project(module: JointAttention | ImageAttention, x: jax.Array, name: str, norm: str | None = None) -> jax.Array:
-    """Linear layer ``name`` of ``module``, split into heads [B, N, H, D], each RMS-normalised if ``norm``."""
+def _heads(module: JointAttention | ImageAttention, x: jax.Array, name: str, norm: str | None = None) -> jax.Array:
+    """Linear layer ``name`` of ``module`` split into heads [B, N, H, D / H], each RMS-normalised if ``norm``."""
     config, dtype = module.config, module.dtype
     y = Linear(config.hidden_size, dtype=dtype, name=name)(x)
-    y = head_rows(rearrange(y, "b n (h d) -> b n h d", h=config.num_heads), module.attention)
+    y = module.plan.head_rows(rearrange(y, "b n (h d) -> b n h d", h=config.num_heads))
     return y if norm is None else RMSNorm(_EPS, dtype, name=norm)(y)
 
 
 class JointAttention(nn.Module):
-    """Attention over image and context tokens at once, each stream with projections of its own."""
+    """Attention over image and context tokens together, each stream with its own projections."""
 
     config: MMDiTConfig
     context_pre_only: bool
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(
-        self, image: jax.Array, context: jax.Array, visible: Visible, num_queries: int
+        self, image: jax.Array, context: jax.Array, mask: Mask, num_queries: int
     ) -> tuple[jax.Array, jax.Array | None]:
         """Image [B, N, D] and context [B, L, D] -> image [B, num_queries, D], context [B, L, D] (or None).
 
@@ -101,17 +109,17 @@ class JointAttention(nn.Module):
         ``context_pre_only``, from the context.
         """
         cfg, dtype = self.config, self.dtype
-        # Cast once, so that the three gradients are added as they are multiplied.
+        # One cast for three projections, so that their gradients are added in the computation's dtype.
         image, context = image.astype(dtype), context.astype(dtype)
-        query = _project(self, image[:, :num_queries], "to_q", "norm_q")
-        key = _project(self, image, "to_k", "norm_k")
-        value = _project(self, image, "to_v")
+        query = _heads(self, image[:, :num_queries], "to_q", "norm_q")
+        key = _heads(self, image, "to_k", "norm_k")
+        value = _heads(self, image, "to_v")
         if not self.context_pre_only:
-            query = jnp.concatenate([query, _project(self, context, "add_q", "norm_added_q")], axis=1)
-        key = jnp.concatenate([key, _project(self, context, "add_k", "norm_added_k")], axis=1)
-        value = jnp.concatenate([value, _project(self, context, "add_v")], axis=1)
+            query = jnp.concatenate([query, _heads(self, context, "add_q", "norm_added_q")], axis=1)
+        key = jnp.concatenate([key, _heads(self, context, "add_k", "norm_added_k")], axis=1)
+        value = jnp.concatenate([value, _heads(self, context, "add_v")], axis=1)
 
-        out = attention(query, key, value, **visible, implementation=self.attention)
+        out = attention(query, key, value, **mask, plan=self.plan)
         out = rearrange(out, "b n h d -> b n (h d)")
         # Read by `deepgen_jax.evaluation.explain`; nothing is stored unless the caller makes the collection mutable.
         self.sow(ATTENTION_OUTPUTS, "out", out, reduce_fn=lambda _, new: new, init_fn=lambda: None)
@@ -126,17 +134,17 @@ class ImageAttention(nn.Module):
 
     config: MMDiTConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
-    def __call__(self, image: jax.Array, visible: Visible, num_queries: int) -> jax.Array:
+    def __call__(self, image: jax.Array, mask: Mask, num_queries: int) -> jax.Array:
         """Image [B, N, D] -> [B, num_queries, D]."""
         cfg, dtype = self.config, self.dtype
         image = image.astype(dtype)
-        query = _project(self, image[:, :num_queries], "to_q", "norm_q")
-        key = _project(self, image, "to_k", "norm_k")
-        value = _project(self, image, "to_v")
-        out = attention(query, key, value, **visible, implementation=self.attention)
+        query = _heads(self, image[:, :num_queries], "to_q", "norm_q")
+        key = _heads(self, image, "to_k", "norm_k")
+        value = _heads(self, image, "to_v")
+        out = attention(query, key, value, **mask, plan=self.plan)
         return Linear(cfg.hidden_size, dtype=dtype, name="to_out")(rearrange(out, "b n h d -> b n (h d)"))
 
 
@@ -154,8 +162,8 @@ class FeedForward(nn.Module):
 class MMDiTBlock(nn.Module):
     """One layer. Streams are held in ``dtype``; norms, modulation and residual sums are float32.
 
-    With ``context_pre_only`` only the first ``num_targets`` image tokens are updated, since nothing reads the others
-    after the last layer.
+    The last layer (``context_pre_only``) updates only the first ``num_targets`` image tokens, as nothing reads the
+    others.
     """
 
     config: MMDiTConfig
@@ -163,62 +171,64 @@ class MMDiTBlock(nn.Module):
     context_pre_only: bool
     num_targets: int
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(
-        self,
-        streams: tuple[jax.Array, jax.Array],
-        conditioning: jax.Array,
-        visible: Visible,
-        visible_patches: Visible,
+        self, streams: tuple[jax.Array, jax.Array], conditioning: jax.Array, joint_mask: Mask, image_mask: Mask
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
-        """Streams are (image [B, N, D], context [B, L, D]); conditioning is [B, D] with its SiLU applied."""
+        """One layer as a step of ``nn.scan``.
+
+        Args:
+          streams: image [B, N, D] and context [B, L, D].
+          conditioning: [B, D], timestep and pooled condition after SiLU.
+          joint_mask: over the keys of the joint attention, image then context.
+          image_mask: over the image tokens.
+        """
         image, context = streams
         num_queries = self.num_targets if self.context_pre_only else image.shape[1]
-
-        def rows(x: jax.Array) -> jax.Array:
-            return token_rows(x, self.attention)
+        rows = self.plan.token_rows
 
         def norm(x: jax.Array) -> jax.Array:
             return rows(layer_norm(rows(x), _EPS))
 
-        def modulation(name: str, chunks: int) -> list[jax.Array]:
+        def modulations(name: str, chunks: int) -> list[jax.Array]:
             x = Linear(chunks * conditioning.shape[-1], dtype=self.dtype, name=name)(conditioning)
-            x = split_tokens(x.astype(jnp.float32)[:, None], self.attention)
+            x = self.plan.shard_tokens(x.astype(jnp.float32)[:, None])
             return jnp.split(x, chunks, axis=-1)
 
-        def feed_forward(name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array) -> jax.Array:
-            y = kept(FeedForward(self.dtype, name=name)(modulate(norm(x), shift, scale)))
-            return rows(x + gate * rows(y)).astype(self.dtype)
+        def feed_forward(name: str, x: jax.Array, modulation: Modulation) -> jax.Array:
+            y = kept(FeedForward(self.dtype, name=name)(modulate(norm(x), modulation.shift, modulation.scale)))
+            return rows(x + modulation.gate * rows(y)).astype(self.dtype)
 
-        shift, scale, gate, *mlp_modulation = modulation("norm1", 9 if self.dual else 6)
+        chunks = modulations("norm1", 9 if self.dual else 6)
+        attn, mlp, *attn2 = (Modulation(*chunks[i : i + 3]) for i in range(0, len(chunks), 3))
         normed = norm(image)
         if self.context_pre_only:
-            context_scale, context_shift = modulation("norm1_context", 2)
+            context_scale, context_shift = modulations("norm1_context", 2)
         else:
-            context_shift, context_scale, context_gate, *context_mlp_modulation = modulation("norm1_context", 6)
+            chunks = modulations("norm1_context", 6)
+            context_attn, context_mlp = Modulation(*chunks[:3]), Modulation(*chunks[3:])
+            context_shift, context_scale, _ = context_attn
 
-        attended, context_attended = JointAttention(
-            self.config, self.context_pre_only, self.dtype, self.attention, name="attn"
-        )(
-            modulate(normed, shift, scale),
+        joint_attention = JointAttention(self.config, self.context_pre_only, self.dtype, self.plan, name="attn")
+        attended, context_attended = joint_attention(
+            modulate(normed, attn.shift, attn.scale),
             modulate(norm(context), context_shift, context_scale),
-            visible,
+            joint_mask,
             num_queries,
         )
-        updated = image[:, :num_queries] + gate * rows(attended)
-        if self.dual:
-            shift, scale, gate = mlp_modulation[3:]
-            attention2 = ImageAttention(self.config, self.dtype, self.attention, name="attn2")
-            again = attention2(modulate(normed, shift, scale), visible_patches, num_queries)
-            updated = updated + gate * rows(again)
-        updated = feed_forward("ff", updated.astype(self.dtype), *mlp_modulation[:3])
+        updated = image[:, :num_queries] + attn.gate * rows(attended)
+        for second in attn2:  # of dual layers
+            image_attention = ImageAttention(self.config, self.dtype, self.plan, name="attn2")
+            attended = image_attention(modulate(normed, second.shift, second.scale), image_mask, num_queries)
+            updated = updated + second.gate * rows(attended)
+        updated = feed_forward("ff", updated.astype(self.dtype), mlp)
         image = jnp.concatenate([updated, image[:, num_queries:]], axis=1)
 
         if context_attended is not None:
-            context = (context + context_gate * rows(context_attended)).astype(self.dtype)
-            context = feed_forward("ff_context", context, *context_mlp_modulation)
+            context = (context + context_attn.gate * rows(context_attended)).astype(self.dtype)
+            context = feed_forward("ff_context", context, context_mlp)
         return (image, context), None
 
 
@@ -227,15 +237,15 @@ class MMDiT(nn.Module):
 
     Attributes:
       config: sizes.
-      dtype: computation in the layers; norms, modulation, the conditioning MLPs and the output projection are float32.
+      dtype: of the layers; norms, modulation, the conditioning MLPs and the output projection are float32.
       remat: what the layers recompute in the backward pass (see :func:`deepgen_jax.models.stack.rematerialised`).
-      attention: implementation of the attention.
+      plan: attention kernel and mesh.
     """
 
     config: MMDiTConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Attention = "xla"
+    plan: Plan = Plan()
 
     @nn.compact
     def __call__(
@@ -260,9 +270,9 @@ class MMDiT(nn.Module):
           timestep: [B] sigma * 1000.
           pooled: [B, P] pooled condition.
           context: [B, L, J] condition tokens.
-          patch_mask: [B, N] bool, False at padding, which nothing attends to; None where there is none.
-          context_mask: [B, L] bool, False at condition tokens that nothing attends to; None where there are none.
-          num_targets: number of leading tokens that belong to the target images; None: all.
+          patch_mask: [B, N] bool, False at padding, which is not attended; None without padding.
+          context_mask: [B, L] bool, False at condition tokens that are not attended; None if all are.
+          num_targets: number of leading tokens that belong to the target images; None for all.
           cache: of the evaluation before, whose timesteps are all the same; None runs all layers.
 
         Returns:
@@ -278,18 +288,18 @@ class MMDiT(nn.Module):
             context, context_mask = _visible_first(context, context_mask)
         context = Linear(cfg.caption_projection_dim, dtype=self.dtype, name="context_embedder")(context)
 
-        visible = _visible_keys(image, context, patch_mask, context_mask)
-        visible_patches: Visible = {} if patch_mask is None else {"key_mask": patch_mask}
+        joint_mask = _joint_mask(image, context, patch_mask, context_mask)
+        image_mask: Mask = {} if patch_mask is None else {"key_mask": patch_mask}
         streams = (image, context)
         if cache is None:
             for i, run in enumerate(block_runs(cfg)):
                 layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
                 streams, _ = layers(
-                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention, name=f"blocks_{i}"
-                )(streams, conditioning, visible, visible_patches)
+                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan, name=f"blocks_{i}"
+                )(streams, conditioning, joint_mask, image_mask)
             target = streams[0][:, :num_targets]
         else:
-            stacks = self._stacks(num_targets, conditioning, visible, visible_patches)
+            stacks = self._stacks(num_targets, conditioning, joint_mask, image_mask)
             target, cache = run_cached(stacks, streams, cache, timestep[0] / 1000)
 
         target = layer_norm(target, _EPS)
@@ -304,7 +314,7 @@ class MMDiT(nn.Module):
         """Runs of layers as functions of their parameters, for the cache to call."""
         stacks: list[tuple[Layer, Mapping[str, Any]]] = []
         for i, run in enumerate(block_runs(self.config)):
-            settings = (self.config, run.dual, run.context_pre_only, num_targets, self.dtype, self.attention)
+            settings = (self.config, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan)
             block = MMDiTBlock(*settings, parent=None)
 
             def layer(params: Any, streams: Streams, block: MMDiTBlock = block) -> Streams:
@@ -332,15 +342,15 @@ class MMDiT(nn.Module):
 
 
 def _visible_first(context: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Context tokens and their mask with the visible ones in front; nothing depends on the order of these tokens."""
+    """Sorts context tokens and their mask so that visible tokens come first; their order does not matter."""
     order = jnp.argsort(~mask, axis=1, stable=True)
     return jnp.take_along_axis(context, order[..., None], axis=1), jnp.take_along_axis(mask, order, axis=1)
 
 
-def _visible_keys(
+def _joint_mask(
     image: jax.Array, context: jax.Array, patch_mask: jax.Array | None, context_mask: jax.Array | None
-) -> Visible:
-    """Keys of the joint attention, image then context, where the context's visible tokens are in front."""
+) -> Mask:
+    """Mask of the joint attention's keys, image then context; the visible tokens of the context come first."""
     if patch_mask is None and context_mask is None:
         return {}
     if context_mask is None:

@@ -12,9 +12,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import TextConfig
-from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
-from deepgen_jax.models.layout import split_tokens
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.rope import mrope_angles, rotate
 from deepgen_jax.models.stack import Remat, rematerialised, scanned, scanned_groups
 
@@ -29,7 +29,7 @@ class DecoderLayer(nn.Module):
 
     config: TextConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
     lora_dropout: float
 
     @nn.compact
@@ -50,14 +50,14 @@ class DecoderLayer(nn.Module):
         query = rotate(heads(linear("q_proj", cfg.hidden_size, True)(*h), cfg.num_heads), angles)
         key = rotate(heads(linear("k_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads), angles)
         value = heads(linear("v_proj", cfg.num_kv_heads * cfg.head_dim, True)(*h), cfg.num_kv_heads)
-        attended = attention(query, key, value, key_mask=mask, causal=True, implementation=self.attention)
+        attended = attention(query, key, value, key_mask=mask, causal=True, plan=self.plan)
         attended = linear("o_proj", cfg.hidden_size)(*with_dropout(attended.reshape(x.shape)))
-        x = split_tokens(x + attended, self.attention)
+        x = self.plan.shard_tokens(x + attended)
 
         h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x))
         gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(*h))
         gated = gate * linear("up_proj", cfg.intermediate_size)(*h)
-        x = split_tokens(x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)), self.attention)
+        x = self.plan.shard_tokens(x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)))
         return x, x
 
 
@@ -68,7 +68,7 @@ class QwenText(nn.Module):
     stride: int = 6
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Attention = "xla"
+    plan: Plan = Plan()
     lora_dropout: float = 0.0
 
     def setup(self) -> None:
@@ -76,7 +76,7 @@ class QwenText(nn.Module):
         if cfg.num_layers < 2:
             raise ValueError(f"text.num_layers is {cfg.num_layers}, but hidden states need at least 2 layers")
         self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size, self.dtype)
-        options = (cfg, self.dtype, self.attention, self.lora_dropout)
+        options = (cfg, self.dtype, self.plan, self.lora_dropout)
         first = selected_layers(cfg.num_layers, self.stride)[-1]
         layer = rematerialised(DecoderLayer, self.remat)
         self.first_layers = scanned(layer, first, 2)(*options)

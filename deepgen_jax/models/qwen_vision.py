@@ -13,9 +13,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import VisionConfig
-from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import Linear, RMSNorm
-from deepgen_jax.models.layout import split_tokens
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.rope import rotate, vision_angles
 from deepgen_jax.models.stack import Remat, rematerialised
 
@@ -48,7 +48,7 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(
@@ -63,12 +63,12 @@ class VisionBlock(nn.Module):
         qkv = linear("qkv", 3 * cfg.hidden_size)(h).reshape(*x.shape[:2], 3, cfg.num_heads, cfg.head_dim)
         query, key, value = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles), qkv[:, :, 2]
         segments = jnp.where(full, images, windows)
-        h = attention(query, key, value, segment_ids=segments, implementation=self.attention)
-        x = split_tokens(x + linear("proj", cfg.hidden_size)(h.reshape(x.shape)), self.attention)
+        h = attention(query, key, value, segment_ids=segments, plan=self.plan)
+        x = self.plan.shard_tokens(x + linear("proj", cfg.hidden_size)(h.reshape(x.shape)))
 
         h = RMSNorm(cfg.rms_norm_eps, self.dtype, name="norm2")(x)
         h = nn.silu(linear("gate_proj", cfg.intermediate_size)(h)) * linear("up_proj", cfg.intermediate_size)(h)
-        return split_tokens(x + linear("down_proj", cfg.hidden_size)(h), self.attention), None
+        return self.plan.shard_tokens(x + linear("down_proj", cfg.hidden_size)(h)), None
 
 
 class PatchMerger(nn.Module):
@@ -94,7 +94,7 @@ class QwenVision(nn.Module):
     config: VisionConfig
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
-    attention: Attention = "xla"
+    plan: Plan = Plan()
 
     @nn.compact
     def __call__(self, patches: jax.Array, rows: jax.Array, columns: jax.Array, windows: jax.Array) -> jax.Array:
@@ -119,6 +119,6 @@ class QwenVision(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.depth,
-        )(cfg, self.dtype, self.attention, name="blocks")
+        )(cfg, self.dtype, self.plan, name="blocks")
         x, _ = blocks(x, jnp.asarray(full), angles, images, windows)
         return PatchMerger(cfg, self.dtype, name="merger")(x)

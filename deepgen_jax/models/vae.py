@@ -12,8 +12,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from deepgen_jax.config import VAEConfig
-from deepgen_jax.models.attention import Attention, attention
+from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import Linear, precision_of
+from deepgen_jax.models.plan import Plan
 
 _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -103,7 +104,7 @@ class MidAttention(nn.Module):
 
     groups: int
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,14 +113,14 @@ class MidAttention(nn.Module):
         query, key, value = (
             Linear(channels, dtype=self.dtype, name=name)(h)[:, :, None] for name in ("to_q", "to_k", "to_v")
         )
-        h = attention(query, key, value, implementation=self.attention)[:, :, 0]
+        h = attention(query, key, value, plan=self.plan)[:, :, 0]
         return x + Linear(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
 
 
-def _middle(x: jax.Array, groups: int, dtype: DTypeLike, attention: Attention) -> jax.Array:
+def _middle(x: jax.Array, groups: int, dtype: DTypeLike, plan: Plan) -> jax.Array:
     """The widest, coarsest part of the encoder or decoder that calls it."""
     x = ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_0")(x)
-    x = MidAttention(groups, dtype, attention, name="mid_attention")(x)
+    x = MidAttention(groups, dtype, plan, name="mid_attention")(x)
     return ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_1")(x)
 
 
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -140,7 +141,7 @@ class Encoder(nn.Module):
             if i < len(cfg.block_out_channels) - 1:
                 # Padded on the right and at the bottom only.
                 x = Conv(features, dtype, stride=2, padding=(0, 1), name=f"down_{i}_downsample")(x)
-        x = _middle(x, cfg.norm_num_groups, dtype, self.attention)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.plan)
         x = nn.silu(GroupNorm(cfg.norm_num_groups, name="norm_out")(x))
         return Conv(2 * cfg.latent_channels, jnp.float32, name="conv_out")(x)
 
@@ -150,14 +151,14 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike
-    attention: Attention
+    plan: Plan
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         cfg, dtype = self.config, self.dtype
         widths = cfg.block_out_channels[::-1]
         x = Conv(widths[0], dtype, name="conv_in")(z)
-        x = _middle(x, cfg.norm_num_groups, dtype, self.attention)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.plan)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
                 x = ResnetBlock(features, cfg.norm_num_groups, dtype, name=f"up_{i}_resnet_{j}")(x)
@@ -173,11 +174,11 @@ class VAE(nn.Module):
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
-    attention: Attention = "xla"
+    plan: Plan = Plan()
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype, self.attention)
-        self.decoder = Decoder(self.config, self.dtype, self.attention)
+        self.encoder = Encoder(self.config, self.dtype, self.plan)
+        self.decoder = Decoder(self.config, self.dtype, self.plan)
 
     def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, H, W, 3] in -1..1 -> posterior mean and log variance, float32 [B, H / f, W / f, C]."""

@@ -96,6 +96,18 @@ def batch_size_multiple(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def check_batch(name: str, size: int, mesh: Mesh) -> None:
+    """Checks that batches of ``size`` can be split evenly over the mesh.
+
+    Raises:
+      DeepGenError: they cannot; the message calls the setting ``name``.
+    """
+    if size % (pieces := batch_size_multiple(mesh)):
+        raise DeepGenError(
+            f"{name} is {size}, but the mesh splits batches into {pieces} pieces; make it a multiple of {pieces}"
+        )
+
+
 def batch_sharding(mesh: Mesh, ndim: int, axis: int = 0) -> NamedSharding:
     """Splits dimension ``axis`` of an array over the batch axes of the mesh."""
     spec: list[tuple[str, ...] | None] = [None] * ndim

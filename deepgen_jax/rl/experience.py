@@ -25,7 +25,7 @@ from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult, empty_result
 from deepgen_jax.rl import report
 from deepgen_jax.rl.algorithms import ALGORITHMS
-from deepgen_jax.rl.programs import canvas_of, guidance_scale, policy_model, rollout_settings
+from deepgen_jax.rl.programs import GRPOPrograms, guidance_scale, rollout_settings
 from deepgen_jax.rl.prompts import PromptSample
 from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import Trajectory, image_keys, initial_noise, rollout
@@ -64,7 +64,13 @@ class ExperienceCollector:
     """
 
     def __init__(
-        self, config: GRPOConfig, mesh: Mesh, weights: Weights, encoders: DeepGen, rewards: RewardMixture
+        self,
+        config: GRPOConfig,
+        mesh: Mesh,
+        weights: Weights,
+        programs: GRPOPrograms,
+        encoders: DeepGen,
+        rewards: RewardMixture,
     ) -> None:
         """Sets up; nothing is sampled.
 
@@ -72,16 +78,17 @@ class ExperienceCollector:
           config: of the run.
           mesh: of all hosts' devices.
           weights: as loaded; frozen parts are used.
+          programs: of the run.
           encoders: the network of the frozen parts.
           rewards: scores the images.
         """
         self._config, self._mesh, self._rewards = config, mesh, rewards
-        self.model, self.encoders = policy_model(config, weights.config, mesh), encoders
+        self.model, self.encoders = programs.model, encoders
         parts = {part: weights.frozen[part] for part in ("text", "bridge", "vision")}
         self._encoder = PromptEncoder(encoders, parts, PromptTokenizer(weights.tokenizer, weights.config), mesh)
         self.tokenize = self._encoder.tokenize
         self._vae = {"vae": weights.frozen["vae"]}
-        canvas, mmdit = canvas_of(config, weights.config, mesh), weights.config.mmdit
+        canvas, mmdit = programs.canvas, weights.config.mmdit
         self._settings, self._guidance = rollout_settings(config, canvas), guidance_scale(config)
         self.tokens = tokens = canvas.height * canvas.width // mmdit.patch_size**2
         width = mmdit.in_channels * mmdit.patch_size**2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,22 @@ from jax.sharding import Mesh
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, make_network
+from deepgen_jax.parallel.mesh import check_batch
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rl import report
+from deepgen_jax.rl.abstract_programs import ABSTRACT_PROGRAMS
 from deepgen_jax.rl.advantages import compute
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.experience import Experience, ExperienceCollector
-from deepgen_jax.rl.policy import policy_variables
-from deepgen_jax.rl.programs import (
-    canvas_of,
-    jit_reference,
-    jit_update,
-    jit_update_key,
-    learning_passes,
-    run_optimizer,
-)
+from deepgen_jax.rl.programs import jit_update_key, learning_passes, make_programs, policy_weights
 from deepgen_jax.rl.prompts import PromptSample, check_prompts, load_prompts
 from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import concatenated
 from deepgen_jax.rl.update import UpdateKeys
-from deepgen_jax.training.partition import Tree
-from deepgen_jax.training.stage import StepReport, check_micro_batch, make_pipeline
-from deepgen_jax.training.state import TrainState, parameter_counts, start_state
+from deepgen_jax.training.abstract_run import Compilable
+from deepgen_jax.training.stage import StepReport, make_pipeline
+from deepgen_jax.training.state import TrainState, parameter_counts
 from deepgen_jax.training.step_batches import StepBatch, StepBatches, open_loader
 from deepgen_jax.training.weights import Weights, load_start
 from deepgen_jax.user_warnings import warn_user
@@ -48,6 +41,8 @@ if TYPE_CHECKING:
 class GRPOStage:
     """Reinforcement learning of the MMDiT; see `deepgen_jax.training.stage.Stage`."""
 
+    abstract_programs: ClassVar[Mapping[str, Compilable]] = ABSTRACT_PROGRAMS
+
     state: TrainState
 
     def __init__(self, config: GRPOConfig, mesh: Mesh) -> None:
@@ -56,8 +51,8 @@ class GRPOStage:
         Raises:
           DeepGenError: weights, prompts, rewards or data cannot be used, or micro-batches do not fit the mesh.
         """
-        check_micro_batch("policy.micro_batch", config.policy.micro_batch, mesh)
-        check_micro_batch("rollout.micro_batch", config.rollout.micro_batch, mesh)
+        check_batch("policy.micro_batch", config.policy.micro_batch, mesh)
+        check_batch("rollout.micro_batch", config.rollout.micro_batch, mesh)
         self._config, self._mesh, self._step_number = config, mesh, 0
         self._algorithm = ALGORITHMS[config.policy.algorithm]
         self._prompts = load_prompts(
@@ -76,23 +71,13 @@ class GRPOStage:
             warn_user(f"no data set of prompts has a weight for the reward {', '.join(unused)}; it is not computed")
 
         weights = load_start(config, mesh)
-        self._reference: Tree | None = None
-        if config.policy.beta and (weights.trainable["params"] or weights.adapters_begun):
-            self._reference = jit_reference(config)(weights.trainable["params"], weights.trainable["lora"])
-        optimizer = run_optimizer(config)
-        average = config.ema_decay is not None or self._algorithm.old_policy
-        self.state = start_state(optimizer, weights.trainable, mesh, ema=average)
+        self.state, self._programs = make_programs(config, weights, mesh)
         # What the state was made from was donated to it.
         self._weights = weights = weights._replace(trainable={})
-        encoders = DeepGen(weights.config, dtype=jnp.dtype(config.dtype), attention=choose_kernel(mesh, config.dtype))
-        self._collector = ExperienceCollector(config, mesh, weights, encoders, self._rewards)
+        encoders = make_network(weights.config, mesh, config.dtype)
+        self._collector = ExperienceCollector(config, mesh, weights, self._programs, encoders, self._rewards)
         check_prompts(self._prompts.datasets, self._collector.tokenize)
         self._open_auxiliary_data(encoders, weights)
-        self._frozen = {part: tree for part, tree in weights.frozen.items() if part not in ("vae", "vision")}
-        canvas = canvas_of(config, weights.config, mesh)
-        self._update = jit_update(
-            config, self._collector.model, optimizer, weights.scheduler, weights.lora_scale, canvas, self.state, mesh
-        )
         self._update_key = jit_update_key(mesh)
 
     def _open_auxiliary_data(self, encoders: DeepGen, weights: Weights) -> None:
@@ -100,7 +85,7 @@ class GRPOStage:
         self._loader = None
         self._batches: StepBatches | None = None
         if config.data is not None and config.policy.sft_weight:
-            check_micro_batch("data.micro_batch", config.data.micro_batch, mesh)
+            check_batch("data.micro_batch", config.data.micro_batch, mesh)
             self._loader = open_loader(config, config.data, weights, mesh)
             self._batches = StepBatches(
                 self._loader,
@@ -117,8 +102,7 @@ class GRPOStage:
         config, group = self._config, self._config.rollout.group_size
         prompts = self._prompts[self._step_number]
         start = time.perf_counter()
-        policy = self.state.ema if self._algorithm.old_policy else self.state.trainable
-        variables = policy_variables(self._frozen, policy, self._weights.lora_scale)
+        variables = policy_weights(config, self._programs.frozen, self.state, self._weights.lora_scale)
         experience = self._collector.collect(prompts, variables)
         rewards, reward_weights = report.over_hosts(experience.rewards, len(prompts), group)
         collected = time.perf_counter()
@@ -165,8 +149,9 @@ class GRPOStage:
                 batches.append(next(self._batches))
                 micro_batches, sft_keys = batches[-1].micro_batches, batches[-1].keys
             update_keys = UpdateKeys(key, sft_keys)
-            self.state, metrics = self._update(
-                self.state, self._frozen, self._reference, *learned, micro_batches, update_keys, np.int32(part)
+            frozen, reference = self._programs.frozen, self._programs.reference
+            self.state, metrics = self._programs.update(
+                self.state, frozen, reference, *learned, micro_batches, update_keys, np.int32(part)
             )
             updates.append(jax.device_get(metrics))
             if part == 0 and self._algorithm.trajectory:

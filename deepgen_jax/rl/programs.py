@@ -1,13 +1,13 @@
-"""The programs of a run of reinforcement learning, made from its configuration and the model's sizes, without weights.
+"""The programs of a run of reinforcement learning, made from its configuration and from weights or their shapes.
 
-The stage runs them on arrays, the compile study lowers them on shapes.
+The stage runs them on arrays; ``deepgen compile`` lowers them on shapes (`deepgen_jax.rl.abstract_programs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +15,27 @@ import optax
 from jax.sharding import Mesh
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, make_network
+from deepgen_jax.parallel.abstract import map_arrays
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, replicated
 from deepgen_jax.random_keys import Rollout
 from deepgen_jax.rl.algorithms import ALGORITHMS
 from deepgen_jax.rl.nft import nft_step
-from deepgen_jax.rl.policy import Canvas
+from deepgen_jax.rl.policy import Canvas, policy_variables
 from deepgen_jax.rl.rl_config import GRPOConfig
 from deepgen_jax.rl.rollout import RolloutSettings
 from deepgen_jax.rl.update import UpdateSettings, grpo_step, learned_steps
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree
-from deepgen_jax.training.state import TrainState, shardings_of
+from deepgen_jax.training.state import TrainState, shardings_of, start_state
 from deepgen_jax.training.supervised import StepSettings
+from deepgen_jax.training.weights import Weights
 
 
 def policy_model(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
     """The network of rollout and update: with the same attention their rounding is the same, and first ratios are 1."""
-    attention = choose_kernel(mesh, config.dtype, gradients=True)
-    return DeepGen(model, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
+    return make_network(model, mesh, config.dtype, remat=config.remat, gradients=True)
 
 
 def canvas_of(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> Canvas:
@@ -114,18 +114,55 @@ def jit_update(
     return device_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
 
 
-def jit_reference(config: GRPOConfig) -> Callable[[Tree, Tree], Tree]:
-    """The program that copies starting values (params, lora) as the reference policy.
+class GRPOPrograms(NamedTuple):
+    """What a run of reinforcement learning jits and keeps on devices, made from arrays or from shapes.
 
-    Parameters are rounded to the dtype of the computation, which rounds them anyway; adapters are not.
+    Attributes:
+      model: the network of rollout and update: with the same attention their rounding is the same, and the first
+        ratios are 1.
+      frozen: weights that rollout and update take.
+      reference: starting values of what trains, for the KL penalty; None where they are in ``frozen``, or not needed.
+      canvas: sizes of the run's images.
+      update: (state, frozen, reference, *learned, auxiliary micro-batches, keys, part) -> (state, metrics); ``learned``
+        is what the algorithm learns from, see ``update.grpo_step`` and ``nft.nft_step``. The state is donated.
     """
-    dtype = jnp.dtype(config.dtype)
 
-    @jax.jit
-    def reference(params: Tree, lora: Tree) -> Tree:
-        return {"params": jax.tree.map(lambda x: x.astype(dtype), params), "lora": lora}
+    model: DeepGen
+    frozen: Tree
+    reference: Tree | None
+    canvas: Canvas
+    update: device_jit
 
-    return reference
+
+def policy_weights(config: GRPOConfig, frozen: Tree, state: TrainState, lora_scale: float) -> Tree:
+    """Variables of the policy that samples; see `deepgen_jax.rl.policy.policy_variables`."""
+    policy = state.ema if ALGORITHMS[config.policy.algorithm].old_policy else state.trainable
+    return policy_variables(frozen, policy, lora_scale)
+
+
+def make_programs(config: GRPOConfig, weights: Weights, mesh: Mesh) -> tuple[TrainState, GRPOPrograms]:
+    """The state at step 0 and the programs of a run, from arrays or from shapes with shardings.
+
+    The arrays of ``weights.trainable`` are donated to the state.
+    """
+    reference = None
+    if config.policy.beta and (weights.trainable["params"] or weights.adapters_begun):
+        # Rounded as the computation rounds its weights anyway; adapters are added unrounded.
+        dtype = jnp.dtype(config.dtype)
+        reference = {
+            "params": map_arrays(lambda x: x.astype(dtype), weights.trainable["params"]),
+            "lora": map_arrays(jnp.copy, weights.trainable["lora"]),
+        }
+    optimizer = run_optimizer(config)
+    average = config.ema_decay is not None or ALGORITHMS[config.policy.algorithm].old_policy
+    state = start_state(optimizer, weights.trainable, mesh, ema=average)
+    model = policy_model(config, weights.config, mesh)
+    canvas = canvas_of(config, weights.config, mesh)
+    frozen = {part: tree for part, tree in weights.frozen.items() if part not in ("vae", "vision")}
+    update = jit_update(
+        config, model, optimizer, weights.scheduler, weights.lora_scale, canvas, state, mesh
+    )
+    return state, GRPOPrograms(model, frozen, reference, canvas, update)
 
 
 def jit_update_key(mesh: Mesh) -> Callable[[Any, Any], jax.Array]:

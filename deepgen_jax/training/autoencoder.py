@@ -24,8 +24,7 @@ from deepgen_jax.config import VAEConfig
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import to_global
 from deepgen_jax.random_keys import Training
@@ -158,8 +157,7 @@ class AutoencoderStage(AccumulatingStage):
         if config.decoder_only:
             optimizer = decoder_alone(optimizer)
         super().__init__(config, config.data, config.accumulation, mesh, optimizer)
-        attention = choose_kernel(mesh, config.dtype, gradients=True)
-        model = DeepGen(self._weights.config, dtype=jnp.dtype(config.dtype), attention=attention)
+        model = make_network(self._weights.config, mesh, config.dtype, gradients=True)
         objective = Objective(config.loss, config.kl_weight, config.decoder_only, config.latent_noise)
         vae = model.config.vae
 

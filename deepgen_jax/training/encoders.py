@@ -14,8 +14,7 @@ from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import lora
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.stores import model_folder
@@ -92,8 +91,7 @@ def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:
     if adapters:
         folded = lora.merged(params["vision"], jax.device_put(adapters["vision"], everywhere), adapters["scale"])
         params["vision"] = jax.tree.map(lambda x: x.astype(compute), folded)
-    attention = choose_kernel(mesh, dtype)
-    return DeepGen(config, dtype=compute, attention=attention), params
+    return make_network(config, mesh, compute), params
 
 
 def _adapters(folder: Path) -> Tree:

@@ -24,8 +24,7 @@ from deepgen_jax.data.tokens import QUESTION_END, PromptTokenizer
 from deepgen_jax.data.vision_inputs import patch_grid, patchify_for_vlm
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import flops
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.models.qwen_vision import patch_layout
 from deepgen_jax.parallel.mesh import to_global
 from deepgen_jax.training.accumulation import Sums, add_batch, mean_step
@@ -117,8 +116,7 @@ class LanguageStage(AccumulatingStage):
         super().__init__(config, config.data, config.accumulation, mesh, optimizer)
         weights = self._weights
         (mark,) = PromptTokenizer(weights.tokenizer, weights.config).encode(QUESTION_END)
-        attention = choose_kernel(mesh, config.dtype, gradients=True)
-        model = DeepGen(weights.config, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
+        model = make_network(weights.config, mesh, config.dtype, remat=config.remat, gradients=True)
         self._frozen = {"bridge": weights.frozen["bridge"]}
         self._compile(partial(update, optimizer, config.ema_decay))
         add = partial(accumulate, model, mark)

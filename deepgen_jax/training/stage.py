@@ -17,7 +17,7 @@ from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.mesh import batch_size_multiple, replicated
+from deepgen_jax.parallel.mesh import check_batch, replicated
 from deepgen_jax.training.accumulation import Sums, start_sums
 from deepgen_jax.training.optimizer import learning_rate
 from deepgen_jax.training.partition import Tree
@@ -125,7 +125,7 @@ class LoaderStage:
         Raises:
           DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
         """
-        check_micro_batch("data.micro_batch", data.micro_batch, mesh)
+        check_batch("data.micro_batch", data.micro_batch, mesh)
         self._config, self._data, self._accumulation, self._mesh = config, data, accumulation, mesh
         weights = load_start(config, mesh)
         self.state = start_state(optimizer, weights.trainable, mesh, ema=config.ema_decay is not None)
@@ -216,23 +216,21 @@ class AccumulatingStage(LoaderStage, ABC):
         """Tokens and operations of a step, over all hosts."""
 
 
+def stage_class(config: RunConfig) -> Any:
+    """The class of a config's stage."""
+    module, name = STAGES[kind_of(config)][1]
+    return getattr(importlib.import_module(module), name)
+
+
 def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
     """The stage of a config, its weights loaded and its data opened."""
-    module, name = STAGES[kind_of(config)][1]
-    return getattr(importlib.import_module(module), name)(config, mesh)
+    stage: Stage = stage_class(config)(config, mesh)
+    return stage
 
 
 def kind_of(config: RunConfig) -> str:
     """Name of the stage of a config."""
     return next(kind for kind, (owner, _) in STAGES.items() if owner[1] == type(config).__name__)
-
-
-def check_micro_batch(name: str, size: int, mesh: Mesh) -> None:
-    """Raises a DeepGenError where micro-batches cannot be split evenly over the mesh."""
-    if size % (pieces := batch_size_multiple(mesh)):
-        raise DeepGenError(
-            f"{name} is {size}, but the mesh splits batches into {pieces} pieces; make it a multiple of {pieces}"
-        )
 
 
 def make_pipeline(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:

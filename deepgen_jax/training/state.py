@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from deepgen_jax.parallel.abstract import is_abstract
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.training.partition import Tree
 
@@ -68,12 +69,15 @@ def _dict_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def start_state(optimizer: optax.GradientTransformation, trainable: Tree, mesh: Mesh, *, ema: bool) -> TrainState:
-    """A state at step 0, sharded as :func:`abstract_state` says.
+    """A state at step 0, sharded as :func:`abstract_state` says; shapes of ``trainable`` give that of the state.
 
     The arrays of ``trainable``, {"params": ..., "lora": ...}, are donated to it.
     """
+    abstract = abstract_state(optimizer, trainable, mesh, ema=ema)
+    if is_abstract(trainable):
+        return abstract
     make = partial(init_state, optimizer, ema=ema)
-    layout: Any = shardings_of(abstract_state(optimizer, trainable, mesh, ema=ema))
+    layout: Any = shardings_of(abstract)
     return jax.jit(make, out_shardings=layout, donate_argnums=(0, 1))(trainable["params"], trainable["lora"])
 
 

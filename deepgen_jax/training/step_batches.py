@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.data_config import DataConfig
@@ -162,42 +161,6 @@ def token_budget(config: DeepGenConfig, target: int, references: int) -> TokenBu
     most = round_up(references, target) if references else 0
     per_token = config.image_multiple // (config.vae.downscale * config.mmdit.patch_size)
     return TokenBudget(target, most, -(-most // per_token**2))
-
-
-def abstract_micro_batches(
-    model: DeepGen, mesh: Mesh, count: int, size: int, length: int, budget: TokenBudget
-) -> tuple[MicroBatch, jax.Array]:
-    """Shapes, dtypes and shardings of one task in a :class:`StepBatch`: stacked micro-batches and their keys.
-
-    Args:
-      model: of the step.
-      mesh: batches are split over it.
-      count: micro-batches A of the task in a step.
-      size: samples B of a micro-batch.
-      length: of prompts, think tokens included.
-      budget: sizes that images are padded to.
-    """
-    config, queries = model.config, model.config.bridge.num_queries
-    channels, patch = config.mmdit.in_channels, config.mmdit.patch_size
-
-    def array(*shape: int, dtype: DTypeLike = jnp.float32, axis: int = 1) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape), axis))
-
-    def tokens(number: int) -> tuple[Any, Any, Any]:
-        rows = (count, size, number)
-        return array(*rows, channels * patch**2), array(*rows, dtype=jnp.int32), array(*rows, dtype=jnp.bool_)
-
-    rows, prompt = (count, size, length), (count, size, length - queries)
-    text = Text(
-        array(*prompt, dtype=jnp.int32),
-        array(count, 3, size, length, dtype=jnp.int32, axis=2),
-        array(*rows, dtype=jnp.bool_),
-        array(*rows, dtype=jnp.bool_),
-        array(*prompt, dtype=jnp.int32),
-    )
-    images = array(count, size, budget.image_tokens, config.vision.out_hidden_size, dtype=model.dtype)
-    micro = MicroBatch(*tokens(budget.target), *tokens(budget.references), images, array(count, size), text)
-    return micro, array(count, size, dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
 
 def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) -> Loader:

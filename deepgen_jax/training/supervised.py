@@ -9,31 +9,42 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from deepgen_jax.config import DeepGenConfig, SchedulerConfig
+from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.data.vision_inputs import patch_grid
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.losses import flow_matching_losses
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
-from deepgen_jax.models import lora
-from deepgen_jax.models.attention import choose_kernel
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models import flops, lora
+from deepgen_jax.models.deepgen import DeepGen, make_network
+from deepgen_jax.parallel.abstract import AbstractProgram, reshard
 from deepgen_jax.parallel.jit_options import device_jit
-from deepgen_jax.parallel.mesh import replicated
+from deepgen_jax.parallel.mesh import check_batch, replicated
 from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.random_keys import Training
+from deepgen_jax.training.abstract_run import (
+    INFERENCE,
+    AbstractRun,
+    Compilable,
+    abstract_step_batch,
+    state_memory,
+    task_counts,
+)
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree, join
 from deepgen_jax.training.run_config import SupervisedConfig
 from deepgen_jax.training.stage import LoaderStage, StepReport
-from deepgen_jax.training.state import TrainState, apply_gradients, shardings_of
-from deepgen_jax.training.step_batches import StepBatches
+from deepgen_jax.training.state import TrainState, apply_gradients, shardings_of, start_state
+from deepgen_jax.training.step_batches import StepBatches, encode_images
+from deepgen_jax.training.weights import Weights
 
 #: Parts of the model that a step runs.
 STEP_PARTS = ("text", "bridge", "mmdit")
@@ -210,12 +221,6 @@ def merged(
     return micro._replace(text=text), join(keys), join(shares)
 
 
-def step_model(config: SupervisedConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
-    """The network as a step runs it on a mesh, without dropout."""
-    attention = choose_kernel(mesh, config.dtype, gradients=True)
-    return DeepGen(model, dtype=jnp.dtype(config.dtype), remat=config.remat, attention=attention)
-
-
 def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> SchedulerConfig:
     """The schedule that noise levels are drawn from: the model's, with the shift of the configuration if it has one.
 
@@ -229,29 +234,49 @@ def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> S
     return dataclasses.replace(scheduler, shift=config.noise_shift)
 
 
-def jit_step(
+class StepProgram(NamedTuple):
+    """The jitted step of a run.
+
+    Attributes:
+      model: the network, without dropout.
+      frozen: weights that do not train, sharded as the step takes them.
+      jitted: (state, :attr:`inputs`, micro-batches, keys) -> (state, metrics); the state is donated.
+    """
+
+    model: DeepGen
+    frozen: Tree
+    jitted: device_jit
+
+    @property
+    def inputs(self) -> Tree:
+        """The frozen weights that the step takes."""
+        return {part: tree for part, tree in self.frozen.items() if part in STEP_PARTS}
+
+
+def make_step(
     config: SupervisedConfig,
-    model: DeepGen,
     optimizer: optax.GradientTransformation,
-    scheduler: SchedulerConfig,
-    lora_scale: float,
+    weights: Weights,
     state: TrainState,
     mesh: Mesh,
-) -> device_jit:
-    """The compiled program of a step: (state, frozen, micro-batches, keys) -> (state, metrics).
+) -> StepProgram:
+    """The step of a run, from arrays or from shapes with shardings.
 
     Args:
       config: of the run.
-      model: the network, without dropout.
       optimizer: of the run.
-      scheduler: of the model.
-      lora_scale: alpha over rank of adapters that train.
-      state: arrays, or shapes with shardings, as `deepgen_jax.training.state.abstract_state` gives them; the new
-        state is sharded alike.
+      weights: of the run; :attr:`Weights.trainable` is not used.
+      state: as `deepgen_jax.training.state.start_state` gives it; the new state is sharded alike.
       mesh: metrics are replicated on it.
     """
-    schedule = training_schedule(config, scheduler)
-    settings = StepSettings(schedule, lora_scale, config.weighting, config.ema_decay, config.merge)
+    frozen = weights.frozen
+    if config.gather_frozen:
+        # Layers are replicated but for a "tensor" axis.
+        text = frozen["text"]
+        frozen = {**frozen, "text": reshard(text, gathered_shardings(text, mesh, "text"))}
+    model = make_network(weights.config, mesh, config.dtype, remat=config.remat, gradients=True)
+    schedule = training_schedule(config, weights.scheduler)
+    settings = StepSettings(schedule, weights.lora_scale, config.weighting, config.ema_decay, config.merge)
     rate = learning_rate(config.optimizer, config.steps)
     trained = model.clone(lora_dropout=config.lora.dropout if "lora" in config.trains else 0.0)
 
@@ -261,11 +286,93 @@ def jit_step(
         return new, metrics | {"loss_by_sigma": sums / counts, "learning_rate": rate(state.step)}
 
     layout = (shardings_of(state), replicated(mesh))
-    return device_jit(step, latency_hiding=True, donate_argnums=0, out_shardings=layout)
+    return StepProgram(
+        model, frozen, device_jit(step, latency_hiding=True, donate_argnums=0, out_shardings=layout)
+    )
+
+
+def _abstract(run: AbstractRun, config: SupervisedConfig) -> tuple[StepProgram, TrainState]:
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = start_state(optimizer, run.weights.trainable, run.mesh, ema=config.ema_decay is not None)
+    return make_step(config, optimizer, run.weights, state, run.mesh), state
+
+
+def abstract_step(run: AbstractRun) -> AbstractProgram:
+    """The training step."""
+    config: SupervisedConfig = run.config
+    if run.batch is not None:
+        size, rest = divmod(run.batch, config.accumulation)
+        if rest or not size:
+            raise DeepGenError(
+                f"--batch {run.batch} does not divide into accumulation={config.accumulation} micro-batches; change "
+                "either"
+            )
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=size))
+    program, state = _abstract(run, config)
+    merged = partial(at_once, most=config.merge)
+    batch = abstract_step_batch(
+        run, program.model, config.data, config.accumulation, merged
+    )
+    micro_batches, keys = batch.micro_batches, batch.keys
+    size, counts = config.data.micro_batch, task_counts(config.data, config.accumulation)
+    together = size * max(map(merged, counts.values()))
+    advice = []
+    if config.gather_frozen:
+        advice.append("gather_frozen=false, which splits the language model, too, and gathers its layers")
+    if config.merge > 1:
+        advice.append("merge=1, which takes the micro-batches of a task one after another")
+    return AbstractProgram(
+        name="step",
+        unit="samples",
+        batch=config.accumulation * size,
+        micro_batch=together,
+        lower=lambda: program.jitted.lower(state, program.inputs, micro_batches, keys),
+        arguments=(state, program.inputs, micro_batches, keys),
+        memory={**state_memory(state), "frozen weights": program.frozen, "batch": (micro_batches, keys)},
+        flops=batch.flops,
+        summary=(
+            *batch.summary,
+            f"trains {', '.join(config.trains)}; remat {config.remat}; attention {program.model.plan.kernel}",
+        ),
+        trains=True,
+        latency_hiding=True,
+        advice=tuple(advice),
+        half_batch=f"accumulation={2 * config.accumulation} data.micro_batch={size // 2}, the same batch",
+    )
+
+
+def abstract_encoders(run: AbstractRun) -> AbstractProgram:
+    """VAE and vision tower over one micro-batch of edits, as they run before each step."""
+    config, model = run.config, run.model
+    size, side = run.batch or config.data.micro_batch, config.data.image_size
+    check_batch("--batch", size, run.mesh)
+    program, state = _abstract(run, config)
+    used = {part: program.frozen[part] for part in ("vae", "vision")}
+    image = run.array(size, side, side, 3, dtype=jnp.uint8, axis=0)
+    rows, columns = patch_grid((side, side), model.vision)
+    each = 2 * flops.vae_encoder(model.vae, side, side) + flops.vision(model.vision, rows * columns)
+    return AbstractProgram(
+        name="encoders",
+        unit="samples",
+        batch=size,
+        micro_batch=size,
+        lower=lambda: encode_images.lower(program.model, run.mesh, used, image, (image,)),
+        arguments=(used, image, image),
+        memory={**state_memory(state), "frozen weights": program.frozen, "batch": (image, image)},
+        flops=float(size * each),
+        summary=(f"{size} targets and references of {side}x{side}", f"attention {program.model.plan.kernel}"),
+        half_batch=f"--batch {size // 2}",
+    )
 
 
 class SupervisedStage(LoaderStage):
     """Flow matching on pictures with texts; see `deepgen_jax.training.stage.Stage`."""
+
+    abstract_programs: ClassVar[Mapping[str, Compilable]] = {
+        "step": Compilable(abstract_step, lambda config, pieces: pieces * config.accumulation),
+        "encoders": Compilable(abstract_encoders, lambda config, pieces: pieces),
+        "inference": INFERENCE,
+    }
 
     _config: SupervisedConfig
 
@@ -279,28 +386,23 @@ class SupervisedStage(LoaderStage):
             raise DeepGenError(f"trains: this stage does not train the {others[0]}; leave it out")
         optimizer = make_optimizer(config.optimizer, config.steps)
         super().__init__(config, config.data, config.accumulation, mesh, optimizer)
-        if config.gather_frozen:
-            text = self._weights.frozen["text"]
-            # Layers are replicated but for a "tensor" axis.
-            text = jax.jit(lambda tree: tree, out_shardings=gathered_shardings(text, mesh, "text"))(text)
-            self._weights = self._weights._replace(frozen={**self._weights.frozen, "text": text})
-        weights = self._weights
-        model = step_model(config, weights.config, mesh)
+        self._program = make_step(config, optimizer, self._weights, self.state, mesh)
+        self._weights = self._weights._replace(frozen=self._program.frozen)
         self._batches = StepBatches(
             self._loader,
-            model,
-            weights.frozen,
+            self._program.model,
+            self._program.frozen,
             mesh,
             accumulation=config.accumulation,
             seed=config.seed,
             trains=config.trains,
         )
-        self._frozen = {part: tree for part, tree in weights.frozen.items() if part in STEP_PARTS}
-        self._step = jit_step(config, model, optimizer, weights.scheduler, weights.lora_scale, self.state, mesh)
 
     def step(self) -> StepReport:
         """Takes one optimiser step."""
         batch = next(self._batches)
-        self.state, metrics = self._step(self.state, self._frozen, batch.micro_batches, batch.keys)
+        self.state, metrics = self._program.jitted(
+            self.state, self._program.inputs, batch.micro_batches, batch.keys
+        )
         waited = {"data": batch.seconds}
         return StepReport(metrics, batch.samples, batch.tokens, batch.flops, batch.sample_ids, waited)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from deepgen_jax.inference.loading import ADAPTED_PARTS, part_dtypes
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
+from deepgen_jax.parallel.abstract import abstract_tree
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.random_keys import Training
 from deepgen_jax.stores import model_folder
@@ -65,8 +67,8 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """
     folder = run.model_folder
     manifest = model_folder.read_manifest(folder)
-    adapted = [part for name, part in ADAPTED.items() if name in run.trains]
-    config = replace(manifest.config, lora=LoRAConfig(run.lora.rank, run.lora.alpha) if adapted else None)
+    adapted = _adapted_parts(run)
+    config = _with_adapters(manifest.config, run)
     inherited = origin_of(run).inherited
     adapters = _read_adapters(folder, manifest, inherited, mesh)
     going_on = {part: adapters.pop(part) for part in adapted if part in adapters}
@@ -75,8 +77,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
 
     shardings = rules.shardings(abstract_params(config), mesh)
     params: Tree = {}
-    for part, dtype in part_dtypes(config, jnp.dtype(run.dtype)).items():
-        wanted = jnp.float32 if part in run.trains else dtype
+    for part, wanted in _dtypes(run, config).items():
         read = jnp.float32 if part in adapters else wanted
         params |= model_folder.load_params(folder, (part,), read, shardings)
         if part in inherited:
@@ -94,6 +95,39 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
         frozen,
         bool(going_on),
     )
+
+
+def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
+    """What :func:`load_start` gives, as shapes with shardings, for a model of any sizes; no folder is read.
+
+    The schedule is the default one, and the tokenizer's folder is empty.
+    """
+    config, shapes = _with_adapters(model, run), abstract_params(model)
+    params: Tree = {}
+    for part, dtype in _dtypes(run, config).items():
+        params |= abstract_tree({part: shapes[part]}, mesh, dtype)
+    trainable, frozen = split(params, run.trains)
+    adapters: Tree = {}
+    for part in _adapted_parts(run):
+        new = jax.eval_shape(partial(init_lora, shapes[part], run.lora.rank, part=part), jax.random.key(0))
+        adapters |= abstract_tree(new, mesh, jnp.float32)
+    return Weights(config, SchedulerConfig(), Path(), {"params": trainable, "lora": adapters}, frozen)
+
+
+def _adapted_parts(run: RunConfig) -> list[str]:
+    """Parts whose adapters train."""
+    return [part for name, part in ADAPTED.items() if name in run.trains]
+
+
+def _with_adapters(config: DeepGenConfig, run: RunConfig) -> DeepGenConfig:
+    """The model's configuration with the adapters that train, instead of those that its folder holds."""
+    return replace(config, lora=LoRAConfig(run.lora.rank, run.lora.alpha) if _adapted_parts(run) else None)
+
+
+def _dtypes(run: RunConfig, config: DeepGenConfig) -> dict[str, Any]:
+    """Dtype of each part's weights: float32 where they train."""
+    dtypes = part_dtypes(config, jnp.dtype(run.dtype))
+    return {part: jnp.float32 if part in run.trains else dtype for part, dtype in dtypes.items()}
 
 
 def current_params(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> Tree:

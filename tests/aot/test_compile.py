@@ -134,10 +134,10 @@ def test_twice_the_batch_is_twice_the_arithmetic_and_the_same_weights(reports):
 
 
 def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
-    from deepgen_jax.aot.abstract import model_sizes
     from deepgen_jax.parallel.mesh import make_mesh
-    from deepgen_jax.training.step_batches import abstract_micro_batches, token_budget
-    from deepgen_jax.training.supervised import SupervisedStage, step_model
+    from deepgen_jax.training.abstract_run import abstract_micro_batches
+    from deepgen_jax.training.step_batches import token_budget
+    from deepgen_jax.training.supervised import SupervisedStage
 
     runs.write_data(tmp_path)
     path = runs.write_config(tmp_path, model, trains=("bridge",))
@@ -146,7 +146,7 @@ def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
     stage = SupervisedStage(config, mesh)
     batch = next(stage._feed)
     stage.close()
-    network = step_model(config, model_sizes(config)[0], mesh)
+    network = stage._program.model
     for task, real in batch.micro_batches.items():
         count, size, tokens = real.target_ids.shape
         budget = token_budget(network.config, tokens, real.reference_ids.shape[2])

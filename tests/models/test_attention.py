@@ -14,7 +14,8 @@ from flax import linen as nn
 from jax.extend.core import Primitive
 from support import runs
 
-from deepgen_jax.models.attention import attention, choose_implementation
+from deepgen_jax.models.attention import attention
+from deepgen_jax.models.plan import Plan, fastest_kernel
 from deepgen_jax.models.splash import block_and_length, splash_attention
 from deepgen_jax.models.stack import FLASH, Remat, rematerialised
 
@@ -55,18 +56,18 @@ def plain(query, key, value, mask):
     return np.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "loop"])
+@pytest.mark.parametrize("kernel", ["xla", "loop"])
 @pytest.mark.parametrize(("masks", "length", "meaning"), MASKS.values(), ids=MASKS)
-def test_masks_mean_what_they_say(masks, length, meaning, implementation):
+def test_masks_mean_what_they_say(masks, length, meaning, kernel):
     key, value = KEY[:, :length], VALUE[:, :length]
-    actual = attention(QUERY, key, value, **masks, implementation=implementation)
+    actual = attention(QUERY, key, value, **masks, plan=Plan(kernel))
     np.testing.assert_allclose(actual, plain(QUERY, key, value, meaning), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("masks", [{}, {"key_mask": KEY_MASK}, {"key_lengths": jnp.asarray([1, 6])}])
 def test_gradients_agree(masks):
-    def loss(query, key, value, implementation):
-        return jnp.sum(jnp.sin(attention(query, key, value, **masks, implementation=implementation)))
+    def loss(query, key, value, kernel):
+        return jnp.sum(jnp.sin(attention(query, key, value, **masks, plan=Plan(kernel))))
 
     expected = jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "xla")
     for actual, wanted in zip(jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "loop"), expected, strict=True):
@@ -91,7 +92,7 @@ def test_the_tpu_kernel_agrees(name):
         return jax.value_and_grad(lambda *x: loss(run, *x), argnums=(0, 1, 2), has_aux=True)(query, key, value)
 
     (_, out), gradients = both(partial(splash_attention, interpret=True))
-    (_, expected), wanted = both(partial(attention, implementation="xla"))
+    (_, expected), wanted = both(partial(attention, plan=Plan("xla")))
     np.testing.assert_allclose(out, expected, rtol=0, atol=5e-6)
     for actual, like in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(actual, like, rtol=0, atol=5e-6 * np.abs(like).max())
@@ -108,9 +109,9 @@ def test_blocks_are_large_and_padding_small(length, expected):
 
 def test_gradient_of_a_query_without_keys_is_finite():
     mask = jnp.zeros((BATCH, KEYS), bool)
-    for implementation in ("xla", "loop"):
+    for plan in (Plan("xla"), Plan("loop")):
         value, gradient = jax.value_and_grad(
-            lambda q, way=implementation: jnp.sum(attention(q, KEY, VALUE, key_mask=mask, implementation=way))
+            lambda q, plan=plan: jnp.sum(attention(q, KEY, VALUE, key_mask=mask, plan=plan))
         )(QUERY)
         assert value == 0
         np.testing.assert_array_equal(gradient, 0)
@@ -118,7 +119,7 @@ def test_gradient_of_a_query_without_keys_is_finite():
 
 @pytest.mark.parametrize("other", [{"key_mask": KEY_MASK}, {"causal": True}])
 def test_key_lengths_refuse_other_masks(other):
-    with pytest.raises(ValueError, match="in place of all other masks"):
+    with pytest.raises(ValueError, match="replaces all other masks"):
         attention(QUERY, KEY, VALUE, key_lengths=jnp.asarray([1, 6]), **other)
 
 
@@ -126,7 +127,7 @@ def test_key_lengths_refuse_other_masks(other):
 def test_what_flash_attention_does_not_take_runs_without_it(repeats, dtype):
     query, key, value = (jnp.concatenate([x.astype(dtype)] * repeats, axis=-1) for x in (QUERY, KEY, VALUE))
     np.testing.assert_array_equal(
-        attention(query, key, value, implementation="cudnn"), attention(query, key, value, implementation="xla")
+        attention(query, key, value, plan=Plan("cudnn")), attention(query, key, value, plan=Plan("xla"))
     )
 
 
@@ -135,25 +136,26 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import jax, numpy as np
 import test_attention as cases
-from deepgen_jax.models.attention import Kernel, attention
+from deepgen_jax.models.attention import attention
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.parallel.mesh import make_mesh
 
 for spec, count in (("data=2", 2), ("fsdp=2", 2), ("data=2,tensor=3", 6), ("fsdp=6", 6)):
-    kernel = Kernel("xla", make_mesh(spec, jax.devices()[:count]))
+    plan = Plan("xla", make_mesh(spec, jax.devices()[:count]))
     for name, (masks, length, meaning) in cases.MASKS.items():
         key, value = cases.KEY[:, :length], cases.VALUE[:, :length]
         arrays = {k: m for k, m in masks.items() if k != "causal"}
 
-        def out(query, key, value, arrays, kernel=kernel, causal=masks.get("causal", False)):
-            return attention(query, key, value, **arrays, causal=causal, implementation=kernel)
+        def out(query, key, value, arrays, plan=plan, causal=masks.get("causal", False)):
+            return attention(query, key, value, **arrays, causal=causal, plan=plan)
 
-        def gradient(kernel):
-            total = lambda *x: jax.numpy.sum(jax.numpy.sin(out(*x, arrays, kernel)))
+        def gradient(plan):
+            total = lambda *x: jax.numpy.sum(jax.numpy.sin(out(*x, arrays, plan)))
             return jax.jit(jax.grad(total, argnums=(0, 1, 2)))(cases.QUERY, key, value)
 
         wanted = cases.plain(cases.QUERY, key, value, meaning)
         np.testing.assert_allclose(jax.jit(out)(cases.QUERY, key, value, arrays), wanted, atol=2e-6, err_msg=name)
-        for actual, expected in zip(gradient(kernel), gradient("xla"), strict=True):
+        for actual, expected in zip(gradient(plan), gradient(Plan()), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=2e-6, err_msg=name)
 print("equal")
 """
@@ -167,8 +169,8 @@ def test_a_mesh_splits_samples_and_heads_and_changes_nothing():
 
 def test_a_single_cpu_device_loops():
     devices = jax.devices("cpu")
-    assert choose_implementation(devices[:1], jnp.float32) == "loop"
-    assert choose_implementation(devices[:1] * 2, jnp.float32) == "xla"
+    assert fastest_kernel(devices[:1], jnp.float32) == "loop"
+    assert fastest_kernel(devices[:1] * 2, jnp.float32) == "xla"
 
 
 def test_results_of_flash_attention_are_kept_by_the_name_that_they_have():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.mmdit import MMDiT, block_runs, timestep_embedding
 from deepgen_jax.models.patches import pack, patchify, position_ids, unpack, unpatchify
+from deepgen_jax.models.plan import Plan
 
 TINY = MMDiTConfig(
     num_layers=4,
@@ -57,16 +58,16 @@ def golden_inputs(golden, case):
     return packed, [t.shape[1:] for t in targets], [golden[f"{case}/{name}"] for name in ("t", "pooled", "ctx")]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "loop"])
+@pytest.mark.parametrize("kernel", ["xla", "loop"])
 @pytest.mark.parametrize(
     ("case", "checkpoint"),
     [("noref", "base"), ("ref1", "base"), ("ref1", "sft"), ("ref2", "base"), ("mixed", "base"), ("mixed", "sft")],
 )
-def test_velocity_matches_goldens(case, checkpoint, implementation, weights, goldens, tolerance):
+def test_velocity_matches_goldens(case, checkpoint, kernel, weights, goldens, tolerance):
     golden = goldens("dit")
     packed, sizes, condition = golden_inputs(golden, case)
     velocity = velocity_of(
-        MMDiT(TINY, attention=implementation),
+        MMDiT(TINY, plan=Plan(kernel)),
         weights[checkpoint],
         packed.patches,
         packed.position_ids,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import runs
 
-from deepgen_jax.models.layout import head_rows, laid_out_in_rows, token_rows
+from deepgen_jax.models.plan import Plan
 
 TOKENS = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 8)), jnp.float32)
 
@@ -19,23 +19,23 @@ def lowered(function) -> str:
 
 def test_values_and_gradients_stay():
     def loss(x, pin):
-        return jnp.sum(jnp.sin(laid_out_in_rows(x, "cudnn") if pin else x))
+        return jnp.sum(jnp.sin(Plan("cudnn").row_major(x) if pin else x))
 
-    np.testing.assert_array_equal(laid_out_in_rows(TOKENS, "cudnn"), TOKENS)
+    np.testing.assert_array_equal(Plan("cudnn").row_major(TOKENS), TOKENS)
     np.testing.assert_array_equal(jax.grad(loss)(TOKENS, True), jax.grad(loss)(TOKENS, False))
 
 
-@pytest.mark.parametrize(("implementation", "pinned"), [("cudnn", 2), ("splash", 0), ("xla", 0), ("loop", 0)])
-def test_only_gpus_are_told_and_the_gradient_is_pinned_too(implementation, pinned):
-    found = lowered(jax.grad(lambda x: jnp.sum(jnp.sin(token_rows(x, implementation)))))
+@pytest.mark.parametrize(("kernel", "pinned"), [("cudnn", 2), ("splash", 0), ("xla", 0), ("loop", 0)])
+def test_only_gpus_are_told_and_the_gradient_is_pinned_too(kernel, pinned):
+    found = lowered(jax.grad(lambda x: jnp.sum(jnp.sin(Plan(kernel).token_rows(x)))))
     assert found.count("@LayoutConstraint") == pinned
 
 
-@pytest.mark.parametrize(("implementation", "pinned"), [("splash", 2), ("cudnn", 0), ("xla", 0), ("loop", 0)])
-def test_only_tpus_are_told_how_heads_lie(implementation, pinned):
+@pytest.mark.parametrize(("kernel", "pinned"), [("splash", 2), ("cudnn", 0), ("xla", 0), ("loop", 0)])
+def test_only_tpus_are_told_how_heads_lie(kernel, pinned):
     def loss(x, told):
         heads = x.reshape(4, 6, 2, 4)
-        return jnp.sum(jnp.sin(head_rows(heads, implementation) if told else heads) ** 2)
+        return jnp.sum(jnp.sin(Plan(kernel).head_rows(heads) if told else heads) ** 2)
 
     assert lowered(jax.grad(lambda x: loss(x, True))).count("@LayoutConstraint") == pinned
     told, untold = (jax.value_and_grad(loss)(TOKENS, way) for way in (True, False))
@@ -45,17 +45,16 @@ def test_only_tpus_are_told_how_heads_lie(implementation, pinned):
 
 MESHES = """
 import jax, jax.numpy as jnp, numpy as np
-from deepgen_jax.models.attention import Kernel
-from deepgen_jax.models.layout import laid_out_in_rows
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.parallel.mesh import batch_sharding, make_mesh
 
 for spec in ("data=2,fsdp=1", "data=1,fsdp=2"):
     mesh = make_mesh(spec)
-    kernel = Kernel("cudnn", mesh)
+    plan = Plan("cudnn", mesh)
     for samples in (4, 3):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(samples, 6, 8)), jnp.float32)
         placed = x if samples % 2 else jax.device_put(x, batch_sharding(mesh, 3))
-        step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(laid_out_in_rows(x, kernel)))))
+        step = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(plan.row_major(x)))))
         for actual, wanted in zip(step(placed), jax.value_and_grad(lambda x: jnp.sum(jnp.sin(x)))(x), strict=True):
             np.testing.assert_allclose(actual, wanted, rtol=1e-6)
         program = step.lower(placed).compile().as_text()
@@ -72,19 +71,18 @@ TENSOR = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec
 from deepgen_jax.config import MMDiTConfig
-from deepgen_jax.models.attention import Kernel
-from deepgen_jax.models.layout import split_tokens
 from deepgen_jax.models.mmdit import MMDiT
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import batch_sharding, make_mesh
 
 mesh = make_mesh("data=2,fsdp=2,tensor=2")
-kernel = Kernel("xla", mesh)
+plan = Plan("xla", mesh)
 for shape, wanted in (((4, 6, 8), "tensor"), ((4, 5, 8), None)):
-    split = jax.jit(lambda x: split_tokens(x, kernel))(jnp.ones(shape))
+    split = jax.jit(lambda x: plan.shard_tokens(x))(jnp.ones(shape))
     assert split.sharding.is_equivalent_to(
         jax.sharding.NamedSharding(mesh, PartitionSpec(("data", "fsdp"), wanted)), 3), split.sharding
-assert split_tokens(x := jnp.ones((3, 6, 8)), kernel) is x
+assert plan.shard_tokens(x := jnp.ones((3, 6, 8))) is x
 
 config = MMDiTConfig(
     num_layers=2, num_heads=4, head_dim=8, joint_attention_dim=24, caption_projection_dim=32,
@@ -99,13 +97,13 @@ shapes = jax.eval_shape(MMDiT(config).init, jax.random.key(0), *inputs)["params"
 params = jax.tree.map(lambda x: 0.2 * normal(*x.shape), shapes)
 
 
-def velocity(params, attention, *inputs, **masks):
-    return MMDiT(config, attention=attention).apply({"params": params}, *inputs, num_targets=8, **masks)
+def velocity(params, plan, *inputs, **masks):
+    return MMDiT(config, plan=plan).apply({"params": params}, *inputs, num_targets=8, **masks)
 
 
-def both(attention, params, inputs, masks, **layout):
+def both(plan, params, inputs, masks, **layout):
     def loss(params, inputs, masks):
-        v = velocity(params, attention, *inputs, **masks)
+        v = velocity(params, plan, *inputs, **masks)
         return jnp.sum(jnp.sin(v)), v
 
     (_, v), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), **layout)(params, inputs, masks)
@@ -114,8 +112,8 @@ def both(attention, params, inputs, masks, **layout):
 
 where = rules.shardings(params, mesh, "mmdit")
 placed = jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.ndim)), (inputs, masks))
-alone = both("xla", params, inputs, masks)
-spread = both(kernel, jax.device_put(params, where), *placed, out_shardings=(None, where))
+alone = both(Plan(), params, inputs, masks)
+spread = both(plan, jax.device_put(params, where), *placed, out_shardings=(None, where))
 for actual, wanted in zip(spread, alone, strict=True):
     np.testing.assert_allclose(actual, wanted, atol=2e-5 * np.abs(wanted).max())
 print("equal")
