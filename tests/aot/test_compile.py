@@ -144,7 +144,7 @@ def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
     config = overrides.load_config(str(path))
     mesh = make_mesh(None)
     stage = SupervisedStage(config, mesh)
-    batch = next(stage._feed)
+    batch = next(stage._batches)
     stage.close()
     network = stage._program.model
     for task, real in batch.micro_batches.items():
