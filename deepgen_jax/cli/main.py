@@ -236,6 +236,12 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "deepgen serve deepgen --host 0.0.0.0 --api-keys keys.txt --max-batch 8",
         ),
     ),
+    "demo": Subcommand(
+        "deepgen_jax.cli.demo",
+        "DemoCommand",
+        "open a web page to generate and edit images",
+        ("deepgen demo", "deepgen demo deepgen --port 7861", "deepgen demo --server http://127.0.0.1:8000"),
+    ),
     "doctor": Subcommand(
         "deepgen_jax.cli.doctor",
         "DoctorCommand",

@@ -114,6 +114,12 @@ def max_pixels(info: EngineInfo, config: ServeConfig) -> int:
     return 4 * info.side * info.side if config.max_pixels is None else config.max_pixels
 
 
+def parse_wxh(text: str) -> tuple[int, int]:
+    """ "WIDTHxHEIGHT" of this server's own answers -> (width, height)."""
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
 def _size(given: Mapping[str, Any], info: EngineInfo, config: ServeConfig) -> tuple[int, int] | None:
     text = _text(given, "size", "auto").strip()
     if text == "auto":

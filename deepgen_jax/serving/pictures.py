@@ -96,6 +96,13 @@ def encode(image: np.ndarray, format: str, compression: int | None) -> bytes:
     return buffer.getvalue()
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as a PNG file, transparency kept."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def base64_text(data: bytes) -> str:
     """Bytes in base64."""
     return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,1 @@
+"""The web page of ``deepgen demo``: a client of the service, in Gradio."""
