@@ -18,7 +18,7 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.abstract import AbstractProgram, key_dtype, reshard
 from deepgen_jax.parallel.mesh import check_batch
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.programs import (
     GRPOPrograms,
     guidance_scale,
@@ -85,7 +85,7 @@ def abstract_update(run: AbstractRun) -> AbstractProgram:
     assert isinstance(config, GRPOConfig)
     policy, steps = config.policy, config.rollout.steps
     check_batch("policy.micro_batch", policy.micro_batch, run.mesh)
-    if not ALGORITHMS[policy.algorithm].trajectory:
+    if not get_algorithm(policy.algorithm).trajectory:
         raise DeepGenError("policy.algorithm=nft has no trajectories, and its update is not compiled here; choose grpo")
     state, programs = make_programs(config, run.weights, run.mesh)
     images, model = _AbstractImages(run, config), programs.model

@@ -24,7 +24,7 @@ from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult, empty_result
 from deepgen_jax.rl import report
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.programs import GRPOPrograms, guidance_scale, rollout_settings
 from deepgen_jax.rl.prompts import PromptSample
 from deepgen_jax.rl.rl_config import GRPOConfig
@@ -130,7 +130,7 @@ class ExperienceCollector:
             )
             latents.append(self._split(final))
             decoded = vae_decode(self.encoders, self._vae, latents[-1], one_by_one=self._mesh.size == 1)
-            if trajectory is not None and ALGORITHMS[self._config.policy.algorithm].trajectory:
+            if trajectory is not None and get_algorithm(self._config.policy.algorithm).trajectory:
                 trajectories.append(trajectory)
             if sampled is not None:
                 scoring.submit(*sampled)

@@ -20,7 +20,7 @@ from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rl import report
 from deepgen_jax.rl.abstract_programs import ABSTRACT_PROGRAMS
 from deepgen_jax.rl.advantages import compute
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.experience import Experience, ExperienceCollector
 from deepgen_jax.rl.programs import jit_update_key, learning_passes, make_programs, policy_weights
 from deepgen_jax.rl.prompts import PromptSample, check_prompts, load_prompts
@@ -54,7 +54,7 @@ class GRPOStage:
         check_batch("policy.micro_batch", config.policy.micro_batch, mesh)
         check_batch("rollout.micro_batch", config.rollout.micro_batch, mesh)
         self._config, self._mesh, self._step_number = config, mesh, 0
-        self._algorithm = ALGORITHMS[config.policy.algorithm]
+        self._algorithm = get_algorithm(config.policy.algorithm)
         self._prompts = load_prompts(
             config.prompts.path,
             config.prompts_per_step,

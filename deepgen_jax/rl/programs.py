@@ -20,7 +20,7 @@ from deepgen_jax.parallel.abstract import map_arrays
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import batch_sharding, replicated
 from deepgen_jax.random_keys import Rollout
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.nft import nft_step
 from deepgen_jax.rl.policy import Canvas, policy_variables
 from deepgen_jax.rl.rl_config import GRPOConfig
@@ -65,7 +65,7 @@ def learning_passes(config: GRPOConfig) -> int:
     Recomputation in the backward pass is not counted.
     """
     each = (3 if "mmdit" in config.trains else 2) + bool(config.policy.beta)
-    if ALGORITHMS[config.policy.algorithm].trajectory:
+    if get_algorithm(config.policy.algorithm).trajectory:
         return learned_steps(config.rollout.steps, config.policy.timestep_fraction) * each
     return config.policy.nft.draws * (each + 1)  # the old policy's velocity, too
 
@@ -104,7 +104,7 @@ def jit_update(
         guidance_scale(config),
     )
     rate = learning_rate(config.optimizer, config.steps * config.policy.updates_per_rollout)
-    one = grpo_step if ALGORITHMS[config.policy.algorithm].trajectory else nft_step
+    one = grpo_step if get_algorithm(config.policy.algorithm).trajectory else nft_step
     update = partial(one, model, optimizer, settings)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -136,7 +136,7 @@ class GRPOPrograms(NamedTuple):
 
 def policy_weights(config: GRPOConfig, frozen: Tree, state: TrainState, lora_scale: float) -> Tree:
     """Variables of the policy that samples; see `deepgen_jax.rl.policy.policy_variables`."""
-    policy = state.ema if ALGORITHMS[config.policy.algorithm].old_policy else state.trainable
+    policy = state.ema if get_algorithm(config.policy.algorithm).old_policy else state.trainable
     return policy_variables(frozen, policy, lora_scale)
 
 
@@ -154,7 +154,7 @@ def make_programs(config: GRPOConfig, weights: Weights, mesh: Mesh) -> tuple[Tra
             "lora": map_arrays(jnp.copy, weights.trainable["lora"]),
         }
     optimizer = run_optimizer(config)
-    average = config.ema_decay is not None or ALGORITHMS[config.policy.algorithm].old_policy
+    average = config.ema_decay is not None or get_algorithm(config.policy.algorithm).old_policy
     state = start_state(optimizer, weights.trainable, mesh, ema=average)
     model = policy_model(config, weights.config, mesh)
     canvas = canvas_of(config, weights.config, mesh)

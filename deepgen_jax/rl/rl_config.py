@@ -10,10 +10,10 @@ from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import LocalPath
 from deepgen_jax.rewards.registry import RewardConfig
+from deepgen_jax.rl.algorithms import ALGORITHMS, NFT
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_config import RunConfig, Trainable, _at_least
 
-Algorithm = Literal["grpo", "guard", "nft"]
 Sampler = Literal["cps", "flow", "dance", "ode"]
 
 
@@ -108,7 +108,8 @@ class PolicyConfig:
     """How the policy learns from its images.
 
     Attributes:
-      algorithm: "grpo" (paper eq. 3), "guard" (GRPO-Guard) or "nft" (DiffusionNFT).
+      algorithm: "grpo" (paper eq. 3), "guard" (GRPO-Guard), "nft" (DiffusionNFT), another name of
+        ``algorithms.ALGORITHMS``, or ``file.py:function`` of a surrogate loss.
       advantage: a kind of ``advantages.compute``.
       clip: range of the importance ratio.
       beta: weight of the KL penalty; 0 leaves the reference policy out.
@@ -124,7 +125,7 @@ class PolicyConfig:
       nft: settings of "nft".
     """
 
-    algorithm: Algorithm = "grpo"
+    algorithm: str = "grpo"
     advantage: Literal["gdpo", "grpo", "grpo_global_std", "reinforcepp"] = "gdpo"
     clip: float = 1e-4
     beta: float = 5e-7
@@ -139,6 +140,7 @@ class PolicyConfig:
     nft: NFTConfig = field(default_factory=NFTConfig)
 
     def __post_init__(self) -> None:
+        ALGORITHMS.target(self.algorithm, "policy.algorithm")
         _at_least("policy.beta", self.beta, 0)
         _at_least("policy.updates_per_rollout", self.updates_per_rollout, 1)
         _at_least("policy.micro_batch", self.micro_batch, 1)
@@ -207,7 +209,7 @@ class GRPOConfig(RunConfig):
         if self.policy.algorithm == "guard" and self.rollout.dtype != "float32":
             # Its ratio takes the noise out of the stored step again, and rounding with it.
             raise DeepGenError(f"policy.algorithm=guard needs rollout.dtype=float32, not {self.rollout.dtype}")
-        nft = self.policy.algorithm == "nft"
+        nft = self.policy.algorithm == NFT
         if not nft and self.rollout.sampler == "ode":
             raise DeepGenError(f"policy.algorithm={self.policy.algorithm} needs a stochastic rollout.sampler, not ode")
         if nft and self.ema_decay is not None:

@@ -17,7 +17,7 @@ import optax
 from deepgen_jax.inference.programs import Condition
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.random_keys import Update
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.objective import RatioStatistics, penalty, step_of
 from deepgen_jax.rl.policy import Canvas, policy_variables, rows_of, velocity
 from deepgen_jax.rl.rl_config import PolicyConfig
@@ -175,7 +175,7 @@ def policy_gradients(
       timesteps: int32 [K], those to learn from.
     """
     policy, sampler = settings.policy, settings.sampler
-    surrogate = ALGORITHMS[policy.algorithm].surrogate
+    surrogate = get_algorithm(policy.algorithm).surrogate
     if surrogate is None:
         raise ValueError(f"{policy.algorithm} does not learn from trajectories")
     velocities = Velocities(model, settings, frozen, condition)

@@ -9,12 +9,13 @@ import optax
 import pytest
 from support import tiny_rl as tiny
 
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.samplers import transition
-from deepgen_jax.rl.algorithms import ALGORITHMS
+from deepgen_jax.rl.algorithms import ALGORITHMS, get_algorithm, register
 from deepgen_jax.rl.guard import guarded_surrogate, mean_gain, normalised_log_ratio
 from deepgen_jax.rl.nft import contrastive_losses, nft_step, optimality, updated_old_policy
 from deepgen_jax.rl.objective import step_of
-from deepgen_jax.rl.rl_config import NFTConfig
+from deepgen_jax.rl.rl_config import NFTConfig, PolicyConfig
 from deepgen_jax.rl.rollout import Trajectory, image_keys, step_noise
 from deepgen_jax.rl.update import UpdateKeys
 from deepgen_jax.training.state import init_state
@@ -67,8 +68,40 @@ def test_guard_balances_gradients():
 
 
 def test_registry_says_what_each_algorithm_needs():
-    needs = {name: (algorithm.trajectory, algorithm.old_policy) for name, algorithm in ALGORITHMS.items()}
+    algorithms = {name: get_algorithm(name) for name in ALGORITHMS.names()}
+    needs = {name: (algorithm.trajectory, algorithm.old_policy) for name, algorithm in algorithms.items()}
     assert needs == {"grpo": (True, False), "guard": (True, False), "nft": (False, True)}
+
+
+MY_ALGORITHM = """
+import jax.numpy as jnp
+from deepgen_jax.rl.objective import Surrogate, clipped_surrogate
+
+def unclipped(sampler, clip, step, velocity, advantages):
+    found = clipped_surrogate(sampler, clip, step, velocity, advantages)
+    return Surrogate(-jnp.mean(advantages * found.ratio), found.ratio)
+"""
+
+
+def test_algorithm_from_outside(tmp_path, monkeypatch):
+    (tmp_path / "my_algorithm.py").write_text(MY_ALGORITHM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    register("unclipped", "my_algorithm:unclipped")
+    step, old, _ = taken("cps", 1.0)
+    advantages, moved = jnp.linspace(-1, 1, 64), old + 1e-3
+    gradients = []
+    for name in ("grpo", "unclipped", f"{tmp_path}/my_algorithm.py:unclipped"):
+        surrogate = get_algorithm(PolicyConfig(algorithm=name).algorithm).surrogate
+        # As long as no ratio is clipped, both have the same gradient.
+        gradients.append(jax.grad(lambda v, f=surrogate: f("cps", 10.0, step, v, advantages).loss)(moved))
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-4, atol=1e-9)
+    np.testing.assert_array_equal(gradients[2], gradients[1])
+    assert float(jnp.abs(gradients[0]).max()) > 0
+
+
+def test_unknown_algorithm_is_refused():
+    with pytest.raises(DeepGenError, match=r"policy.algorithm: 'gaurd' is unknown; did you mean guard"):
+        PolicyConfig(algorithm="gaurd")
 
 
 def test_nft_loss_pulls_to_good_images_and_away_from_bad_ones():
