@@ -13,17 +13,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.run_folder import RUN_FILE, newest_step, read_run
 
-if TYPE_CHECKING:
-    from deepgen_jax.training.run_config import RunConfig
-
-#: Adapters that train, by their name in ``RunConfig.trains`` -> the part on which they sit.
+#: Adapters that train, by their name in a run's ``trains`` -> the part on which they sit.
 ADAPTED = {"lora": "text", "mmdit_lora": "mmdit"}
+
+
+class Run(Protocol):
+    """The entries of a run's configuration that say what it starts from."""
+
+    @property
+    def out(self) -> str: ...
+    @property
+    def start(self) -> str: ...
+    @property
+    def model_folder(self) -> Path: ...
 
 
 class Saved(NamedTuple):
@@ -40,7 +48,7 @@ class Origin:
     Attributes:
       model: the model folder.
       start: the earlier run that the config names, or None.
-      inherited: names as in ``RunConfig.trains`` -> the checkpoint with their latest values; what is not named is the
+      inherited: names as in a run's ``trains`` -> the checkpoint with their latest values; what is not named is the
         model folder's.
     """
 
@@ -83,7 +91,7 @@ def read_origin(run: Path) -> Origin:
         raise DeepGenError(f"{run / RUN_FILE} is damaged ({error!r}); give another run") from None
 
 
-def origin_of(config: RunConfig) -> Origin:
+def origin_of(config: Run) -> Origin:
     """What a run starts from: as its folder pins it, or, before its first launch, what is newest now.
 
     Raises:
@@ -94,7 +102,7 @@ def origin_of(config: RunConfig) -> Origin:
     return newest_origin(config)
 
 
-def newest_origin(config: RunConfig) -> Origin:
+def newest_origin(config: Run) -> Origin:
     """What a run would start from now.
 
     Raises:
@@ -110,7 +118,7 @@ def newest_origin(config: RunConfig) -> Origin:
 
 
 def trained_until(run: Path, step: int, origin: Origin | None = None) -> dict[str, Saved]:
-    """Names as in ``RunConfig.trains`` -> the checkpoint with the latest values, at a step of a run.
+    """Names as in a run's ``trains`` -> the checkpoint with the latest values, at a step of a run.
 
     Args:
       run: folder of the run.
