@@ -31,6 +31,7 @@ from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step_of, run_each_row
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import make_network
+from deepgen_jax.models.packing import pack_kernels
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
 from deepgen_jax.random_keys import Inference
@@ -99,7 +100,10 @@ class DeepGenPipeline:
         from deepgen_jax.inference.loading import load_model
 
         path = locate(folder)
-        pipeline = cls(*load_model(path, dtype, mesh))
+        config, scheduler, params, tokenizer, devices, compute = load_model(path, dtype, mesh)
+        if devices.size == 1 and devices.devices.flat[0].platform == "cpu":
+            params = pack_kernels(params)
+        pipeline = cls(config, scheduler, params, tokenizer, devices, compute)
         pipeline.known_words = read_known_words(path)
         return pipeline
 

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from deepgen_jax.models import quantized
+from deepgen_jax.models.packing import unpacked
 
 LORA = "lora"
 # Names of what even "full" rematerialisation keeps, and of the results of flash attention on TPUs.
@@ -72,7 +73,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, for_adapter: jax.Array | None = None) -> jax.Array:
         """``for_adapter``, of the shape of ``x``, is what the layer's adapter reads in its place."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = unpacked(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
         x = x.astype(self.dtype)
         y = _product(self, x, kernel)
         if self.has_variable(LORA, "a"):
