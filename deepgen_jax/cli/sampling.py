@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import secrets
 import string
 import sys
 from dataclasses import dataclass, field
@@ -29,9 +30,10 @@ from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, check_name, describe, save_image
-from deepgen_jax.inference.prompts import Record, parse_size, read_prompts
+from deepgen_jax.inference.prompts import MAX_IMAGES, MAX_STEPS, Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import locate
+from deepgen_jax.user_warnings import warn_user
 
 
 @dataclass
@@ -55,8 +57,9 @@ class SamplingCommand(PromptArguments):
     overwrite: bool = False
     """Replace files that exist, finished ones too."""
     prompts: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(with --out FOLDER)")] = None
-    """Make many images: .txt (one prompt a line), .jsonl or .csv with the fields prompt, negative_prompt, image or
-    images, seed, size (or width and height), id, num_images, steps, guidance."""
+    """Make many images: .txt (one prompt a line), .jsonl, .json, .csv or .parquet with the fields prompt,
+    negative_prompt, image or images, seed, size (or width and height), id, num_images, steps, guidance, sampler; files
+    of public benchmarks; a folder of .txt files; or the metadata.jsonl of an earlier run."""
     num_images: int = 1
     """Images of each prompt; image k is made with seed + k."""
     grid: bool = False
@@ -64,7 +67,7 @@ class SamplingCommand(PromptArguments):
     batch_size: int = 4
     """Images made at once; changes speed and memory, not the images (bit for bit on a CPU)."""
     seed: int = 0
-    """Seed of the noise; the same for every prompt unless the prompt file gives others."""
+    """Seed of the noise; the same for every prompt unless the prompt file gives others. -1 draws one and prints it."""
     size: Annotated[str | None, arg(metavar="WIDTHxHEIGHT", help_behavior_hint="")] = None
     """Size in pixels, such as 512x768, or one number for a square. By default that of the first reference image, or
     512x512 (less where the model was made for less)."""
@@ -74,9 +77,9 @@ class SamplingCommand(PromptArguments):
     """Height, in place of --size."""
     strict_size: bool = False
     """Refuse sizes that are not multiples of 32 instead of rounding them."""
-    steps: Annotated[int | None, arg(help_behavior_hint="")] = None
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
     """Denoising steps; by default the model's, 50 for DeepGen and 4 for nano."""
-    guidance: Annotated[float | None, arg(help_behavior_hint="")] = None
+    guidance: Annotated[float | None, arg(metavar="SCALE", help_behavior_hint="")] = None
     """Classifier-free guidance scale; 1 turns guidance off and takes half the time. By default the model's, 4 for
     DeepGen and 1 for nano."""
     sampler: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="")] = None
@@ -146,8 +149,13 @@ class SamplingCommand(PromptArguments):
     def run(self) -> int:
         """Makes the images; returns the exit status."""
         self._check_numbers()
+        if self.seed == -1:
+            if self.processes != ProcessOptions():
+                raise DeepGenError("--seed -1 would draw another seed in each process; give them all one seed")
+            self.seed = secrets.randbelow(MAX_SEED + 1 - self.num_images)
+            warn_user(f"the seed is {self.seed}")
         records, failures = self._records()
-        config, check_prompt = open_model(self.folder)
+        config, check_prompt = self._open_model()
         settings = self.settings(config)
         requests, more = plan(records, settings, check_prompt, str(self.prompts) if self.prompts else "")
         failures += more
@@ -167,6 +175,17 @@ class SamplingCommand(PromptArguments):
             if into_folder:
                 return self._fill_folder(run, requests, failures)
             return self._write_files(run, requests)
+
+    def _open_model(self) -> tuple[DeepGenConfig, PromptCheck]:
+        try:
+            return open_model(self.folder)
+        except DeepGenError as error:
+            if self.prompt is None or self.model is None or os.path.exists(self.folder):
+                raise
+            raise DeepGenError(
+                f"there is no model folder {self.model!r}; put a prompt of several words in quotes, "
+                f'"{self.model} {self.prompt}", or check the name of the folder'
+            ) from error
 
     def _records(self) -> tuple[list[Record], list[Failure]]:
         if self.prompts is None:
@@ -203,12 +222,13 @@ class SamplingCommand(PromptArguments):
         return parse_size(self.size)
 
     def _check_numbers(self) -> None:
-        for name, least in (("num_images", 1), ("batch_size", 1), ("seed", 0), ("steps", 1)):
+        limits = {"num_images": (1, MAX_IMAGES), "batch_size": (1, None), "seed": (-1, MAX_SEED)}
+        limits["steps"] = (1, MAX_STEPS)
+        for name, (least, most) in limits.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {least} or more")
-        if self.seed > MAX_SEED:
-            raise DeepGenError(f"--seed is {self.seed}; use 0 to {MAX_SEED}")
+            if value is not None and (value < least or (most is not None and value > most)):
+                allowed = f"{least} or more" if most is None else f"{least} to {most}"
+                raise DeepGenError(f"--{name.replace('_', '-')} is {value}; use {allowed}")
         if self.guidance is not None and not 0 <= self.guidance < math.inf:
             raise DeepGenError(f"--guidance is {self.guidance}; use 0 or more")
         if not self.max_image_megapixels > 0 or math.isinf(self.max_image_megapixels):

@@ -16,10 +16,10 @@ _PACKED = jnp.uint16
 
 
 def pack_kernels(params: dict[str, Any]) -> dict[str, Any]:
-    """``params`` with every bfloat16 "kernel" as uint16, which `layers.Linear` reads; the given arrays are donated."""
+    """Parameters with every bfloat16 kernel of `layers.Linear` as uint16, which it reads; given arrays are donated."""
 
     def packed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if path[-1].key != "kernel" or leaf.dtype != jnp.bfloat16:
+        if path[0].key == "vae" or path[-1].key != "kernel" or leaf.dtype != jnp.bfloat16:  # it has convolutions
             return leaf
         return _as_integers(leaf)
 

@@ -169,3 +169,68 @@ def test_output_in_a_terminal_of_few_letters():
         [sys.executable, "-c", script], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\udcff\n", "")
+
+
+def test_completion_in_bash():
+    words = [sys.executable, "-m", "deepgen_jax.cli.main", "completion", "bash"]
+    script = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def complete(*words: str) -> list[str]:
+        quoted = " ".join(f"'{word}'" for word in words)
+        run = f"{script}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _deepgen; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("deepgen", "gen") == ["generate"]
+    assert set(complete("deepgen", "")) >= set(COMMANDS)
+    assert complete("deepgen", "generate", "--st") == ["--strict-size", "--steps"]
+    assert complete("deepgen", "edit", "make it blue", "--im") == ["--image"]
+    assert "world" in complete("deepgen", "data", "")
+    assert complete("deepgen", "data", "world", "--ou") == ["--out"]
+    assert complete("deepgen", "export", "--max-sh") == ["--max-shard-size"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_in_other_shells(shell: str, capsys: pytest.CaptureFixture):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS)
+    assert "strict-size" in script
+    assert main(["completion", "tcsh"]) == 2
+
+
+def test_no_line_of_the_overview_is_cut(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for entry in COMMANDS.values():
+        assert " ".join(entry.summary.split()) in text
+
+
+def test_help_without_colours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["generate", "--help"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_errors_of_the_system_are_one_line(act, capsys: pytest.CaptureFixture):
+    def full() -> int:
+        raise OSError(28, "No space left on device", "/data/run")
+
+    assert act(full) == 2
+    assert capsys.readouterr().err == "deepgen: error: /data/run: No space left on device; --debug shows where\n"
+
+    def large() -> int:
+        raise RuntimeError("RESOURCE_EXHAUSTED: 8 GB")
+
+    assert act(large) == 2
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_what_the_package_lists():
+    import deepgen_jax
+
+    names = dir(deepgen_jax)
+    assert {"DeepGenPipeline", "DeepGenError", "flow", "rl", "rewards", "evaluation", "__version__"} <= set(names)
+    for name in names:
+        getattr(deepgen_jax, name)

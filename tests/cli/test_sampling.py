@@ -130,6 +130,40 @@ def test_words_that_are_missing(opened: list[Path], capsys: pytest.CaptureFixtur
     assert files() == before
 
 
+def test_a_drawn_seed_is_told(pipe: FakePipeline, capsys: pytest.CaptureFixture):
+    seeds = []
+    for _ in range(2):
+        assert run("generate", "a cat", "--seed", "-1", "--overwrite") == 0
+        (seed,) = pipe.calls[-1]["seed"]
+        assert f"deepgen: note: the seed is {seed}\n" in capsys.readouterr().err
+        told = read_metadata(Path("image.png"))
+        assert told is not None
+        assert told["seed"] == seed
+        seeds.append(seed)
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["red", "circle"], "there is no model folder 'red'; put a prompt of several words in quotes, \"red circle\""),
+        (["a", "red", "circle"], "Unrecognized options: circle; put a text of several words in quotes"),
+        (["-red circle"], "Unrecognized options: -red circle; put a text that begins with - last, after --"),
+        (["--", "-red circle", "--seed", "3"], "Unrecognized options: 3; put options before --"),
+        (["a cat", "--steps", "x"], "--steps cannot be 'x'"),
+        (["a cat", "--guidance", "much"], "--guidance cannot be 'much'"),
+    ],
+)
+def test_words_that_are_not_understood(capsys: pytest.CaptureFixture, words: list[str], message: str):
+    assert main(["generate", *words]) == 2
+    assert error(capsys).startswith(message)
+
+
+def test_a_prompt_that_begins_with_a_dash(opened: list[Path], pipe: FakePipeline):
+    assert main(["generate", "--seed", "3", "--", "-red circle"]) == 0
+    assert (pipe.calls[0]["prompt"], pipe.calls[0]["seed"]) == (["-red circle"], [3])
+
+
 def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
     for words, size in ((["--size", "96"], (96, 96)), (["--width", "32", "--height", "96"], (32, 96))):
         assert run("generate", "a cat", "--overwrite", *words) == 0
@@ -150,9 +184,12 @@ def test_sizes(pipe: FakePipeline, capsys: pytest.CaptureFixture):
         (["word " * 10_000], "the prompt is 10000 tokens long, the model reads 30; shorten it"),
         (["a cat", "--negative-prompt", "word " * 31], "negative prompt: the prompt is 31 tokens long"),
         (["caf\udce9"], "the prompt is not UTF-8 text"),
-        (["a cat", "--seed", "-1"], "--seed is -1; use 0 or more"),
-        (["a cat", "--seed", str(2**32)], "--seed is 4294967296; use 0 to 4294967295"),
-        (["a cat", "--steps", "0"], "--steps is 0; use 1 or more"),
+        (["a cat", "--seed", "-2"], "--seed is -2; use -1 to 4294967295"),
+        (["a cat", "--seed", str(2**32)], "--seed is 4294967296; use -1 to 4294967295"),
+        (["a cat", "--seed", "-1", "--coordinator", "auto"], "--seed -1 would draw another seed in each process"),
+        (["a cat", "--steps", "0"], "--steps is 0; use 1 to 10000"),
+        (["a cat", "--num-images", "10000000"], "--num-images is 10000000; use 1 to 100000"),
+        (["a cat", "--out", "n" * 260 + ".png"], "the file name nnnnn"),
         (["a cat", "--num-images", "0"], "--num-images is 0"),
         (["a cat", "--batch-size", "-3"], "--batch-size is -3"),
         (["a cat", "--guidance", "nan"], "--guidance is nan"),

@@ -18,9 +18,9 @@ from deepgen_jax.nano.model import nano_config
 def test_every_value_survives():
     bits = jnp.arange(2**16, dtype=jnp.uint16)
     values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    packed = pack_kernels({"a": {"kernel": jnp.array(values), "bias": values}, "b": {"kernel": jnp.ones(2)}})
+    packed = pack_kernels({"a": {"kernel": jnp.array(values), "bias": values}, "b": {"kernel": jnp.ones(2)}, "vae": {"kernel": jnp.array(values)}})
     assert packed["a"]["kernel"].dtype == jnp.uint16
-    assert packed["a"]["bias"].dtype == jnp.bfloat16
+    assert packed["a"]["bias"].dtype == packed["vae"]["kernel"].dtype == jnp.bfloat16
     assert packed["b"]["kernel"].dtype == jnp.float32
     np.testing.assert_array_equal(np.asarray(unpacked(packed["a"]["kernel"])).view(np.uint16), bits)
 
