@@ -18,7 +18,13 @@ from deepgen_jax.nano.model import nano_config
 def test_every_value_survives():
     bits = jnp.arange(2**16, dtype=jnp.uint16)
     values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
-    packed = pack_kernels({"a": {"kernel": jnp.array(values), "bias": values}, "b": {"kernel": jnp.ones(2)}, "vae": {"kernel": jnp.array(values)}})
+    packed = pack_kernels(
+        {
+            "a": {"kernel": jnp.array(values), "bias": values},
+            "b": {"kernel": jnp.ones(2)},
+            "vae": {"kernel": jnp.array(values)},
+        }
+    )
     assert packed["a"]["kernel"].dtype == jnp.uint16
     assert packed["a"]["bias"].dtype == packed["vae"]["kernel"].dtype == jnp.bfloat16
     assert packed["b"]["kernel"].dtype == jnp.float32
@@ -52,6 +58,7 @@ def test_no_copy_of_the_weights_in_a_program():
         pooled_projection_dim=64, dual_attention_layers=(), pos_embed_max_size=8, sample_size=8,
     )  # fmt: skip
     model = DeepGen(DeepGenConfig(mmdit=sizes), dtype=jnp.bfloat16)
+
     def stored(path, leaf):
         return jax.ShapeDtypeStruct(leaf.shape, jnp.uint16 if path[-1].key == "kernel" else jnp.bfloat16)
 
