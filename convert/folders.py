@@ -10,6 +10,7 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.stores.checksums import checksums
 from deepgen_jax.stores.model_folder import FORMAT, VERSION
 
 from .files import write_json
@@ -81,6 +82,7 @@ def write_arrays(folder: Path, out: Path, contents: Contents, label: str) -> Non
 def write_manifest(folder: Path, contents: Contents, provenance: Mapping[str, Any]) -> None:
     """Writes ``config.json``, the last file of a model folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    arrays = [path for path in files if path.relative_to(folder).parts[0] in ("params", "lora")]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -88,6 +90,7 @@ def write_manifest(folder: Path, contents: Contents, provenance: Mapping[str, An
         "provenance": provenance,
         "parameters": contents.summaries(),
         "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        "checksums": checksums(folder, arrays),
     }
     write_json(folder / "config.json", manifest)
 

@@ -24,6 +24,7 @@ from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
 from deepgen_jax.files import refuse_urls
 from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
+from deepgen_jax.stores.checksums import unverified
 from deepgen_jax.user_warnings import collect_warnings
 
 
@@ -43,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    verify = unverified() if "--no-verify" in words else contextlib.nullcontext()
+    words = [word for word in words if word not in ("--debug", "--no-verify")]
     try:
-        with collect_warnings(lambda text: _say(f"note: {text}")), _sigterm_raises():
+        with verify, collect_warnings(lambda text: _say(f"note: {text}")), _sigterm_raises():
             status = _dispatch(words)
             sys.stdout.flush()
         return status
@@ -219,6 +221,7 @@ def _overview(title: str, group: str, commands: Mapping[str, Subcommand | Group]
             "",
             "  --version   the package's version",
             "  --debug     with any command: the whole traceback of an error",
+            "  --no-verify with any command: load weights without a check of their checksums",
         ]
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -13,7 +14,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from deepgen_jax import files
-from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
+from deepgen_jax.stores import checksums
 from deepgen_jax.stores.run_folder import CHECKPOINTS, checkpoint_folder, pinned_steps, saved_steps
 
 Tree = dict[str, Any]
@@ -50,6 +52,8 @@ class Checkpoints:
         )
         # The step and the number of bytes of the newest call of `save`.
         self._writing = (0, 0)
+        # Checksums of a checkpoint are made in the background once it is complete.
+        self._sealing = ThreadPoolExecutor(1, "deepgen-checksums")
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
@@ -67,7 +71,10 @@ class Checkpoints:
         except Exception as failure:  # Orbax wraps errors of its threads in various types
             if kind is None:
                 raise self._unwritable(failure) from failure
+        else:
+            self._seal()
         finally:
+            self._sealing.shutdown(wait=True)
             logging.getLogger("absl").removeFilter(_is_not_of_orbax)
 
     def latest(self) -> int | None:
@@ -91,10 +98,18 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(values), position=ocp.args.JsonSave(position))
         try:
             self._manager.wait_until_finished()
+            self._seal()
+            checksums.unseal(self._folder / str(step))
             self._writing = step, sum(x.nbytes for x in jax.tree.leaves(values))
             self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax wraps errors of its threads in various types
             raise self._unwritable(error) from error
+
+    def _seal(self) -> None:
+        """Lists the checksums of the checkpoint that was written last, which is complete."""
+        folder = self._folder / str(self._writing[0])
+        if self._writing[1] and folder.is_dir():
+            self._sealing.submit(checksums.seal, folder)
 
     def check(self) -> None:
         """Raises a DeepGenError where writing in the background has failed; does not wait."""
@@ -119,6 +134,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), values)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
         try:
+            checksums.verify_sealed(self._folder / str(step), "it is damaged")
             restored = self._manager.restore(step, args=items)
             return type(like)(**restored["state"]), dict(restored["position"])
         except Exception as error:  # Orbax wraps errors of reading in bare exceptions
@@ -131,7 +147,7 @@ class Checkpoints:
         kept = "no checkpoint was written before" if last is None else f"the checkpoint of step {last} is kept"
         what = f"{self._folder}: the checkpoint of step {step} cannot be written"
         if not files.is_disk_full(error):
-            return DeepGenError(f"{what} ({_reason(error)}); {kept}")
+            return DeepGenError(f"{what} ({first_line(error)}); {kept}")
         for partial in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             files.remove(partial)
         free = files.free_bytes(self._folder)
@@ -197,6 +213,7 @@ def stored_weights(run: Path, step: int, tree: str = "trainable") -> Tree:
     """
     folder = checkpoint_folder(run, step)
     try:
+        checksums.verify_sealed(folder, "it is damaged")
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder / STATE).tree
     except Exception as error:
         raise _unusable(folder, error) from error
@@ -243,9 +260,4 @@ def _unusable(folder: Path, error: Exception) -> DeepGenError:
         if earlier
         else "it is the earliest; remove it to begin again"
     )
-    return DeepGenError(f"checkpoint {folder} cannot be used ({_reason(error)}); {fix}")
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    return DeepGenError(f"checkpoint {folder} cannot be used ({first_line(error)}); {fix}")

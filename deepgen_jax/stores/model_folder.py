@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
 from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
 from deepgen_jax.files import read_json, refuse_url
+from deepgen_jax.stores import checksums
 from deepgen_jax.stores.path_kinds import Folder, describe, folder_kind, merge_hint
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class Manifest:
       provenance: where the weights came from and how they were converted.
       parameters: part -> what is stored; "unused" and, where adapters are kept, "lora" included.
       files: the stored files' sizes in bytes, by path within the folder.
+      checksums: CRC-32 of the files of arrays, by path within the folder; empty in folders of earlier versions.
     """
 
     config: DeepGenConfig
     provenance: dict[str, Any]
     parameters: dict[str, PartSummary]
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
 def locate(model: str | os.PathLike[str] | None) -> Path:
@@ -98,7 +101,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         parameters = {part: PartSummary(**summary) for part, summary in values["parameters"].items()}
         config = from_dict(DeepGenConfig, values["config"], str(path))
-        return Manifest(config, values["provenance"], parameters, dict(values["files"]))
+        listed, sums = dict(values["files"]), dict(values.get("checksums") or {})
+        return Manifest(config, values["provenance"], parameters, listed, sums)
     except (KeyError, TypeError, AttributeError) as error:
         raise DeepGenError(f"{path} is damaged ({error}); convert the model again") from None
 
@@ -200,6 +204,8 @@ def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
     for file, size in manifest.files.items():
         if file.startswith(f"{name}/"):
             _check_size(folder / file, size)
+    arrays = {file: value for file, value in manifest.checksums.items() if file.startswith(f"{name}/")}
+    checksums.verify(folder, arrays, "copy the model folder again or convert the model again")
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
