@@ -14,10 +14,11 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 import deepgen_jax
 from deepgen_jax.cli.image_run import ImageRun, resolved_dtype
 from deepgen_jax.cli.processes import ProcessOptions
+from deepgen_jax.cli.registered import BENCHMARKS
 from deepgen_jax.cli.sampling import open_model
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
-from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
+from deepgen_jax.evaluation.registry import open_benchmark
 from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_images, run_settings
 from deepgen_jax.files import LocalPath
 from deepgen_jax.inference.batch import Settings
@@ -26,9 +27,6 @@ from deepgen_jax.inference.outputs import Model, OutputFolder
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import NANO, locate
 from deepgen_jax.user_warnings import warn_user
-
-# Layers below know nothing of the procedural world.
-BENCHMARKS.register(NANO, "deepgen_jax.nano.benchmark:NanoBenchmark")
 
 #: Rows of our own in the benchmarks' formats, for a first try without downloads.
 SAMPLES = Path(deepgen_jax.__file__).parent / "evaluation/samples"

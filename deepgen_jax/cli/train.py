@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -69,9 +70,15 @@ class TrainCommand:
             if first:
                 print(f"deepgen: {text}", file=sys.stderr, flush=True)
 
+        evaluator = None
+        if config.eval.every:
+            from deepgen_jax.cli import registered  # noqa: F401
+            from deepgen_jax.evaluation.in_training import InTraining
+
+            evaluator = InTraining(config.eval, Path(config.out), average=config.ema_decay is not None)
         say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
         with self.processes.peer_watch(), Stop(graceful=True, unit="step") as stop:
-            outcome = train(config, mesh, stop, say, self.resume_from)
+            outcome = train(config, mesh, stop, say, self.resume_from, evaluator)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:

@@ -27,7 +27,8 @@ PICTURE = Path("images/nano_curves.png")
 _LAST = 0.05
 #: Settings that say where things are, when they are saved and shown, and on what they run; not how a model learns.
 _ASIDE = (
-    "model", "start", "out", "steps", "seed", "mesh", "checkpoints", "log", "samples", "pictures_every", "prompts.path",
+    "model", "start", "out", "steps", "seed", "mesh", "checkpoints", "log", "samples", "eval", "pictures_every",
+    "prompts.path",
 )  # fmt: skip
 
 

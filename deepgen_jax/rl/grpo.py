@@ -206,9 +206,10 @@ class GRPOStage:
         self._step_number = position["rollouts"]
         self.state = state
 
-    def pipeline(self) -> DeepGenPipeline:
-        """A pipeline of the current weights."""
-        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
+    def pipeline(self, average: bool = True) -> DeepGenPipeline:
+        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
+        state = self.state if average else self.state._replace(ema=None)
+        return make_pipeline(self._weights, state, self._config.dtype, self._mesh)
 
     def summary(self) -> list[str]:
         """What trains, on how many images, by which rewards."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from deepgen_jax.training.samples import check_images, make_samples
 from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
 from deepgen_jax.training.tracking import Tracker
 
+if TYPE_CHECKING:
+    from deepgen_jax.inference.pipeline import DeepGenPipeline
+
 # What a run cannot change once it has a checkpoint, and what of it matters: checkpoints would not be those of one run,
 # or hold other arrays (there is a moving average or not, and so on).
 _FIXED: dict[str, Callable[[Any], Any]] = {
@@ -44,6 +47,14 @@ class StopSignal(Protocol):
     """Tells whether the run was asked to stop."""
 
     signum: int | None
+
+
+class Evaluator(Protocol):
+    """Scores a run's weights on benchmarks; called on all processes between steps."""
+
+    def __call__(self, step: int, pipeline: Callable[[bool], DeepGenPipeline]) -> dict[str, float]:
+        """Metrics by name; ``pipeline(True)`` has the moving average where there is one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,12 @@ class Outcome:
 
 
 def train(
-    config: RunConfig, mesh: Mesh, stop: StopSignal, say: Callable[[str], None], resume_from: str = ""
+    config: RunConfig,
+    mesh: Mesh,
+    stop: StopSignal,
+    say: Callable[[str], None],
+    resume_from: str = "",
+    evaluator: Evaluator | None = None,
 ) -> Outcome:
     """Runs a stage to its last step, from the newest checkpoint in ``config.out`` if there is one.
 
@@ -75,6 +91,7 @@ def train(
       say: prints a line.
       resume_from: the step of the checkpoint to continue from, or "previous" for the one before the newest; later ones
         are put aside. "" for the newest.
+      evaluator: called every ``config.eval.every`` steps.
 
     Raises:
       DeepGenError: something in the config cannot be used, another process trains in ``config.out``, a checkpoint
@@ -108,7 +125,7 @@ def train(
         host = jax.process_index()
         tracker = stack.enter_context(Tracker(run, config.log, overrides.to_json(config), start, process_index=host))
         bar = stack.enter_context(Progress(config.steps, start)) if host == 0 else None
-        return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped).run(start, stop)
+        return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped, evaluator).run(start, stop)
 
 
 def _step_to_resume(run: Path, asked: str) -> int:
@@ -186,10 +203,11 @@ class _Loop:
         bar: Progress | None,
         mesh: Mesh,
         skipped: int,
+        evaluator: Evaluator | None,
     ) -> None:
         self._config, self._stage, self._checkpoints = config, stage, checkpoints
         self._tracker, self._bar, self._mesh = tracker, bar, mesh
-        self._skipped = skipped
+        self._skipped, self._evaluator = skipped, evaluator
         peak = config.log.peak_flops or peak_flops(mesh.devices.flat[0])
         self._peak = peak * mesh.size if peak else None
 
@@ -209,7 +227,7 @@ class _Loop:
             pending = step, report, begun
             saved = self._is_due(step, self._config.checkpoints.every)
             sampled = self._is_due(step, self._config.samples.every)
-            if saved or sampled:
+            if saved or sampled or self._is_evaluated(step):
                 self._finish(*pending)
                 pending = None
             if saved:
@@ -225,6 +243,9 @@ class _Loop:
     @staticmethod
     def _is_due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
+
+    def _is_evaluated(self, step: int) -> bool:
+        return self._evaluator is not None and self._is_due(step, self._config.eval.every)
 
     def _save(self, step: int) -> None:
         self._checkpoints.save(step, self._stage.state, {"stage": self._stage.position(), "skipped": self._skipped})
@@ -244,9 +265,12 @@ class _Loop:
         in_a_row = metrics.pop("skipped_in_a_row", 0.0)
         self._skipped += skipped
         metrics |= self._speed(report, seconds) | {"skipped_steps": float(self._skipped)}
+        evaluated = self._is_evaluated(step)
+        if evaluated and self._evaluator is not None:
+            metrics |= self._evaluator(step, self._stage.pipeline)
         if self._config.log.sample_ids:
             self._tracker.sample_ids(step, report.sample_ids)
-        if self._is_due(step, self._config.log.every) or skipped or step == self._config.steps:
+        if self._is_due(step, self._config.log.every) or skipped or evaluated or step == self._config.steps:
             self._tracker.log(step, metrics)
         for name, picture in report.pictures.items():
             self._tracker.picture(step, name, picture)

@@ -107,6 +107,44 @@ class SampleConfig:
             raise DeepGenError(f"samples: {len(self.images)} images for {len(self.prompts)} prompts; give one each")
 
 
+@dataclass(frozen=True)
+class EvalConfig:
+    """Benchmarks during training, of the weights of the moment and of their moving average where there is one.
+
+    Attributes:
+      every: steps between them; 0 for none.
+      benchmarks: their names, see `deepgen eval list`.
+      data: inputs of each that needs any, in their order.
+      limit: prompts of each, evenly spaced.
+      images_per_prompt: at most.
+      size, num_inference_steps: of the images; None for the model's or the benchmark's own.
+      batch_size: images made at once.
+      seed: of the images.
+      judge, judge_model: server and name of the judge, for benchmarks that need one.
+    """
+
+    every: int = 0
+    benchmarks: tuple[str, ...] = ()
+    data: tuple[LocalPath, ...] = ()
+    limit: int = 16
+    images_per_prompt: int = 1
+    size: int | None = None
+    num_inference_steps: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    judge: str = ""
+    judge_model: str = ""
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 0)
+        for name in ("limit", "images_per_prompt", "batch_size"):
+            _at_least(f"eval.{name}", getattr(self, name), 1)
+        if self.every and not self.benchmarks:
+            raise DeepGenError("eval.every asks for benchmarks but eval.benchmarks is empty; name some")
+        if len(self.data) > len(self.benchmarks):
+            raise DeepGenError(f"eval: {len(self.data)} data for {len(self.benchmarks)} benchmarks; give one each")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What all stages share.
@@ -143,6 +181,7 @@ class RunConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         refuse_urls(self)

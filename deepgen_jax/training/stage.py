@@ -87,8 +87,8 @@ class Stage(Protocol):
         """Continues from a checkpoint."""
         ...
 
-    def pipeline(self) -> DeepGenPipeline:
-        """A pipeline of the current weights, to make pictures with."""
+    def pipeline(self, average: bool = True) -> DeepGenPipeline:
+        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
         ...
 
     def summary(self) -> list[str]:
@@ -148,9 +148,10 @@ class LoaderStage:
         self._loader.set_state(position["data"])
         self.state = state
 
-    def pipeline(self) -> DeepGenPipeline:
-        """A pipeline of the current weights, or of their moving average where there is one."""
-        return make_pipeline(self._weights, self.state, self._config.dtype, self._mesh)
+    def pipeline(self, average: bool = True) -> DeepGenPipeline:
+        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
+        state = self.state if average else self.state._replace(ema=None)
+        return make_pipeline(self._weights, state, self._config.dtype, self._mesh)
 
     def summary(self) -> list[str]:
         """What trains, and the shapes of batches."""
