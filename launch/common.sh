@@ -1,9 +1,11 @@
 # shellcheck shell=bash
 # What the launchers share: options before "--", the words of `deepgen` after it, and --dry-run.
-# A launcher lists its options in the array `options` (name -> default value) and says how it is used in `usage`.
+# A launcher lists its options in the array `options` (name -> default value; one of "false" is a switch without a value),
+# those that may be repeated in `lists` as well (their values come one a line), and says how it is used in `usage`.
 set -euo pipefail
 
 declare -A options
+lists=()
 usage=""
 words=()
 dry_run=false
@@ -30,14 +32,26 @@ parse() {
       --*)
         local name=${1#--}
         [[ -v options[$name] ]] || fail "unknown option $1"
-        (($# > 1)) || fail "$1 needs a value"
-        options[$name]=$2
-        shift
+        if [[ ${options[$name]} == false ]]; then
+          options[$name]=true
+        else
+          (($# > 1)) || fail "$1 needs a value"
+          if [[ " ${lists[*]-} " == *" $name "* ]]; then
+            options[$name]+="$2"$'\n'
+          else
+            options[$name]=$2
+          fi
+          shift
+        fi
         ;;
       *) fail "unexpected word '$1'; the words of deepgen come after --" ;;
     esac
     shift
   done
+}
+
+# Fails where there are no words of deepgen.
+require_words() {
   ((${#words[@]})) || fail "nothing to run; write the words of deepgen after --, such as -- train sft out=runs/sft"
 }
 
@@ -55,6 +69,14 @@ require_counts() {
   for name in "$@"; do
     [[ ${options[$name]} =~ ^[1-9][0-9]*$ ]] || fail "--$name is '${options[$name]}'; it must be a whole number above 0"
   done
+}
+
+# Fails where a line of --env is not NAME=VALUE.
+require_environment() {
+  local line
+  while IFS= read -r line; do
+    [[ -z $line || $line =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || fail "--env is '$line'; it must be NAME=VALUE"
+  done <<<"${options[env]}"
 }
 
 # The words as one line that a shell reads back as they are.

@@ -3,18 +3,21 @@
 source "$(dirname "$0")/common.sh"
 
 usage="Usage: launch/gke.sh --cluster NAME --tpu-type v6e-256 --image IMAGE [--slices 1] [--name deepgen] [--zone ZONE]
-       [--project PROJECT] [--restarts 10] [--dry-run] -- train CONFIG [KEY=VALUE ...]
+       [--project PROJECT] [--restarts 10] [--env NAME=VALUE ...] [--dry-run] -- train CONFIG [KEY=VALUE ...]
 
-Creates an xpk workload. The image holds deepgen-jax with its tpu, data and rewards extras; models, data and out= are
-paths that the workload mounts, or gs:// where a format reads it. A slice that is lost restarts all, which go on from the
-newest checkpoint; so does any error, --restarts times, and training that was asked to end, as when a node is drained, once
-it has saved."
-options=([cluster]="" [tpu-type]="" [image]="" [slices]=1 [name]=deepgen [zone]="" [project]="" [restarts]=10)
+Creates an xpk workload. The image is built from launch/Dockerfile (--build-arg DEVICE=tpu); models and out= are folders
+that all hosts mount (Filestore, or a bucket through GCS FUSE), data too, or gs:// where a format reads it. A slice that is
+lost restarts all processes, which continue from the newest checkpoint; so do errors, --restarts times, and training that
+was asked to end, as when a node is drained, once it has saved."
+options=([cluster]="" [tpu-type]="" [image]="" [slices]=1 [name]=deepgen [zone]="" [project]="" [restarts]=10 [env]="")
+lists=(env)
 parse "$@"
+require_words
 require cluster tpu-type image
 require_counts slices restarts
+require_environment
 
-# What processes end with whose peer is lost.
+# Exit status of processes that have lost a peer, as of all errors.
 restart=2
 # Training that a drained node ends is not done.
 [[ ${words[0]} != train ]] || words+=(--stopped-status "$restart")
@@ -29,4 +32,7 @@ command=(
 for name in zone project; do
   [[ -z ${options[$name]} ]] || command+=("--$name" "${options[$name]}")
 done
+while IFS= read -r line; do
+  [[ -z $line ]] || command+=(--env "$line")
+done <<<"${options[env]}"
 run "${command[@]}" --command "deepgen $(quoted "${words[@]}") --coordinator auto"

@@ -8,6 +8,7 @@ Runs deepgen on this machine. One process takes all devices. With --processes N 
 in their order or that of CUDA_VISIBLE_DEVICES. When one process ends with an error, all end."
 options=([processes]=1 [port]=12355)
 parse "$@"
+require_words
 require_counts processes port
 count=${options[processes]}
 if ((count == 1)); then
