@@ -47,11 +47,13 @@ class Sampler:
       order: order of convergence as the steps get shorter.
       evaluations: velocity evaluations a step.
       stochastic: adds noise, so that :meth:`step` draws ``step.noise()``.
+      estimates: reads several velocities side by side from one evaluation, [B, ..., N * D], as a few-step policy does.
     """
 
     order: int = 1
     evaluations: int = 1
     stochastic: bool = False
+    estimates: bool = False
 
     def start(self, x: jax.Array) -> Any:
         """Pytree that the first step receives as ``memory``."""

@@ -85,7 +85,8 @@ def advance(
         def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
             nonlocal cache, clean
             v, cache = velocity_fn(x, sigma, cache)
-            clean = x - sigma * v.astype(jnp.float32)
+            # Of several velocities side by side, the last is that of the step's end.
+            clean = x - sigma * v[..., -x.shape[-1] :].astype(jnp.float32)
             return v
 
         step = Step(index, levels[index], levels[index + 1], levels[1], strength, lambda: noise_of(index))

@@ -16,6 +16,7 @@ SAMPLERS: Registry[Sampler] = Registry(
         "euler": f"{_HERE}.euler:Euler",
         "heun": f"{_HERE}.heun:Heun",
         "dpmpp_2m": f"{_HERE}.dpmpp_2m:DPMpp2M",
+        "pi_flow": f"{_HERE}.pi_flow:PiFlow",
         "cps": f"{_HERE}.cps:CPS",
         "flow": f"{_HERE}.flow_sde:FlowSDE",
         "dance": f"{_HERE}.dance_sde:DanceSDE",
