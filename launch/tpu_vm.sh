@@ -19,14 +19,17 @@ require_environment
 ssh=(gcloud compute tpus tpu-vm ssh "${options[tpu]}" --zone "${options[zone]}")
 [[ -z ${options[project]} ]] || ssh+=(--project "${options[project]}")
 folder=$(quoted "${options[folder]}")
+# Whether the run goes on whose number is in deepgen.pid; one that has ended may wait to be collected.
+# shellcheck disable=SC2016  # the worker expands it
+alive='alive() { kill -0 "$(cat deepgen.pid 2>/dev/null)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat deepgen.pid)/status"; }'
 if ${options[follow]}; then
   run "${ssh[@]}" --worker 0 --command "tail -n 50 -F $folder/deepgen.log"
   exit
 fi
 if ${options[stop]}; then
   # shellcheck disable=SC2016  # the worker expands it
-  stop='kill "$(cat deepgen.pid)" && while kill -0 "$(cat deepgen.pid)" 2>/dev/null; do sleep 1; done; tail -n 3 deepgen.log'
-  run "${ssh[@]}" --worker all --command "cd $folder && $stop"
+  stop='kill "$(cat deepgen.pid)" && while alive; do sleep 1; done; tail -n 3 deepgen.log'
+  run "${ssh[@]}" --worker all --command "$alive; cd $folder && $stop"
   exit
 fi
 require_words
@@ -42,9 +45,7 @@ while IFS= read -r line; do
   [[ -z $line ]] || environment+=("$line")
 done <<<"${options[env]}"
 ((${#environment[@]} == 0)) || environment=(env "${environment[@]}")
-# shellcheck disable=SC2016  # the worker expands it
-busy='[ -e deepgen.pid ] && kill -0 "$(cat deepgen.pid)" 2>/dev/null'
 start="${environment[*]+$(quoted "${environment[@]}") }.venv/bin/deepgen $(quoted "${words[@]}") --coordinator auto"
 start="setsid nohup $start >>deepgen.log 2>&1 </dev/null & echo \$! >deepgen.pid"
 run "${ssh[@]}" --worker all --command \
-  "cd $folder || exit 1; if $busy; then echo 'a run is going on; --stop ends it' >&2; exit 1; fi; $start"
+  "$alive; cd $folder || exit 1; if alive; then echo 'a run is going on; --stop ends it' >&2; exit 1; fi; $start"
