@@ -8,7 +8,7 @@ from deepgen_jax.rewards.base import Missing
 from deepgen_jax.rewards.replies import plain_text, split_reply
 
 _NUMBER = r"(?<![0-9A-Za-z_.,+/-])([+-]?[0-9]{1,9}(?:\.[0-9]{1,9}|,[0-9]{1,2})?)(?![0-9A-Za-z_]|[.,][0-9]|-[A-Za-z])"
-_OF = r"(?:\s?(/|out of|of|满分)\s?(\d{1,9}(?:\.\d{1,9})?)(?![\w/]|[.,]\d))?(\s?%)?"
+_OF = r"(?:(?:\s?(?:points?|stars?|分))?\s?(/|out of|of|满分)\s?(\d{1,9}(?:\.\d{1,9})?)(?![\w/]|[.,]\d))?(\s?%)?"
 _VALUE = rf"{_NUMBER}{_OF}"
 _RANGE_GOES_ON = r"(?!\s?(?:-|~|to|and|or)\s?\d)"
 _UNIT = r"(?:\s?(?:points?|pts|stars?)\b|\s?分)?"
@@ -55,7 +55,12 @@ def read_score(reply: str, low: float, high: float) -> float | Missing:
     """
     parts = split_reply(reply)
     pieces = parts.answers if parts.answers or parts.unfinished is not None else (parts.rest,)
-    scores = [_scores(plain_text(piece), high) for piece in pieces]
+    # The scale that was asked for is no score: "Score (0-10): 8".
+    scale = re.compile(
+        rf"(?:\bon a scale )?(?:\b(?:of|from|between) )?(?<![\d.]){low:g}\s?(?:-|~|to|and)\s?{high:g}(?![\d.])",
+        re.IGNORECASE,
+    )
+    scores = [_scores(re.sub(" +", " ", scale.sub(" ", plain_text(piece))).strip(" ,:"), high) for piece in pieces]
     if not scores or not scores[0] or any(found != scores[0] for found in scores):
         return NO_NUMBER
     if len(scores[0]) > 1:

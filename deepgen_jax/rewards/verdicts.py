@@ -59,32 +59,59 @@ _ADVERB = (
     r"|(?:\w{1,20}er|more \w{1,20}) and)\s)"
 )
 _ZH_ADVERB = (
-    r"(?:(?:明显|明顯|显然|顯然|总体|總體|整体|整體|稍微|略微?|稍|相对|绝对|确实|的?(?:整体)?(?:质量|效果|質量)|要|是|会|就"
+    r"(?:(?:明显|明顯|显然|顯然|总体|總體|整体|整體|稍微|略微?|稍|相对|绝对|确实|的?(?:整体)?(?:质量|效果|質量)|比较|比較|要|是|会|就"
     r"|看起来|显得|也|上|来说|而言|都)\s?){0,6}"
 )
-_LINK = r"(?:(?:is|was|looks|seems|appears|feels|comes out|stands out as|remains)\s)"
+_LINK = r"(?:(?:is|was|does|has done|looks|seems|appears|feels|comes out|stands out as|remains)\s)"
 _SUBJECT = r"([①②])\s?"
+#: Aspects in which an image can be "more ..." or "less ...".
+_ASPECT = (
+    r"(?:accurate|accurately|aligned|appealing|aesthetic|beautiful|clear|clearly|closely|coherent|consistent|convincing"
+    r"|detailed|faithful|faithfully|natural|pleasing|precise|precisely|realistic|relevant|suitable)"
+)
+_MATCHES = (
+    r"(?:follows|matches|captures|reflects|represents|depicts|adheres to|aligns with|fits|satisfies|meets|renders"
+    r"|shows)"
+)
+#: A few words that change nothing.
+_WORDS = r"(?:(?!\b(?:but|not|no|could|would|might|may|although|though|if)\b)[^①②⑫,]){0,60}?"
+_GOOD = r"(?:better|best|superior|preferred|preferable|stronger|favou?red|winner|winning)"
+_BAD = r"(?:worse|worst|inferior|weaker|weakest|loser|beaten|outperformed|surpassed)"
+_WINS = r"(?:wins?|won|beats|outperforms|surpasses|outshines|edges out|gets my vote|is ahead)"
+_LOSES = r"(?:loses|lost|is not as good|isn't as good|is less (?:good|preferable|preferred))"
 _ZH_GOOD = (
-    r"(?:(?:更|较|較|最)(?:好|优|優|佳|出色)|更胜一筹|胜出|勝出|获胜|獲勝|赢|胜|好(?:一些|一点|得多|很多)?(?=\s|$))"
+    r"(?:(?:更|较|較|最)(?:好|优|優|佳|出色)|更胜一筹|胜出|勝出|获胜|獲勝|完胜|赢|胜"
+    r"|好(?:一些|一点|得多|很多)?(?=\s|$))"
 )
 _ZH_BAD = r"(?:(?:更|较|較|最|稍|略)(?:差|弱|糟)|差(?:一些|一点|得多|很多)?(?=\s|$)|输|落败)"
-#: (pattern, whether it says that the image is the worse one).
-_STATEMENTS = tuple(
-    (re.compile(_SUBJECT + pattern), worse)
-    for pattern, worse in (
-        (
-            rf"{_LINK}?{_ADVERB}{{0,4}}(?:better|best|superior|preferred|preferable|stronger|favou?red|winner|winning)\b",
-            0,
-        ),
-        (
-            rf"{_ADVERB}{{0,3}}(?:wins?|won|beats|outperforms|surpasses|outshines|edges out|gets my vote|is ahead)\b",
-            0,
-        ),
-        (rf"{_LINK}?{_ADVERB}{{0,4}}(?:worse|worst|inferior|weaker|weakest|loser|beaten|outperformed|surpassed)\b", 1),
-        (rf"{_ADVERB}{{0,3}}(?:loses|lost|is not as good|isn't as good|is less (?:good|preferable|preferred))\b", 1),
-        (_ZH_ADVERB + _ZH_GOOD, 0),
-        (_ZH_ADVERB + _ZH_BAD, 1),
-    )
+_Patterns = tuple[tuple[re.Pattern[str], bool], ...]
+
+
+def _compiled(before: str, better: tuple[str, ...], worse: tuple[str, ...]) -> _Patterns:
+    """(pattern, whether it says that the image is the worse one)."""
+    return tuple((re.compile(before + pattern), pattern in worse) for pattern in (*better, *worse))
+
+
+#: Comparisons of the images as wholes, or, as `_WHOLE` decides, in one aspect.
+_STATEMENTS = _compiled(
+    _SUBJECT,
+    (
+        rf"{_LINK}?{_ADVERB}{{0,4}}{_GOOD}\b",
+        rf"{_ADVERB}{{0,3}}{_WINS}\b",
+        r"(?:is\s)?(?:the one\s)?(?:that\s)?i (?:would )?(?:prefer|choose|pick)\b",
+        _ZH_ADVERB + _ZH_GOOD,
+    ),
+    (rf"{_LINK}?{_ADVERB}{{0,4}}{_BAD}\b", rf"{_ADVERB}{{0,3}}{_LOSES}\b", _ZH_ADVERB + _ZH_BAD),
+)
+#: Comparisons in one aspect.
+_ASPECTS = _compiled(
+    _SUBJECT,
+    (
+        rf"{_ADVERB}{{0,2}}{_MATCHES}\b{_WORDS}\b(?:better|best|more {_ASPECT})\b",
+        rf"(?:{_LINK}{_ADVERB}{{0,3}})?more {_ASPECT}\b",
+        _ZH_ADVERB + r"更(?:符合|贴合|清晰|准确|自然|美观|真实|接近|贴近)",
+    ),
+    (rf"{_LINK}{_ADVERB}{{0,3}}less {_ASPECT}\b",),
 )
 #: What follows a comparison of the images as wholes; anything else limits it, as in "better in colour".
 _WHOLE = re.compile(
@@ -102,25 +129,21 @@ _ZH_LABEL = r"(?:答案|结论|結論|结果|胜者)"
 _IS = rf"(?:\s(?:{NOUN}|one|choice|of\s⑫))?\s(?:is|was|would be|goes to|=)\s(?:that\s)?"
 #: Nothing follows that may belong to another statement, as in "Conclusion: image 2 lacks the text".
 _DECIDED = r"(?=\s?(?:$|-|因为|\b(?:because|since|as|due|for|by|overall|here)\b))"
-_CHOICES = tuple(
-    (re.compile(pattern), worse)
-    for pattern, worse in (
-        (rf"\b{_LABEL}{_IS}([①②]){_DECIDED}", 0),
-        (rf"\b(?:worse|weaker|inferior|loser|worst){_IS}([①②]){_DECIDED}", 1),
-        (
-            r"\b(?:prefer|choose|chose|pick|select|favou?r|go(?:ing)? with|(?:vote|win) goes to|vote for)\s([①②])(?!')",
-            0,
-        ),
-        (r"\blike\s([①②])\s(?:more|better|best)\b", 0),
-        (r"\bsay\s([①②])\s?$", 0),
-        (
-            rf"(?:(?:更|较|最)(?:好|优|佳)|胜出|获胜|选择?|喜欢|推荐|偏好)的(?:那张|一张|{ZH_NOUN})?(?:是|为|is)\s?([①②])",
-            0,
-        ),
-        (rf"(?:(?:更|较|最)差|落败|输)的(?:那张|一张|{ZH_NOUN})?(?:是|为|is)\s?([①②])", 1),
-        (r"(?:选择?|選擇?|更喜欢|更喜歡|偏好|倾向于?|推荐)(?:是|为)?\s?([①②])", 0),
-        (rf"(?:{_ZH_LABEL}|最终)\s?(?:是|为|is)?\s?([①②]){_DECIDED}", 0),
-    )
+_CHOICES = _compiled(
+    "",
+    (
+        rf"\b{_LABEL}{_IS}([①②]){_DECIDED}",
+        r"\b(?:prefer|choose|chose|pick|select|favou?r|go(?:ing)? with|(?:vote|win) goes to|vote for)\s([①②])(?!')",
+        r"\blike\s([①②])\s(?:more|better|best)\b",
+        r"\bsay\s([①②])\s?$",
+        rf"(?:(?:更|较|最)(?:好|优|佳)|胜出|获胜|选择?|喜欢|推荐|偏好)的(?:那张|一张|{ZH_NOUN})?(?:是|为|is)\s?([①②])",
+        r"(?:选择?|選擇?|喜欢|喜歡|偏好|倾向于?|推荐)(?:是|为)?\s?([①②])",
+        rf"(?:{_ZH_LABEL}|最终)\s?(?:是|为|is)?\s?([①②]){_DECIDED}",
+    ),
+    (
+        rf"\b(?:worse|weaker|inferior|loser|worst){_IS}([①②]){_DECIDED}",
+        rf"(?:(?:更|较|最)差|落败|输)的(?:那张|一张|{ZH_NOUN})?(?:是|为|is)\s?([①②])",
+    ),
 )
 _TIES = tuple(
     re.compile(pattern)
@@ -133,7 +156,7 @@ _TIES = tuple(
         rf"\bneither(?:\s(?:of them|one|⑫|{NOUN}))?\s(?:is\s(?:\w+\s)?better|wins|is preferred)\b",
         r"\bno (?:clear |single |real |overall )?(?:winner|preference)\b",
         r"\bno (?:\w+ )?difference(?: in (?:overall )?quality)?\s?$",
-        r"平局|打平|平手|不分上下|不相上下|难分(?:高下|伯仲|胜负)|旗鼓相当|(?:同样|一样|同樣|一樣)好",
+        r"平局|打平|平手|不分上下|不相上下|难分(?:高下|伯仲|胜负)|旗鼓相当|差不多|(?:同样|一样|同樣|一樣)好",
         r"⑫\s?(?:完全|几乎)?(?:一样|相同|相当)\s?$",
     )
 )
@@ -187,6 +210,10 @@ _ALONE = re.compile(
     re.IGNORECASE,
 )
 _FIRST_NAMES = {"①", "1", "1st", "first", "one", "a", "第一"}
+_VERB_NUMBER = re.compile(
+    r"\b(prefer|choose|pick|select|go with|vote for)\s(?:number\s)?(1|2|(?-i:[AB]))(?=\s?(?:$|[.,;!\n]))", re.IGNORECASE
+)
+_EQUAL = re.compile(r"(?:①|1)\s?={1,2}\s?(?:②|2)|(?:②|2)\s?={1,2}\s?(?:①|1)")
 _GREATER = re.compile(r"(?:①|\b1)\s?(>|<)\s?(?:②|2\b)|(?:②|\b2)\s?(<|>)\s?(?:①|1\b)")
 _TIE_ALONE = re.compile(
     r"(?:it is |it's |a |the |⑫ )?(?:are )?(?:tie|draw|tied|equal|same|equally good|平局|平手|一样好|同样好|不相上下)"
@@ -199,6 +226,7 @@ def _read(text: str) -> Verdict | Missing:
     text = mark_mentions(text)
     text = _VERB_COLON.sub(r"\1 ", _LABEL_COLON.sub(lambda match: f"{match[1] or match[2]} is ", text))
     text = _LABELLED_NUMBER.sub(lambda match: match[1] + ("②" if match[2] in "2B" else "①"), text)
+    text = _VERB_NUMBER.sub(lambda match: f"{match[1]} {'②' if match[2] in '2B' else '①'}", text)
     if (alone := _alone(text)) is not None:
         return alone
     reading = _compared(text)
@@ -227,7 +255,7 @@ def _alone(text: str) -> Verdict | None:
         return "first" if match[1].lower() in _FIRST_NAMES else "second"
     if match := _GREATER.fullmatch(text):
         return _VERDICTS[match[1] == "<" if match[1] else match[2] == ">"]
-    return "tie" if _TIE_ALONE.fullmatch(text.lower()) else None
+    return "tie" if _TIE_ALONE.fullmatch(text.lower()) or _EQUAL.fullmatch(text) else None
 
 
 def _compared(text: str) -> Verdict | Missing:
@@ -235,12 +263,13 @@ def _compared(text: str) -> Verdict | Missing:
     whole: set[Verdict] = set()
     limited: set[Verdict] = set()
     for clause in _clauses(text):
-        for match, worse, is_choice in _matches(clause):
-            chosen = _VERDICTS[(match[1] == "②") ^ worse]
-            if is_choice or _WHOLE.match(clause, match.end()):
-                whole.add(chosen)
-            elif not _NOWHERE.match(clause, match.end()):
-                limited.add(chosen)
+        for patterns in (_STATEMENTS, _ASPECTS, _CHOICES):
+            for match, worse in _matches(clause, patterns):
+                chosen = _VERDICTS[(match[1] == "②") ^ worse]
+                if patterns is _CHOICES or (patterns is _STATEMENTS and _WHOLE.match(clause, match.end())):
+                    whole.add(chosen)
+                elif not _NOWHERE.match(clause, match.end()):
+                    limited.add(chosen)
         if any((tie := pattern.search(clause)) and not _negated(clause, tie) for pattern in _TIES):
             whole.add("tie")
     found = whole or (limited if not _ADVERSATIVE.search(text.lower()) else set())
@@ -249,12 +278,11 @@ def _compared(text: str) -> Verdict | Missing:
     return found.pop() if found else NO_VERDICT
 
 
-def _matches(clause: str) -> Iterator[tuple[re.Match[str], int, bool]]:
-    for patterns in (_STATEMENTS, _CHOICES):
-        for pattern, worse in patterns:
-            for match in pattern.finditer(clause):
-                if not _negated(clause, match):
-                    yield match, worse, patterns is _CHOICES
+def _matches(clause: str, patterns: _Patterns) -> Iterator[tuple[re.Match[str], bool]]:
+    for pattern, worse in patterns:
+        for match in pattern.finditer(clause):
+            if not _negated(clause, match):
+                yield match, worse
 
 
 def _clauses(text: str) -> Iterator[str]:

@@ -73,6 +73,13 @@ STATEMENTS = [
     "{y} is better in colour. Overall, {x} is better.",
     "Without a doubt {x} is better.",
     "Both are fine.\n\n{x}",
+    "{x} follows the prompt better.",
+    "{x} more accurately reflects the prompt",
+    "{x} does a better job of rendering the text",
+    "{x} better matches the description",
+    "{x} is more faithful to the prompt.",
+    "{y} is less realistic.",
+    "{x} is the one I prefer",
 ]
 ZH_STATEMENTS = [
     "{x}更好",
@@ -91,11 +98,14 @@ ZH_STATEMENTS = [
     "我选择{x}",
     "答案：{x}",
     "综上，{x}更好",
+    "{x}更符合提示",
+    "{x}比较好",
+    "{x}完胜{y}",
+    "我喜欢{x}",
 ]
 #: The whole answer.
 ALONE = [
     ("1", "2"),
-    ("1.", "2."),
     ("**1**", "**2**"),
     ("First", "Second"),
     ("1st", "2nd"),
@@ -105,6 +115,7 @@ ALONE = [
 ALONE += [("Answer: 1", "Answer: 2"), ("\\boxed{1}", "\\boxed{2}"), ('{"winner": 1}', '{"winner": 2}')]
 ALONE += [("1 > 2", "2 > 1"), ("Image 1 > Image 2", "Image 1 < Image 2"), ("1 is better", "2 is better")]
 ALONE += [("The answer is **1**.", "The answer is **2**."), ("第一", "第二"), ("答案：1", "答案：2")]
+ALONE += [("I prefer 1.", "I prefer 2."), ("I choose A", "I choose B"), ("Select: 1", "Select: 2")]
 WRAPS = [
     "{}",
     "<answer>{}</answer>",
@@ -158,6 +169,8 @@ def test_any_wording_is_read_for_either_image(statement, wrap, swap, change):
         "两张图一样好",
         "两图不相上下",
         "图1和图2一样好",
+        "两张图差不多",
+        "Image 1 = Image 2",
     ],
 )
 def test_ties_are_stated(wrap, tie):
@@ -182,6 +195,10 @@ NOT_VERDICTS = [
     "{x} could be better",
     "{x} might be better",
     "{x} would be better if it had text",
+    "{x} follows the prompt but could be better",
+    "{x} shows a fox that would look better",
+    "{x} is more faithful, but {y} looks nice",
+    "{x} isn't more realistic",
     "{x} is better in no aspect",
     "If the text matters, {x} is better",
     "Some may say {x} is better",
@@ -241,6 +258,11 @@ def test_reasons_of_unreadable_replies():
     assert read_verdict("hm") == NO_VERDICT
     assert read_verdict("<answer>1</answer><answer>2</answer>") == CONTRADICTION
     assert read_verdict("<answer>1</answer> but image 2 is better") == "first"
+
+
+def test_number_with_a_full_stop_is_a_verdict_but_not_the_end_of_a_list():
+    assert read_verdict("1.") == read_verdict("<answer>1.</answer>") == "first"
+    assert read_verdict("The fox is red.\n\n1.") == NO_VERDICT
 
 
 @pytest.mark.parametrize("verdict", ["first", "second", "tie"])
