@@ -23,6 +23,7 @@ from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_ima
 from deepgen_jax.files import LocalPath
 from deepgen_jax.inference.batch import Settings
 from deepgen_jax.inference.grids import write_grids
+from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import Model, OutputFolder
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.stores.model_folder import NANO, locate
@@ -52,7 +53,7 @@ class ListCommand:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """The words after the command; a class of its own so that options can follow them in the help."""
+    """Positional arguments; a base class, so that options follow them in the help."""
 
     benchmark: Annotated[Positional[str], arg(metavar="BENCHMARK")]
     """Name of the benchmark; `deepgen eval list` lists them."""
@@ -142,6 +143,9 @@ class EvalCommand(EvalArguments):
             requests, failures = plan_images(benchmark, items, settings, check_prompt, out)
             if not self.processes.same((requests, settings, self.batch_size, self.mesh, self.dtype)):
                 raise DeepGenError("processes were asked for different images; give all the same words and files")
+            known = read_known_words(model)
+            if known is not None:
+                known.warn([request.prompt for request in requests])
             run = ImageRun(
                 model, settings, self.batch_size, self.dtype, self.mesh, self.compilation_cache, self.processes
             )
@@ -250,7 +254,7 @@ class EvalCommand(EvalArguments):
 
 @dataclass(frozen=True)
 class ScoreArguments:
-    """The word after the command."""
+    """Positional arguments; a base class, so that options follow them in the help."""
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder of a run."""

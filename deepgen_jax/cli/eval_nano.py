@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NanoArguments:
-    """The word after the command; a class of its own so that options can follow it in the help."""
+    """Positional arguments; a base class, so that options follow them in the help."""
 
     model: Annotated[Positional[Path | None], arg(metavar="MODEL", help_behavior_hint="")] = None
     """Model folder, or nano for the one in the package; not needed with --renders."""

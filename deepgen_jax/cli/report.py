@@ -15,7 +15,7 @@ from deepgen_jax.files import write_text
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """The words after the command."""
+    """Positional arguments; a base class, so that options follow them in the help."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR...", help_behavior_hint="")]
     """Folders of runs; two of the same benchmark are shown side by side."""

@@ -98,7 +98,7 @@ class ImageScore:
     cells: tuple[Cell, ...]
 
 
-#: Answers by question name; a question that nobody answered readably is absent.
+#: Answers by question name; questions without a readable answer are absent.
 Answers = Mapping[str, Sequence[float]]
 
 

@@ -57,6 +57,18 @@ class Figure:
     prompts: int
     digits: int = 3
 
+    @property
+    def shown(self) -> str:
+        """The value for people."""
+        return f"{self.value:.{self.digits}f}"
+
+    @property
+    def interval(self) -> str:
+        """The interval for people; resamples of prompts that are all alike have none."""
+        if self.low == self.high:
+            return f"no interval, {self.prompts} prompts alike" if self.prompts > 1 else "1 prompt"
+        return f"{self.low:.{self.digits}f} to {self.high:.{self.digits}f}"
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready."""
         return {

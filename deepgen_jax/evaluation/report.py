@@ -17,7 +17,7 @@ from deepgen_jax.evaluation.figures import RESAMPLES, Figure
 from deepgen_jax.evaluation.run import RunFolder
 from deepgen_jax.evaluation.scoring import Scores, read_scores
 
-#: Images at each end of the order by score, and where there are no scores.
+#: Prompts at each end of the order by score, and where there are no scores.
 ENDS, UNSCORED = 6, 12
 _PUBLISHED = Path(__file__).with_name("published.json")
 
@@ -49,7 +49,8 @@ class RunReport:
         """Images to show: the worst and the best by score, or the first ones; each with its prompt and score."""
         files = {file: item for item in self.items for file in item.files if (self.folder / file).is_file()}
         if not self.scores or not self.scores.images:
-            return {"first": [(item, file, None) for file, item in list(files.items())[:UNSCORED]]}
+            first = {item.key: (item, file, None) for file, item in reversed(files.items())}
+            return {"first": list(first.values())[: -UNSCORED - 1 : -1]}
         ordered = sorted((score, file) for file, score in self.scores.images.items() if file in files)
         worst, best = _distinct(ordered, files), _distinct(ordered[::-1], files)
         seen = {file for _, file in worst}

@@ -57,7 +57,7 @@ def _overview(sections: Sequence[Section]) -> Iterator[str]:
             if figure is None or run.scores is None:
                 yield f"<td class=number>–<td class=number>–<td class=number>{_deepgen(section, None)}<td>no scores yet"
             else:
-                yield f"<td class=number>{_number(figure, figure.value)}<td class=number>{_interval(figure)}"
+                yield f"<td class=number>{figure.shown}<td class=number>{figure.interval}"
                 yield f"<td class=number>{_deepgen(section, figure.name)}<td class=soft>{_text(run.scores.by)}"
     yield "</table></div></section>"
 
@@ -69,7 +69,7 @@ def _section(section: Section) -> Iterator[str]:
         if run.main is None or run.scores is None:
             yield f"<b>–</b><span class=soft>{_text(_unscored(run))}</span></div>"
             continue
-        yield f"<b>{_number(run.main, run.main.value)}</b><span class=soft>{_interval(run.main)}, {_counts(run)}<br>"
+        yield f"<b>{run.main.shown}</b><span class=soft>{run.main.interval}, {_counts(run)}<br>"
         yield f"{_text(run.scores.by)}</span></div>"
     yield "</div>"
     for run in section.runs:
@@ -195,10 +195,11 @@ def _digits(values: Sequence[float]) -> int:
 
 def _figure_bar(label: str, figure: Figure, top: float, colour: int, own: bool = False) -> str:
     low, high = _percent(figure.low, top), _percent(figure.high, top)
-    whisker = f"<div class=whisker style='left:{low:.2f}%;width:{max(high - low, 0.2):.2f}%'></div>"
+    whisker = f"<div class=whisker style='left:{low:.2f}%;width:{high - low:.2f}%'></div>" if low < high else ""
     fill = f"<div class=fill style='width:{_share(figure.value, top)};--c:var({_colour(colour)})'></div>"
     name = f"<div class='name{' own' if own else ''}'>{_dot(colour) if own else ''}{_text(label)}</div>"
-    value = f"{_number(figure, figure.value)} <small>{_interval(figure)}</small>"
+    interval = figure.interval if low < high else "all alike"
+    value = f"{figure.shown} <small>{interval}</small>"
     return f"{name}<div class=track>{fill}{whisker}</div><div class=value>{value}</div>"
 
 
@@ -243,14 +244,6 @@ def _counts(run: RunReport) -> str:
 
 def _unscored(run: RunReport) -> str:
     return f"{sum(len(item.files) for item in run.items)} images, no scores yet: deepgen eval score {run.folder}"
-
-
-def _number(figure: Figure, value: float) -> str:
-    return f"{value:.{figure.digits}f}"
-
-
-def _interval(figure: Figure) -> str:
-    return f"{_number(figure, figure.low)} to {_number(figure, figure.high)}"
 
 
 def _percent(value: float, top: float) -> float:

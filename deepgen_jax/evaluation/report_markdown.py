@@ -20,8 +20,7 @@ def value(figure: Figure | None) -> str:
     """A figure with its interval."""
     if figure is None:
         return "–"
-    shown, low, high = (f"{x:.{figure.digits}f}" for x in (figure.value, figure.low, figure.high))
-    return f"{shown} ({low} to {high})"
+    return f"{figure.shown} ({figure.interval})"
 
 
 def _section(section: Section) -> Iterator[str]:

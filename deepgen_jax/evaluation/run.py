@@ -76,7 +76,7 @@ class RunFolder:
 
 
 def chosen(items: Sequence[Item], limit: int | None, spread: bool = False) -> list[Item]:
-    """The first ``limit`` items, or so many evenly spaced ones, which see all categories; all where it is None."""
+    """The first ``limit`` items, or as many evenly spaced ones, which cover all categories; all where it is None."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)] if spread else list(items[:limit])

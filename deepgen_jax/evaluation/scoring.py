@@ -95,8 +95,8 @@ def lines(title: str, scores: Scores) -> Iterator[str]:
     yield f"{title} ({scores.by})"
     width = max([len(figure.name) for figure in scores.figures] or [0])
     for figure in scores.figures:
-        value, low, high = (f"{x:.{figure.digits}f}" for x in (figure.value, figure.low, figure.high))
-        yield f"  {figure.name:<{width}}  {value}  95% {low} to {high}  ({figure.prompts} prompts)"
+        interval = f"95% {figure.interval}" if figure.low < figure.high else figure.interval
+        yield f"  {figure.name:<{width}}  {figure.shown}  {interval}  ({figure.prompts} prompts)"
     yield f"  images: {scores.wanted} wanted, {scores.made} made, {len(scores.images)} scored"
     for told, counts in (("without an answer", scores.missing), ("replies that could not be read", scores.unreadable)):
         if counts:

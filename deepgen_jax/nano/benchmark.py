@@ -34,7 +34,7 @@ PRESERVATION, WHOLE = "preservation", "done_and_kept"
 
 
 class Shown(NamedTuple):
-    """Pictures for a sample, uint8 [H, W, 3]: the one that tells whether it was done, and whether the rest was kept."""
+    """Pictures for a sample, uint8 [H, W, 3]: one to judge whether it was done, one whether the rest was kept."""
 
     done: np.ndarray
     kept: np.ndarray
@@ -50,7 +50,7 @@ class Row:
 
     Attributes:
       skill: one of `SKILLS`, or `PRESERVATION` or `WHOLE`.
-      right, count: pictures that were right, of so many.
+      right, count: pictures that were right, and all.
       kept: of one kind of edit, pictures that left everything else alone; None in other rows.
     """
 
@@ -69,7 +69,7 @@ class Row:
 
 
 def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) -> list[Sample]:
-    """So many held-out samples of each skill."""
+    """``prompts`` held-out samples of each skill."""
     return [make_sample("held_out", skill, seed=seed, index=i) for skill in skills for i in range(prompts)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -231,6 +232,35 @@ def test_geneval_rows_are_passed_on(tmp_path: Path, pipe: FakePipeline):
     for i, row in enumerate(rows):
         # The scorer reads the file with json.load: one object.
         assert json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) == row
+
+
+def test_trees_are_what_the_official_readers_walk(tmp_path: Path, pipe: FakePipeline):
+    """How each scorer finds its files, done again here."""
+    outs = {}
+    for name in ("geneval", "dpg", "unigenbench", "corebench", "imgedit"):
+        (tmp_path / name).mkdir()
+        outs[name] = make(name, tmp_path / name)
+    # GenEval: folders whose names are digits, a JSON object in each, pictures named by digits.
+    found = [path for path in outs["geneval"].iterdir() if path.is_dir() and path.name.isdigit()]
+    assert len(found) == 3
+    for folder in found:
+        row = json.loads((folder / "metadata.jsonl").read_text())
+        assert {"tag", "include", "prompt"} <= row.keys()
+        assert all(re.match(r"\d+\.png", path.name) for path in (folder / "samples").iterdir())
+    # DPG-Bench: every file of the folder is a picture, named by its prompt up to the first dot, of four quarters.
+    names = [path for path in outs["dpg"].iterdir() if path.is_file()]
+    assert {path.name.split(".")[0] for path in names} == {"0", "midjourney17", "whoops31"}
+    assert all(Image.open(path).size == (128, 128) for path in names)
+    # UniGenBench: four pictures of each row.
+    for index in (0, 1, 7):
+        assert all((outs["unigenbench"] / f"en/{data.MODEL}/{index}_{k}.png").exists() for k in range(4))
+    # T2I-CoReBench: every picture of a dimension goes by the first three parts of its name.
+    for folder in (outs["corebench"] / data.MODEL).iterdir():
+        rows = json.loads((tmp_path / f"corebench/data/{folder.name}.json").read_text())
+        assert all("-".join(path.name.split("-")[:3]) in rows for path in folder.iterdir())
+    # ImgEdit: a picture for every key.
+    keys = json.loads((tmp_path / "imgedit/data/singleturn.json").read_text())
+    assert all((outs["imgedit"] / f"{key}.png").is_file() for key in keys)
 
 
 def test_limits(tmp_path: Path, pipe: FakePipeline):

@@ -1,4 +1,4 @@
-"""CVTG-2K's word accuracy and NED against an implementation of its own."""
+"""CVTG-2K's word accuracy and NED against an independent implementation."""
 
 from __future__ import annotations
 

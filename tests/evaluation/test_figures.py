@@ -33,6 +33,13 @@ def test_hand_worked_ratios_and_weights():
     assert "nothing" not in figures
 
 
+def test_prompts_that_are_alike_have_no_interval():
+    (same,) = table([Cell("x", 1)], [Cell("x", 1)]).figures([Measure("x", {"x": 1.0})])
+    assert (same.shown, same.interval) == ("1.000", "no interval, 2 prompts alike")
+    (one,) = table([Cell("x", 0.5)]).figures([Measure("x", {"x": 1.0}, digits=2)])
+    assert (one.shown, one.interval) == ("0.50", "1 prompt")
+
+
 def test_intervals_cover_the_truth_as_often_as_they_claim():
     generator = np.random.default_rng(0)
     covered = 0

@@ -64,7 +64,7 @@ def test_killed_runs_go_on_where_they_were(name: str, tmp_path: Path):
     printed = runs.finish(start(name, given, out, 0.0))
     assert 0 < made < wanted
     assert f"{made} there already" in printed or f"{made + 1} there already" in printed
-    # Nothing finished was touched, nothing is left over, and all is as if nobody had been killed.
+    # Nothing finished was touched, nothing is left over, and the result is that of a run that was not killed.
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items() if path.exists())
     assert not [path for path in out.rglob("*") if "tmp" in path.name]
     whole, resumed = images(tmp_path / "whole"), images(out)

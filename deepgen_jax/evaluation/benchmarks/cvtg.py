@@ -7,7 +7,6 @@ from pathlib import Path
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Answers, Benchmark, ImageScore, Item, Reading
-from deepgen_jax.evaluation.cvtg import target_words
 from deepgen_jax.evaluation.figures import Cell, Measure
 from deepgen_jax.evaluation.rows import objects, read_json
 
@@ -62,8 +61,3 @@ class CVTG2K(Benchmark):
         for group in sorted({group.split("|")[0] for group in groups} - {"all"}):
             found += [Measure(f"{group}: {name}", {f"{group}|{kind}": 1.0}, digits=4) for kind, name in kinds.items()]
         return found
-
-
-def has_words(item: Item) -> bool:
-    """Whether the prompt quotes words at all."""
-    return bool(target_words(item.prompt))
