@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from support.fake_engine import FakeEngine, image_of
-from support.services import noise
+from support.services import noise, wait_until
 
 from deepgen_jax.serving.app import create_app
 from deepgen_jax.serving.server import BackgroundServer
@@ -44,8 +44,7 @@ def engine():
 def url(engine):
     app = create_app(lambda: engine)
     with BackgroundServer(app) as server:
-        while app.state.service.state == "loading":
-            pass
+        wait_until(lambda: app.state.service.state == "ready", 120)
         yield server.url
 
 

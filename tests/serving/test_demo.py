@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -23,6 +24,7 @@ from deepgen_jax.serving.demo.page import Demo, css, read_editor, theme
 
 SESSION = "0" * 32
 FOX = Settings("a fox", "", 7, 64, 96, 4, 1.0, "euler")
+VISIT = SimpleNamespace(session_hash="first visit")
 #: Places in a tuple of updates.
 STATUS, RESULT, SLIDER, DOWNLOAD, COMMAND, GALLERY, SHOWN, SEED = range(8)
 
@@ -41,6 +43,7 @@ def run(demo: Demo, mode: str = "generate", **changes):
     values = dict(
         session=SESSION, mode=mode, prompt="a fox", negative="", seed=7, fixed=True, width=64, height=96, count=1,
         steps=4, guidance=1.0, sampler="euler", picture=None, more=None, strength=1.0,
+        request=VISIT,
     )  # fmt: skip
     return list(demo._run(**(values | changes)))
 
@@ -110,15 +113,21 @@ def test_errors_are_shown_as_the_service_words_them(demo):
 
 def test_history_is_there_after_a_reload_and_belongs_to_one_browser(demo):
     made = [run(demo, seed=seed)[-1][RESULT] for seed in (1, 2)]
-    session, images = demo._open(SESSION)
+    session, images = demo._open(SESSION, VISIT)
     assert (session, images) == (SESSION, made[::-1])
     for other in ("", None, "../" + SESSION, "1" * 32):
-        session, images = demo._open(other)
+        session, images = demo._open(other, VISIT)
         assert images == []
         assert session != SESSION
+    assert demo._open("", VISIT)[0] != demo._open("", SimpleNamespace(session_hash="second visit"))[0]
     event = gr.SelectData(None, {"index": 1, "value": None})
-    shown = demo._select(SESSION, event)
+    shown = demo._select(SESSION, event, VISIT)
     assert (shown[RESULT], shown[SEED]) == (made[0], 1)
+
+
+def test_a_run_before_the_page_has_its_session_is_in_the_same_history(demo):
+    made = run(demo, session="")[-1][RESULT]
+    assert demo._open("", VISIT)[1] == [made]
 
 
 def test_send_to_edit(demo):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,9 +44,11 @@ class History:
         """``keep`` is the number of images kept for each browser; older ones are removed."""
         self.folder, self._keep = folder, keep
 
-    def session(self, given: object) -> str:
-        """The session that a browser remembers, or a new one where that is none."""
-        return given if isinstance(given, str) and _SESSION.fullmatch(given) else uuid.uuid4().hex
+    def session(self, given: object, visit: str) -> str:
+        """The session that a browser remembers; where that is none, one that belongs to this ``visit`` of the page."""
+        if isinstance(given, str) and _SESSION.fullmatch(given):
+            return given
+        return hashlib.sha256(visit.encode()).hexdigest()[:32]
 
     def path(self, session: str, name: str) -> Path:
         """A file of a session."""

@@ -134,8 +134,8 @@ class Demo:
             page.load(self._open, session, [session, gallery])
         return page
 
-    def _open(self, given: Any) -> tuple[str, list[str]]:
-        session = self._history.session(given)
+    def _open(self, given: Any, request: gr.Request) -> tuple[str, list[str]]:
+        session = self._history.session(given, str(request.session_hash))
         return session, self._gallery(session)
 
     def _gallery(self, session: str) -> list[str]:
@@ -156,10 +156,12 @@ class Demo:
     def _run(
         self, session: str, mode: str, prompt: str, negative: str, seed: float, fixed: bool, width: int, height: int,
         count: int, steps: int, guidance: float, sampler: str, picture: Any, more: Any, strength: float,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Previews and images of one run as updates of the page."""
         seed = int(seed or 0) if fixed else random.randrange(2**31)
-        session = self._history.session(session)
+        # A run can begin before the browser has its session from `_open`.
+        session = self._history.session(session, str(request.session_hash))
         settings = Settings(
             prompt=prompt or "", negative_prompt=negative or "", seed=seed, width=int(width), height=int(height),
             steps=int(steps), guidance=float(guidance), sampler=sampler,
@@ -216,9 +218,10 @@ class Demo:
         shown, download = str(path), gr.update(value=str(path), interactive=True)
         return shown, slider, download, command, self._gallery(session), shown, seed
 
-    def _select(self, session: str, event: gr.SelectData) -> tuple[Any, ...]:
+    def _select(self, session: str, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
         """Shows the image of the history that was chosen."""
-        paths = self._history.images(self._history.session(session))
+        session = self._history.session(session, str(request.session_hash))
+        paths = self._history.images(session)
         if not 0 <= int(event.index) < len(paths):
             return (gr.skip(),) * 8
         path = paths[int(event.index)]
