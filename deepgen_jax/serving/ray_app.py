@@ -3,8 +3,8 @@
     serve run deepgen_jax.serving.ray_app:build model=deepgen max_replicas=8
 
 Each replica is a whole service with its own queue and batches. Ray spreads requests over them, and adds replicas while
-a replica has more than two batches of requests on average. Requests of a replica that dies end with an error or a broken
-connection; clients that retry, as OpenAI's do, get their images from another one.
+a replica has more than two batches of requests on average. Requests of a replica that dies end with an error or broken
+connections; clients that retry, as OpenAI's do, get their images from another one.
 """
 
 # Without `annotations` from __future__: Ray reads the type of `build`'s argument.

@@ -18,14 +18,15 @@ PROMPT = "a small red circle"
 
 
 @pytest.mark.slow
-def test_a_replica_that_dies_loses_no_request(monkeypatch, tmp_path):
+def test_a_replica_that_dies_loses_no_request(monkeypatch):
     ray = pytest.importorskip("ray")
     serve = pytest.importorskip("ray.serve")
     from deepgen_jax.serving.ray_app import Arguments, build
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=str(tmp_path)[:60])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": 18713})
         serve.run(build(Arguments(min_replicas=2, max_replicas=2, max_batch=2, num_cpus=0.5)), route_prefix="/")
