@@ -36,6 +36,7 @@ EXTRAS = {
     "tpu": [TPU],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "data": DATA,
+    "remote": ["gcsfs>=2024.6", "s3fs>=2024.6"],
     "serve": SERVE,
     "demo": [*SERVE, "httpx>=0.27", "gradio>=6,<7"],
     "log": [*CURVES, "wandb>=0.19"],
