@@ -34,7 +34,6 @@ from deepgen_jax.inference import programs
 from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models import flops
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, make_mesh
-from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.random_keys import Inference
 from deepgen_jax.stores.model_folder import read_manifest
 
@@ -179,7 +178,7 @@ def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, A
     operations = workload.operations(length)
     rates = {name: count / medians[name] for name, count in operations.items()}
     result = {
-        "parameters": {part: sum(leaf.size for _, leaf in leaves(tree)) for part, tree in pipe.params.items()},
+        "parameters": {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in pipe.params.items()},
         "attention": pipe.model.plan.kernel,
         "condition_tokens": length,
         "compile_seconds": {name: round(seconds - medians[name], 3) for name, seconds in first.items()},

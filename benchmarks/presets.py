@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -97,17 +98,15 @@ def random_pipeline(config: DeepGenConfig, dtype: DTypeLike, mesh: Mesh) -> Deep
     """A pipeline of ``config`` with random weights, in the dtypes and at the places that a loaded model's have."""
     dtypes = part_dtypes(config, dtype)
     normal = np.random.default_rng(0).standard_normal(_DRAWN, np.float32)
-    params: dict[str, Any] = {}
+    params: dict[tuple[str, ...], Any] = {}
     for part, tree in abstract_params(config).items():
-        shardings = dict(rules.leaves(rules.shardings(tree, mesh, part)))
-        for path, leaf in rules.leaves(tree):
-            *parents, name = (part, *path.split("/"))
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            value = _values(f"{part}/{path}", leaf.shape, jnp.dtype(dtypes[part]), normal, config.mmdit)
-            node[name] = jax.device_put(value, shardings[path])
-    return DeepGenPipeline(config, SchedulerConfig(), params, WordTokenizer(config), mesh, dtype)
+        shardings = flatten_dict(rules.shardings(tree, mesh, part))
+        for path, leaf in flatten_dict(tree).items():
+            name = "/".join((part, *path))
+            value = _values(name, leaf.shape, jnp.dtype(dtypes[part]), normal, config.mmdit)
+            params[part, *path] = jax.device_put(value, shardings[path])
+    weights = unflatten_dict(params)
+    return DeepGenPipeline(config, SchedulerConfig(), weights, WordTokenizer(config), mesh, dtype)
 
 
 def _values(path: str, shape: tuple[int, ...], dtype: Any, normal: np.ndarray, mmdit: MMDiTConfig) -> Any:

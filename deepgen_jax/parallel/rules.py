@@ -1,4 +1,4 @@
-"""The sharding table: one regular expression per kind of parameter -> how its last dimensions are split.
+"""Sharding rules: a regular expression for each kind of parameter -> mesh axes of its last dimensions.
 
 Megatron's scheme over "tensor" (projections into heads and MLPs are split by column, those out of them by row), and the
 other large dimension over "fsdp". Leading axes of stacked layers are never split.
@@ -7,9 +7,10 @@ other large dimension over "fsdp". Leading axes of stacked layers are never spli
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Spec = tuple[str | None, ...]
@@ -21,9 +22,9 @@ _COLUMN = (
 _ROW = r"o_proj|down_proj|out_proj|fc2|proj|to_out|add_out|timestep_fc2|text_fc2"
 _CONV = r"conv_in|conv_out|conv1|conv2|shortcut|\w+_downsample|\w+_upsample"
 
-#: (pattern that the whole path must match, split of the last dimensions)
+#: (pattern that matches the whole path, mesh axis of each of the last dimensions)
 RULES: tuple[tuple[str, Spec], ...] = (
-    # 0.4 MiB of full size: split, they are left so and their results for every token are sent around in place of them.
+    # 0.4 MiB at full size. If split, the compiler communicates their results for every token instead of the weights.
     (r"mmdit/(patch_embed|proj_out)/(kernel|a|b)", (None, None)),
     (r"mmdit/(patch_embed|proj_out)/bias", (None,)),
     (r"vision/patch_embed/kernel", ("fsdp", "tensor")),
@@ -43,7 +44,7 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r"(vae|bridge)/.*norm\w*/bias", (None,)),
     (r".*/embed_tokens/a", ("fsdp", None)),
     (r".*/embed_tokens/b", (None, "fsdp")),
-    # The halves of adapters lie like the kernels beside them: split otherwise, activations would have to move.
+    # Adapters are split like the kernels beside them; otherwise activations would be resharded.
     (rf".*/({_COLUMN})/a", ("fsdp", None)),
     (rf".*/({_COLUMN})/b", ("fsdp", "tensor")),
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/a", ("fsdp", None)),
@@ -53,23 +54,13 @@ RULES: tuple[tuple[str, Spec], ...] = (
 )
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of a nested dict, paths joined by slashes."""
-    for name, child in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        if isinstance(child, Mapping):
-            yield from leaves(child, path)
-        else:
-            yield path, child
-
-
 def matching_rules(path: str) -> list[int]:
-    """Indices of the rules that match a parameter's path; a sound table gives exactly one."""
+    """Indices of the rules that match a parameter's path; exactly one in a valid table."""
     return [i for i, (pattern, _) in enumerate(RULES) if re.fullmatch(pattern, path)]
 
 
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How one parameter is split. A dimension that a mesh axis does not divide stays whole.
+    """Partition of one parameter. A dimension that its mesh axis does not divide is not split.
 
     Raises:
       ValueError: no rule, or more than one, matches the path.
@@ -84,12 +75,12 @@ def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
-    """A tree of ``NamedSharding`` for a tree of arrays or ``ShapeDtypeStruct``s."""
-    return _mapped(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, prefix)
+    """A tree of ``NamedSharding`` for a tree of arrays or ``ShapeDtypeStruct``s, whose paths begin with ``prefix``."""
+    return _map_paths(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), tree, prefix)
 
 
 def gathered_shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") -> dict[str, Any]:
-    """The same for weights that are whole along "fsdp", but for tables of embeddings, of which rows are looked up."""
+    """The same for weights replicated over "fsdp", except embedding tables, of which rows are looked up."""
 
     def gathered(path: str, leaf: Any) -> NamedSharding:
         spec = partition_spec(path, leaf.shape, mesh)
@@ -97,13 +88,13 @@ def gathered_shardings(tree: Mapping[str, Any], mesh: Mesh, prefix: str = "") ->
             spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
         return NamedSharding(mesh, spec)
 
-    return _mapped(gathered, tree, prefix)
+    return _map_paths(gathered, tree, prefix)
 
 
-def _mapped(function: Callable[[str, Any], Any], tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of what a function makes of each path and leaf."""
-    out: dict[str, Any] = {}
-    for name, child in tree.items():
-        path = f"{prefix}/{name}" if prefix else name
-        out[name] = _mapped(function, child, path) if isinstance(child, Mapping) else function(path, child)
-    return out
+def _map_paths(function: Callable[[str, Any], Any], tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A tree of ``function(path, leaf)``, paths joined by slashes."""
+
+    def of(path: tuple[Any, ...], leaf: Any) -> Any:
+        return function("/".join((prefix, *path) if prefix else path), leaf)
+
+    return dict(traverse_util.path_aware_map(of, dict(tree)))

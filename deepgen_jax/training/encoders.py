@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from deepgen_jax.data.data_config import DataConfig
@@ -16,7 +17,6 @@ from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import replicated
-from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.lineage import origin_of
 from deepgen_jax.training.partition import Tree
@@ -38,7 +38,7 @@ def encoder_digest(folder: Path) -> str:
     if adapters := _adapters(folder):
         tree["adapters"] = adapters
     digest = hashlib.sha256()
-    for path, leaf in sorted(leaves(tree)):
+    for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
         digest.update(f"{path} {leaf.shape} ".encode())
         digest.update(np.ascontiguousarray(leaf, np.float32).data)
     return digest.hexdigest()

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.rules import leaves
 
 Tree = dict[str, Any]
 
@@ -67,9 +66,10 @@ def init_lora(params: Mapping[str, Any], rank: int, key: jax.Array, part: str = 
       part: "text" or "mmdit".
     """
     adapters: dict[tuple[str, ...], jax.Array] = {}
-    weights = [(path, leaf) for path, leaf in leaves(params) if path.rpartition("/")[2] in ("kernel", "embedding")]
+    flat = traverse_util.flatten_dict(dict(params))
+    weights = [(path, leaf) for path, leaf in flat.items() if path[-1] in ("kernel", "embedding")]
     for index, (path, leaf) in enumerate(weights):
-        *module, name = path.split("/")
+        *module, name = path
         *stack, rows, columns = leaf.shape
         shapes = {"a": (*stack, rows, rank), "b": (*stack, rank, columns)}
         drawn, std = ("b", 1.0) if name == "embedding" else ("a", 1.0 / rank)

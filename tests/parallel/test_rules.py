@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from deepgen_jax.config import DeepGenConfig
@@ -21,21 +22,22 @@ def full():
 
 
 def test_every_parameter_matches_exactly_one_rule(full):
-    assert {path: n for path, _ in rules.leaves(full) if (n := len(rules.matching_rules(path))) != 1} == {}
+    paths = flatten_dict(full, sep="/")
+    assert {path: n for path in paths if (n := len(rules.matching_rules(path))) != 1} == {}
 
 
 def test_stored_and_adapter_parameters_match_exactly_one_rule(folders):
     folder = folders("sft_adapters")
     for name in ("params", "lora"):
-        for path, _ in rules.leaves(model_folder.stored_tree(folder, name)):
+        for path, _ in flatten_dict(model_folder.stored_tree(folder, name), sep="/").items():
             assert len(rules.matching_rules(path)) == 1, path
 
 
 def test_adapters_of_the_mmdit_match_exactly_one_rule(full):
     adapters = jax.eval_shape(lambda: init_lora(full["mmdit"], 4, jax.random.key(0), part="mmdit"))
-    paths = dict(rules.leaves(adapters))
+    paths = flatten_dict(adapters, sep="/")
     assert {path: n for path in paths if (n := len(rules.matching_rules(path))) != 1} == {}
-    kernels = [path.removesuffix("/kernel") for path, _ in rules.leaves(full) if path.startswith("mmdit/")]
+    kernels = [path.removesuffix("/kernel") for path in flatten_dict(full, sep="/") if path.startswith("mmdit/")]
     assert {path.rpartition("/")[0] for path in paths} <= set(kernels)
     assert "mmdit/blocks_0/norm1/a" in paths
 
@@ -44,7 +46,7 @@ def test_adapters_of_the_mmdit_match_exactly_one_rule(full):
 def test_no_large_parameter_is_whole_on_every_device(fsdp, full):
     """Of 4 MiB and more, in the dtype that it has in stage 2."""
     mesh = AbstractMesh((1, fsdp, 1), AXES)
-    for path, leaf in rules.leaves(full):
+    for path, leaf in flatten_dict(full, sep="/").items():
         width = 4 if path.split("/")[0] in ("bridge", "mmdit", "vae") else 2
         if leaf.size * width > 4 * 2**20:
             assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
@@ -57,7 +59,7 @@ def test_no_large_adapter_is_whole_on_every_device(fsdp, full):
     for part in ("text", "mmdit"):
         shapes = full[part]
         adapters = jax.eval_shape(lambda shapes=shapes, part=part: init_lora(shapes, 64, jax.random.key(0), part))
-        for path, leaf in rules.leaves(adapters):
+        for path, leaf in flatten_dict(adapters, sep="/").items():
             if leaf.size * 4 > 4 * 2**20:
                 assert "fsdp" in rules.partition_spec(path, leaf.shape, mesh), path
 
@@ -65,7 +67,7 @@ def test_no_large_adapter_is_whole_on_every_device(fsdp, full):
 @pytest.mark.parametrize("tensor", [2, 4, 8])
 def test_tensor_parallelism_splits_heads_and_mlps(tensor, full):
     mesh = AbstractMesh((1, 1, tensor), AXES)
-    for path, leaf in rules.leaves({"mmdit": full["mmdit"]}):
+    for path, leaf in flatten_dict({"mmdit": full["mmdit"]}, sep="/").items():
         if path.endswith(("to_q/kernel", "fc1/kernel", "to_out/kernel", "fc2/kernel")):
             assert "tensor" in rules.partition_spec(path, leaf.shape, mesh), path
 
@@ -101,8 +103,8 @@ def test_mesh_must_use_the_devices_there_are():
 def test_layers_are_gathered_and_tables_stay_split(full):
     mesh = AbstractMesh((2, 4, 2), AXES)
     text = {"text": full["text"]}
-    found = {path: where.spec for path, where in rules.leaves(rules.gathered_shardings(text, mesh))}
+    found = {path: where.spec for path, where in flatten_dict(rules.gathered_shardings(text, mesh), sep="/").items()}
     assert [path for path, spec in found.items() if "fsdp" in spec] == ["text/embed_tokens/embedding"]
     assert found["text/layer_groups/gate_proj/kernel"] == PartitionSpec(None, None, None, "tensor")
-    for path, leaf in rules.leaves(text):
+    for path, leaf in flatten_dict(text, sep="/").items():
         assert ("tensor" in found[path]) == ("tensor" in rules.partition_spec(path, leaf.shape, mesh))

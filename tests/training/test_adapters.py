@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from deepgen_jax.models.layers import Linear, adapter_input
+from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.qwen_text import DecoderLayer
-from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.training.partition import decays, init_lora
 
 
@@ -21,22 +22,22 @@ def params(pipelines):
 
 def test_every_linear_and_the_embedding_of_the_language_model(params):
     adapters = init_lora(params["text"], 4, jax.random.key(0))["text"]
-    adapted = {path.rpartition("/")[0] for path, _ in leaves(adapters)}
+    adapted = {path.rpartition("/")[0] for path, _ in flatten_dict(adapters, sep="/").items()}
     assert adapted == {
         path.rpartition("/")[0]
-        for path, _ in leaves(params["text"])
+        for path, _ in flatten_dict(params["text"], sep="/").items()
         if path.rpartition("/")[2] in ("kernel", "embedding")
     }
-    weights = dict(leaves(params["text"]))
+    weights = flatten_dict(params["text"], sep="/")
     for path in adapted:
         weight = weights.get(f"{path}/kernel", weights.get(f"{path}/embedding"))
-        a, b = (dict(leaves(adapters))[f"{path}/{side}"] for side in "ab")
+        a, b = (flatten_dict(adapters, sep="/")[f"{path}/{side}"] for side in "ab")
         assert (a @ b).shape == weight.shape
         assert not np.any(a @ b)
 
 
 def test_standard_deviations(params):
-    adapters = dict(leaves(init_lora(params["text"], 8, jax.random.key(1))["text"]))
+    adapters = flatten_dict(init_lora(params["text"], 8, jax.random.key(1))["text"], sep="/")
     a = np.concatenate([np.ravel(x) for path, x in adapters.items() if path.endswith("/a") and "embed" not in path])
     assert a.std() == pytest.approx(1 / 8, rel=0.02)
     np.testing.assert_allclose(a.mean(), 0, atol=0.005)
@@ -70,7 +71,7 @@ def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
 
 def test_layers_that_read_the_same_share_a_draw(pipelines):
     config = pipelines("none").config.text
-    layer = DecoderLayer(config, jnp.float32, "xla", 0.05)
+    layer = DecoderLayer(config, jnp.float32, Plan(), 0.05)
     inputs = jnp.ones((1, 3, config.hidden_size)), jnp.ones((1, 3, config.head_dim // 2)), jnp.ones((1, 3), bool)
     params = jax.eval_shape(layer.init, jax.random.key(0), *inputs)
     traced = jax.make_jaxpr(lambda params, key: layer.apply(params, *inputs, rngs={"dropout": key}))
@@ -80,8 +81,9 @@ def test_layers_that_read_the_same_share_a_draw(pipelines):
 
 
 def test_decay_is_for_matrices_only(params):
-    flags = dict(leaves(decays({"bridge": params["bridge"], "mmdit": params["mmdit"]})))
-    shapes = {path: leaf.shape for path, leaf in leaves({"bridge": params["bridge"], "mmdit": params["mmdit"]})}
+    flags = flatten_dict(decays({"bridge": params["bridge"], "mmdit": params["mmdit"]}), sep="/")
+    weights = flatten_dict({"bridge": params["bridge"], "mmdit": params["mmdit"]}, sep="/")
+    shapes = {path: leaf.shape for path, leaf in weights.items()}
     for path, decays_ in flags.items():
         stacked = "/layers/" in path or "/blocks_" in path
         assert decays_ == (len(shapes[path]) - stacked >= 2), path

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from deepgen_jax.cli.main import main
@@ -25,7 +26,6 @@ from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import load_model
 from deepgen_jax.parallel.mesh import make_mesh
-from deepgen_jax.parallel.rules import leaves
 from deepgen_jax.stores.checkpoint import Checkpoints
 from deepgen_jax.stores.lineage import Saved, origin_of, trained_until
 from deepgen_jax.stores.model_folder import read_manifest
@@ -111,8 +111,8 @@ def second(model: Path, first: Run) -> Run:
 
 def assert_same_model(folder: Path, params: Tree, tolerance: float = 1e-6) -> None:
     """A model folder's pipeline computes with ``params``."""
-    got = dict(leaves(load_model(folder, "float32", None)[2]))
-    wanted = dict(leaves(params))
+    got = flatten_dict(load_model(folder, "float32", None)[2], sep="/")
+    wanted = flatten_dict(params, sep="/")
     assert got.keys() == wanted.keys()
     for path, value in wanted.items():
         np.testing.assert_allclose(np.asarray(got[path]), np.asarray(value), rtol=0, atol=tolerance, err_msg=path)
@@ -174,10 +174,10 @@ def test_weights_from_several_runs_back(first: Run, second: Run, model: Path, tm
     third = begin(tmp_path / "third", model, ("mmdit_lora",), start=str(second.folder))
     assert third.weights.trainable["lora"].keys() == {"mmdit"}
     fourth = begin(tmp_path / "fourth", model, ("mmdit",), start=str(third.folder))
-    stage_2 = dict(leaves(second.params(ema=False)))
+    stage_2 = flatten_dict(second.params(ema=False), sep="/")
     for run in (third, fourth):
         now = run.params(ema=False)
-        for path, value in leaves({part: now[part] for part in ("bridge", "text")}):
+        for path, value in flatten_dict({part: now[part] for part in ("bridge", "text")}, sep="/").items():
             np.testing.assert_allclose(np.asarray(value), np.asarray(stage_2[path]), rtol=0, atol=1e-6, err_msg=path)
         export(run.folder, "model", tmp_path / f"{run.folder.name}-model")
         assert_same_model(tmp_path / f"{run.folder.name}-model", now)
@@ -206,8 +206,8 @@ def test_what_a_run_starts_from_is_pinned_and_may_move(
     run = begin(Path("run"), Path("model"), ("bridge",), start="earlier")
     earlier.train_on(6)
     describe(run.folder, run.config)
-    again = dict(leaves(load_start(run.config, run.mesh).frozen))
-    for path, value in leaves(run.weights.frozen):
+    again = flatten_dict(load_start(run.config, run.mesh).frozen, sep="/")
+    for path, value in flatten_dict(run.weights.frozen, sep="/").items():
         np.testing.assert_array_equal(np.asarray(again[path]), np.asarray(value), err_msg=path)
     params = run.params(ema=False)
     (tmp_path / "elsewhere").mkdir()
