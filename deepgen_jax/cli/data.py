@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunArguments:
-    """The configuration whose data are meant."""
+    """A training configuration."""
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
     """Training configuration: a .py file with `get_config()`, or a packaged one such as pretrain or sft."""
@@ -43,12 +43,12 @@ class RunArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(RunArguments):
-    """Reads indices, some samples and their texts; builds the indices that training needs if they are not there."""
+    """Reports counts, bad samples, buckets, prompt lengths and speed of a run's data; builds missing indices."""
 
     contact_sheet: Annotated[LocalPath, arg(metavar="PNG")] = "contact_sheet.png"
     """Where to write a picture of samples of every bucket with their texts; "" for none."""
     seconds: float = 5.0
-    """How long to measure the speed of reading; 0 for not at all."""
+    """Seconds for which the speed of reading is measured; 0 to skip."""
     json: bool = False
     """Print one JSON object instead."""
 
@@ -59,7 +59,7 @@ class InspectCommand(RunArguments):
         sheet = Path(self.contact_sheet) if self.contact_sheet else None
         if sheet is not None and sheet.suffix.lower() != ".png":
             raise DeepGenError(f"--contact-sheet {sheet} must end with .png")
-        # Nothing here computes on an accelerator, so none is taken.
+        # No accelerator is needed.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         config, data = self.load()
         model = config.model_folder
@@ -84,7 +84,7 @@ class InspectCommand(RunArguments):
 class CacheCommand(RunArguments):
     """Runs the VAE's encoder and the vision tower over every usable sample once, in the config's dtype.
 
-    Training then reads what they gave in the place of pictures. Stopped at any moment, the same command goes on.
+    Training then reads latents and vision tokens instead of pictures. The same command continues after an interruption.
     """
 
     out: Path
@@ -117,11 +117,11 @@ class CacheCommand(RunArguments):
                 shard_size=self.shard_size,
                 batch_size=self.batch_size,
             )
-        print("\n".join(line for source in cached for line in _told(source)))
+        print("\n".join(line for source in cached for line in _counts(source)))
         print(f"wrote {self.out}; train from it with these sources in the configuration,\n")
         print("\n".join(f"    {_entry(source)}," for source in cached))
         print("\nor with these words after the configuration's name:\n")
-        print("\n".join(f"    {_words(source)} \\" for source in cached).removesuffix(" \\"))
+        print("\n".join(f"    {_overrides(source)} \\" for source in cached).removesuffix(" \\"))
         return 0
 
 
@@ -189,21 +189,21 @@ class WorldCommand:
         return 0
 
 
-def _told(source: CachedSource) -> list[str]:
-    entry, held = source.entry, source.held
+def _counts(source: CachedSource) -> list[str]:
+    entry, held = source.entry, source.shards
     bad = [f"  bad: {count} {reason}, such as {held.examples[reason]}" for reason, count in held.bad.items()]
     return [f"{entry.name}: {held.samples} samples in {held.shards} shards", *bad]
 
 
 def _entry(source: CachedSource) -> str:
-    """The source as it stands in a configuration file."""
+    """The source as an entry of a configuration file."""
     entry = source.entry
     weight = "" if entry.weight is None else f", weight={entry.weight!r}"
     name, path, task = map(json.dumps, (entry.name, entry.path, entry.task))
     return f'SourceConfig({name}, "features", {path}, task={task}{weight})'
 
 
-def _words(source: CachedSource) -> str:
+def _overrides(source: CachedSource) -> str:
     """The source as overrides."""
     path = f"data.sources.{source.entry.name}"
     return f"{path}.kind=features {path}.path={source.entry.path}"

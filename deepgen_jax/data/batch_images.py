@@ -19,7 +19,7 @@ class BatchImages(Protocol):
     """The images of a batch, filled in sample by sample, from several threads."""
 
     def put(self, place: int, record: Record, stored: Sequence[Sequence[int]]) -> None:
-        """Takes a sample's images.
+        """Adds a sample's images.
 
         Args:
           place: of the sample in the batch.
@@ -61,7 +61,7 @@ class PixelBatch:
 
 
 class FeatureShapes(NamedTuple):
-    """Shapes of features: pixels a latent, latent channels, pixels a VLM token, channels and dtype of the tokens."""
+    """Pixels per latent, latent channels, pixels per VLM token (sides), and width and dtype of the tokens."""
 
     downscale: int
     channels: int
@@ -71,7 +71,7 @@ class FeatureShapes(NamedTuple):
 
 
 class FeatureBatch:
-    """``features``: posteriors of the target and of each reference, and VLM tokens."""
+    """``features``: VAE posteriors of the target and of each reference, and VLM tokens."""
 
     def __init__(self, features: FeatureShapes, bucket: Bucket, count: int) -> None:
         self._sizes: Sizes = (bucket.target, *bucket.references)

@@ -1,8 +1,8 @@
-"""Buckets: the few image sizes that batches come in, and which sample goes into which.
+"""Buckets: the image sizes that batches have, and the assignment of samples to them.
 
 The size rule (`deepgen_jax.data.transforms.target_size`) gives at most some ninety sizes at one ``image_size``, but
-pairs and triples of them in editing are many. Common sizes are buckets as they are; a rare one joins the common one
-that is nearest, if that differs in few pixels, so that most pixels of a run are exactly those of the rule.
+edits have many pairs and triples of them. Common sizes are buckets; a rare size joins the nearest common one if that
+differs in few pixels, so that most pixels of a run are exactly those of the rule.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Sizes: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class Bucket(NamedTuple):
-    """A shape that batches have.
+    """A shape of batches.
 
     Attributes:
       task: "t2i" or "edit".
@@ -46,12 +46,12 @@ class Bucket(NamedTuple):
 
 
 def exact_sizes(sizes: np.ndarray, config: DataConfig, *, final: bool = False) -> tuple[np.ndarray, list[Sizes]]:
-    """The sizes that the rule gives to each sample's images.
+    """Sizes of each sample's images by the rule.
 
     Args:
-      sizes: int [n, images, 2], (width, height) as stored; zeros stand for images that a sample does not have.
-      config: names the rule.
-      final: the sizes stay as they are: those of cached features.
+      sizes: int [n, images, 2], (width, height) as stored; zeros for images that a sample does not have.
+      config: gives the rule.
+      final: sizes are kept: those of cached features.
 
     Returns:
       int64 [n], which of the list's entries a sample has; and the list of different entries.
@@ -65,7 +65,7 @@ def exact_sizes(sizes: np.ndarray, config: DataConfig, *, final: bool = False) -
     different = sorted(set(fitted))
     place = {size: number for number, size in enumerate(different)}
     numbers = np.array([place[size] for size in fitted], np.int64)[inverse].reshape(sizes.shape[:2])
-    # Images are added one by one, so that the keys of many references do not overflow.
+    # Combined image by image, so that the keys of many references do not overflow.
     keys = np.zeros(len(sizes), np.int64)
     entries: list[Sizes] = [()]
     for image in range(sizes.shape[1]):
@@ -95,7 +95,7 @@ def choose_buckets(counts: Mapping[Sizes, int], config: DataConfig) -> dict[Size
 
 
 def pixel_difference(a: tuple[int, int], b: tuple[int, int]) -> float:
-    """The share of pixels that two sizes do not have in common when laid over each other."""
+    """Share of pixels that two sizes do not have in common when overlaid."""
     return float(_differences(np.array([a]), np.array([b]))[0])
 
 

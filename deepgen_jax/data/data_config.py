@@ -1,4 +1,4 @@
-"""Frozen dataclasses that describe training data: sources, how tasks alternate, image sizes, and how to read."""
+"""Configuration of training data: sources, mixture of tasks, image sizes, reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 TASKS = ("t2i", "edit")
 #: What `SourceConfig.fields` may rename.
 FIELDS = ("text", "image", "references", "annotation")
-#: Which left pads of a micro-batch the model sees: none, or those up to its longest prompt, as in the released system.
+#: Left padding that the model sees: none, or up to the longest prompt of the micro-batch, as in the released system.
 PADDINGS = ("masked", "batch")
 # In bytes.
 _LONGEST_NAME = 100
@@ -30,13 +30,13 @@ class SourceConfig:
     """One data set.
 
     Attributes:
-      name: short and unique; it stands in sample ids, counts and messages.
+      name: short and unique; used in sample ids, counts and messages.
       kind: its format, a name in `deepgen_jax.data.source_kinds.SOURCE_KINDS`, ``module:Class`` or ``file.py:Class``.
       path: a file, a folder, or a pattern with ``*`` or ``{000..123}``; local or an fsspec address (``gs://...``). Of a
-        synthetic source, what it draws: ``size=96,samples=200000,seed=0``.
+        synthetic source, what is drawn: ``size=96,samples=200000,seed=0``.
       task: "t2i" (text, image) or "edit" (instruction, reference images, image).
       weight: its share of the task's samples, relative to the other sources'. None for all sources of a task draws
-        every sample equally often.
+        all samples equally often.
       root: folder from which relative image paths start; "" is the folder of the file that names them.
       fields: names in this data set of "text", "image" (the target) and "references", where they are not the usual
         ones; in caption sets also "annotation".
@@ -76,7 +76,7 @@ class MixtureConfig:
     Attributes:
       cycle: tasks of successive micro-batches, over and over. Accumulate a multiple of its length in a step, so that
         every step holds the same shares.
-      weights: (task, weight) pairs in the place of a cycle: each task comes as often as its weight says, evenly spread.
+      weights: (task, weight) pairs instead of a cycle: tasks come in proportion to their weights, evenly spread.
     """
 
     cycle: tuple[str, ...] = ("edit", "t2i", "t2i")
@@ -100,27 +100,27 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which samples a run sees, in which order and at which sizes, and how they are read.
+    """Which samples a run sees, in which order and at which sizes, and how they are read.
 
     Attributes:
       micro_batch: samples of a micro-batch over all hosts.
       seed: of order and text dropping.
       image_size: side of the square aimed at, in pixels.
       transform: how an image gets its size, see `deepgen_jax.data.transforms.target_size`; target and references alike.
-      exact_sizes: every size that the rule gives is a bucket of its own.
+      exact_sizes: every size of the rule is a bucket.
       bucket_tolerance: otherwise a rare size joins a common one that differs in at most this share of its pixels ...
       bucket_share: ... where rare means: fewer than this share of the task's samples.
       min_side, max_aspect: samples with an image whose side is at most ``min_side`` pixels, or whose longer side
         exceeds ``max_aspect`` times the shorter, are left out.
       max_references: samples with more reference images are left out.
-      max_pixels: larger images are taken for decompression bombs and counted as bad.
+      max_pixels: larger images count as bad (decompression bombs).
       text_drop: probability with which a text-to-image prompt is replaced by the empty one.
       token_multiple: prompt lengths, think tokens included, are rounded up to multiples of this.
-      padding: which pads the model sees, one of `PADDINGS`.
+      padding: which padding tokens the model sees, one of `PADDINGS`.
       max_bad_share: a source with a larger share of bad samples stops the run.
       cache_dir: where indices are kept; "" is ``$DEEPGEN_CACHE`` or ``~/.cache/deepgen-jax``.
-      threads: that read and decode in each reading process; 0 is the number of cores, shared among the workers. Remote
-        data want more: while one waits for its store, others decode.
+      threads: threads that read and decode in each reading process; 0 is the number of cores, shared among the workers.
+        Remote data need more, because threads wait for the store.
       workers: reading processes; 0 reads in threads of this process.
       prefetch: micro-batches prepared ahead, in each worker.
       index_workers: processes that build an index; 0 chooses by the number of samples.
@@ -158,7 +158,7 @@ class DataConfig:
             raise DeepGenError("data: there are no sources; name at least one")
         names = [source.name for source in self.sources]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise DeepGenError(f"data: two sources are called {twice[0]}; give each a name of its own")
+            raise DeepGenError(f"data: two sources are called {twice[0]}; give each its own name")
         for name, low, high in (
             ("micro_batch", 1, None), ("seed", 0, 2**63), ("min_side", 0, None), ("max_aspect", 1, None),
             ("max_references", 1, None), ("max_pixels", 1, None), ("text_drop", 0, 1), ("token_multiple", 1, None),
@@ -181,15 +181,17 @@ class DataConfig:
             some = any(weight is not None for weight in weights)
             if (task in self.mixture.tasks) != bool(weights):
                 order = "cycle" if self.mixture.cycle else "weights"
-                mend = f"name a source of it, or leave it out of mixture.{order}"
+                fix = f"name a source of it, or leave it out of mixture.{order}"
                 if weights:
-                    mend = f"put it into mixture.{order}, or leave its sources out"
-                raise DeepGenError(f"data: task {task} has {len(weights)} sources and the mixture disagrees; {mend}")
+                    fix = f"put it into mixture.{order}, or leave its sources out"
+                raise DeepGenError(f"data: task {task} has {len(weights)} sources and the mixture disagrees; {fix}")
             if some and None in weights:
-                raise DeepGenError(f"data: some sources of task {task} have a weight and some none; weigh all or none")
+                raise DeepGenError(
+                    f"data: some sources of task {task} have a weight and some none; give a weight to all or to none"
+                )
 
     def cached(self, task: str) -> bool:
-        """Whether a task's samples come as features that `deepgen data cache` wrote; if so, all of them do."""
+        """Whether a task's samples are features written by `deepgen data cache`; all of a task are, or none."""
         return any(source.kind == "features" for source in self.sources if source.task == task)
 
 

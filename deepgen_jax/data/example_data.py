@@ -1,4 +1,4 @@
-"""A tiny data set to try things with: coloured shapes, each with a caption, and edits that change their colours."""
+"""A tiny example data set: coloured shapes with captions, and edits that change their colours."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ class _Scene(NamedTuple):
 
 
 def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: int = 64) -> tuple[Path, ...]:
-    """Writes ``t2i.json`` and ``edit.json`` in the released formats, and their pictures; always the same ones.
+    """Writes ``t2i.json`` and ``edit.json`` in the released formats with their pictures, always the same.
 
-    The captions are in ``prompts.txt``, too, for reinforcement learning.
+    The captions are also in ``prompts.txt``, for reinforcement learning.
 
-    Of the edits, every other one starting with the second has two references: "paint the square in the colour of the
-    second picture".
+    Every second edit has two references: "paint the square in the colour of the second picture".
 
     Args:
       out: folder to write, made if it is not there; it must be empty otherwise.
@@ -77,7 +76,7 @@ def write_example_data(out: Path, *, pictures: int = 8, edits: int = 4, size: in
 
 
 def _scenes(count: int) -> list[_Scene]:
-    """The first of all different scenes, in an order in which neighbours differ in everything."""
+    """Different scenes, ordered so that neighbours differ in everything."""
     colours, backgrounds = list(_COLOURS), list(_BACKGROUNDS)
     found: dict[_Scene, None] = {}
     number = 0
@@ -114,7 +113,7 @@ def _edited(out: Path, scene: _Scene, number: int, size: int) -> dict[str, Any]:
 
 
 def _draw(out: Path, name: str, scene: _Scene, size: int) -> str:
-    """Draws a picture; its path as the lists tell it, seen from ``out``."""
+    """Draws a picture; returns its path relative to ``out``."""
     image = Image.new("RGB", (size, size), _BACKGROUNDS[scene.background])
     draw, colour = ImageDraw.Draw(image), _COLOURS[scene.colour]
     low, high = size // 4, size - size // 4 - 1

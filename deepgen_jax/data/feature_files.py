@@ -1,10 +1,10 @@
-"""What `deepgen data cache` writes: a folder a source, with features of the frozen encoders instead of pictures.
+"""Files of `deepgen data cache`: a folder a source, with features of the frozen encoders instead of pictures.
 
-    OUT/pairs/manifest.json           what made the features, and how many samples there are in how many shards
+    OUT/pairs/manifest.json           encoders and settings, number of samples and shards
     OUT/pairs/00000.array_record      a ``tf.train.Example`` for each sample
-    OUT/pairs/00000.jsonl             a line for each planned sample: its id, text and sizes, or what was wrong with it
+    OUT/pairs/00000.jsonl             a line for each planned sample: its id, text and sizes, or why it is bad
 
-The lines spare the index the reading of all features. A shard is there when its ArrayRecord file is.
+The index reads the lines only. A shard exists once its ArrayRecord file does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class FeatureManifest:
       source: name of the source; task: its task.
       samples: planned, those included that turned out to be bad.
       shard_size: planned samples of a shard.
-      origin: tells the data and the choice of buckets from others.
+      origin: digest of the data and the choice of buckets.
       weights: digest of the encoders' weights.
       vae, vision: configurations of the encoders.
       image_size, transform: as in `DataConfig`.
@@ -91,10 +91,10 @@ class FeatureManifest:
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     def check(self, where: str, config: DataConfig, model: DeepGenConfig, weights: str) -> None:
-        """Whether a run may use the features in the place of its own.
+        """Checks that a run may use the features.
 
         Args:
-          where: names them in the message.
+          where: begins the message.
           config: the run's data.
           model: the run's model.
           weights: digest of the run's encoders.
@@ -145,7 +145,7 @@ def read_features(data: bytes) -> tuple[str, list[CachedImage]]:
     """Text and images of `write_features`.
 
     Raises:
-      ValueError: the bytes are nothing of the kind.
+      ValueError: the bytes are no cached features.
     """
     features = parse_example(data)
     try:

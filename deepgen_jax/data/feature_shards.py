@@ -1,23 +1,22 @@
-"""Writing what `deepgen_jax.data.feature_files` describes: shards that are there whole or not at all."""
+"""Writes the shards that `deepgen_jax.data.feature_files` describes; a shard is written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from deepgen_jax.data.feature_files import LINES, RECORDS, write_features
 from deepgen_jax.data.sources.base import BadSample, CachedImage
-
-#: Ending of files that are being written; what stands under such a name is left over.
-PARTIAL = ".writing"
+from deepgen_jax.files import replacing, write_text
 
 
 class ShardCounts(NamedTuple):
-    """What shards hold: their number, samples, and samples that could not be read, by reason, with one of each."""
+    """Contents of shards: their number, samples, and unreadable samples by reason, with an example of each."""
 
     shards: int
     samples: int
@@ -26,35 +25,38 @@ class ShardCounts(NamedTuple):
 
 
 class ShardWriter:
-    """A shard that appears under its name when the ``with`` block ends well, and leaves nothing otherwise."""
+    """A shard that appears under its name when the ``with`` block succeeds; an exception leaves nothing behind."""
 
     def __init__(self, path: Path) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._path, self._temporary = path, path.with_name(f"{path.name}{PARTIAL}")
-        # Groups of one can be read in any order; floats are not worth compressing.
-        self._writer: Any = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+        self._path = path
+        self._stack = contextlib.ExitStack()
+        self._writer: Any = None
         self._lines: list[dict[str, Any]] = []
 
     def __enter__(self) -> ShardWriter:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        partial = self._stack.enter_context(replacing(self._path))
+        # Groups of one can be read in any order; floats are not worth compressing.
+        self._writer = ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.close()
-        if kind is not None:
-            self._temporary.unlink(missing_ok=True)
-            return
-        write_whole(self._path.with_suffix(LINES), "".join(f"{json.dumps(line)}\n" for line in self._lines))
-        _flush(self._temporary)
-        self._temporary.replace(self._path)
+        if kind is None:
+            # First: a shard counts once its ArrayRecord file is there.
+            write_text(self._path.with_suffix(LINES), "".join(f"{json.dumps(line)}\n" for line in self._lines))
+        self._stack.__exit__(kind, error, trace)
 
     def add(self, name: str, source: str, text: str, images: Sequence[CachedImage]) -> None:
-        """Takes a sample."""
+        """Adds a sample."""
         self._writer.write(write_features(name, source, text, images))
         self._lines.append({"id": name, "text": text, "sizes": [list(image.size) for image in images]})
 
     def add_bad(self, name: str, bad: BadSample) -> None:
-        """Notes a sample that could not be read."""
+        """Records that a sample could not be read."""
         self._lines.append({"id": name, "bad": [bad.reason, bad.detail]})
 
 
@@ -64,7 +66,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def count_shards(folder: Path, shards: int) -> ShardCounts:
-    """Counts what is there of so many shards."""
+    """Counts the first ``shards`` shards of a folder, as far as they are there."""
     found = ShardCounts(0, 0, Counter(), {})
     for path in (shard_path(folder, shard) for shard in range(shards)):
         if not path.is_file():
@@ -78,17 +80,3 @@ def count_shards(folder: Path, shards: int) -> ShardCounts:
             else:
                 found = found._replace(samples=found.samples + 1)
     return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}{PARTIAL}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    temporary.replace(path)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's content is on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

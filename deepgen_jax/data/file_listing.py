@@ -1,4 +1,4 @@
-"""Files meant by a path: one file, a folder, or a pattern, in order of their names."""
+"""Expands a path to files: one file, a folder, or a pattern; sorted by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HIDDEN_NAME, SECOND_LINK, BROKEN_LINK = "hidden name", "link to a folder already
 def list_files(
     pattern: str, suffixes: Iterable[str], where: str, passed_over: Counter[str] | None = None
 ) -> list[FileInfo]:
-    """The files meant by a path.
+    """Expands a path to files, sorted by name.
 
     Hidden names (a leading dot, ``__MACOSX``) are passed over unless ``pattern`` names them. Links to folders are
     followed, but a folder is read once, however many links lead to it.
@@ -35,7 +35,7 @@ def list_files(
         ``*``, ``?`` or ``{000..123}``.
       suffixes: such as ".tar", lower case.
       where: begins the error message.
-      passed_over: names in folders that were not taken though they end right are counted here, by reason.
+      passed_over: names with one of the suffixes that were not taken are counted here, by reason.
 
     Raises:
       DeepGenError: nothing is there, or it cannot be listed.
@@ -103,7 +103,7 @@ def _list_local(pattern: str, endings: tuple[str, ...], passed_over: Counter[str
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a pattern, of which ``**`` stands for any number of folders."""
+    """Whether the parts of a path match those of a pattern, of which ``**`` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -112,7 +112,7 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _walk(folder: str, wanted: Callable[[str], bool], passed_over: Counter[str]) -> list[FileInfo]:
-    """Files below a folder whose paths seen from it are wanted.
+    """Files below a folder whose relative paths are wanted.
 
     Folders themselves come before links to them, so that one of the ways to a folder always counts.
     """

@@ -66,7 +66,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     Args:
       source: a file's path, an open file, or an image that is already open.
-      max_pixels: an image of more pixels is refused by what its header says, before anything is decoded.
+      max_pixels: an image of more pixels is refused by its header, before anything is decoded.
 
     Raises:
       ImageError: the file is missing, empty, truncated, too large or in none of `FORMATS`; the message names it and the
@@ -101,7 +101,7 @@ def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 
 def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels that `load_image` would give, from the header alone.
+    """(width, height) in pixels of `load_image`'s result, from the header alone.
 
     Raises:
       ImageError: as `load_image`, as far as the header shows it.
@@ -115,7 +115,7 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 
 def image_label(source: ImageSource) -> str:
-    """What to call an image in a message."""
+    """Name of an image in messages."""
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "")) or f"image ({source.mode}, {source.width}x{source.height})"
     if isinstance(source, str | os.PathLike):
@@ -327,7 +327,7 @@ def _values(image: Image.Image) -> np.ndarray:
 
 
 def _full_scale(image: Image.Image) -> float:
-    """The value that stands for white in greyscale of 16 or 32 bits or floating point."""
+    """The value of white in greyscale of 16 or 32 bits or floating point."""
     if image.mode.startswith("I;16"):
         return 65535.0
     rows, peak = max(1, _BAND_PIXELS // image.width), 0.0

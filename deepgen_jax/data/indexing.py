@@ -1,4 +1,4 @@
-"""Building the index of a source, in parallel, and finding it again.
+"""Builds the index of a source in parallel, or opens it.
 
 The pass opens every image file once for its header (and its last bytes) and tokenises every text: about 2,000 samples a
 second and core from a local disk; remote files are fetched whole. The index has some 400 bytes a sample. Where hosts
@@ -38,9 +38,9 @@ R = TypeVar("R")
 _CHUNK = 256
 #: Files of a remote store that are read at a time by one task.
 _REMOTE_READS = 16
-#: Reasons for which a file of many samples is left out, or what of it comes after the damage.
+#: Reasons for which a file of many samples is left out from the damage on.
 _DAMAGED = ("damaged tar", "damaged shard", "damaged parquet")
-#: Below these, starting processes takes longer than they save.
+#: Below these, threads are used: starting processes would take longer than they save.
 _MANY_ROWS, _MANY_BYTES = 50_000, 2**30
 
 
@@ -80,7 +80,7 @@ def _open(config: DataConfig, opened: Source, prompts: PromptEncoder, files: Seq
 
 
 def _fingerprint(config: DataConfig, source: SourceConfig, prompts: PromptEncoder, files: Sequence[FileInfo]) -> str:
-    """Changes when the index would. Image files beside the listing ones are not looked at: there may be millions."""
+    """Digest of everything the index depends on, but for image files beside the listing ones: there may be millions."""
     settings = [VERSION, source.kind, source.task, source.path, source.root, source.split, config.max_pixels]
     digest = hashlib.sha256(json.dumps([settings, sorted(source.fields.items()), prompts.digest]).encode())
     for file in files:
@@ -215,7 +215,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def _ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """``map`` in order that holds only so many items at a time."""
+    """``map`` in order with at most ``ahead`` items in flight."""
     pending: deque[Future[R]] = deque()
     for item in items:
         pending.append(pool.submit(work, item))
@@ -229,6 +229,6 @@ def _ordered(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: 
 def _progress(label: str, total: int) -> Iterator[Callable[[int], object]]:
     from tqdm import tqdm
 
-    # None: only where a person is watching, on a terminal.
+    # None: shown on a terminal only.
     with tqdm(total=total, desc=label, disable=None, leave=False) as bar:
         yield bar.update

@@ -1,4 +1,4 @@
-"""A look at training data before a run: counts, buckets, token lengths, what is left out, speed, and pictures."""
+"""Report on training data before a run: counts, buckets, prompt lengths, samples left out, speed, and pictures."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` finds.
+    """Result of `inspect`.
 
     Attributes:
-      buckets: every shape of batches, with its samples.
+      buckets: all shapes of batches, with their samples.
       scarce: samples in buckets with fewer than a micro-batch, whose batches hold some of them more than once.
       pixel_difference: mean share of pixels in which sizes differ from the exact rule.
       token_lengths: (from, below) -> samples, prompt with image and think tokens, after the cut.
@@ -62,7 +62,7 @@ class Report:
       batch_lengths: padded length -> micro-batches, of the first few.
       samples_a_second: on this host, or None if not measured.
       unreadable: samples that failed while the speed was measured, by (source, reason).
-      contact_sheet: where it was written.
+      contact_sheet: path of the picture.
     """
 
     sources: list[SourceReport]
@@ -132,14 +132,14 @@ def inspect(
     seconds: float = 5.0,
     weights: str | None = None,
 ) -> Report:
-    """Builds the indices and reads for some seconds.
+    """Builds missing indices and reads for some seconds.
 
     Args:
       config: of the data.
       model: as for `Loader`.
       tokenizer: folder with ``tokenizer.json``.
       contact_sheet: a PNG with samples of every bucket is written here.
-      seconds: how long the speed is measured; 0 for not at all.
+      seconds: time for which the speed is measured; 0 to skip.
       weights: as for `Loader`.
 
     Raises:
@@ -195,7 +195,7 @@ def _sources(plan: Plan) -> list[SourceReport]:
 
 
 def _speed(loader: Loader, seconds: float) -> float:
-    """Samples a second, after what was prepared ahead is used up."""
+    """Samples a second, after prefetched batches are used up."""
     config = loader.plan.config
     for _ in range((config.prefetch + 1) * max(1, config.workers)):
         next(loader)

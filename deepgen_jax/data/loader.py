@@ -1,9 +1,9 @@
-"""The loader: a host's shares of an endless, globally defined sequence of micro-batches.
+"""Loader of a host's shares of an endless, globally defined sequence of micro-batches.
 
     loader = Loader(config, model, tokenizer_folder, process_index=host, process_count=hosts)
     batch = next(loader)
     state = loader.get_state()      # JSON, the same on every host
-    loader.set_state(state)         # exactly the continuation, on any number of hosts
+    loader.set_state(state)         # continues exactly, on any number of hosts
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default
 from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
 
-#: More micro-batches than any run has.
+# Micro-batches of an endless plan: more than any run has.
 _ENDLESS = 2**40
 
 
@@ -41,15 +41,14 @@ class Loader(Iterator[Batch]):
     * ``input_ids``: int32 [B, L]; ``position_ids``: int32 [3, B, L + Q]
     * ``real``, ``visible``: bool [B, L + Q], as in `deepgen_jax.data.tokens.PromptBatch`
     * ``image_index``: int32 [B, L], place among the sample's own VLM tokens, all references in one row; else -1
-    * ``weight``: float32 [B], 1; 0 for a copy of another sample in the place of one that could not be read, which the
-      loss has to leave out
+    * ``weight``: float32 [B], 1; 0 for a copy that replaces an unreadable sample, which the loss must ignore
     * ``sample_ids``: str [B], ``source/row@epoch``, "" where the weight is 0
-    * ``sample_index``: int64 [B], place in the global sequence, to derive random keys from
+    * ``sample_index``: int64 [B], position in the global sequence, to derive random keys from
 
     Attributes:
-      plan: the global sequence; ``plan[k]`` tells which samples micro-batch k holds.
+      plan: the global sequence; ``plan[k]`` lists the samples of micro-batch k.
       loaded: samples delivered to this host by this loader, by source.
-      skipped: samples that this host could not read when their turn came, by (source, reason).
+      skipped: samples that this host could not read, by (source, reason).
     """
 
     def __init__(
@@ -63,15 +62,15 @@ class Loader(Iterator[Batch]):
         once: bool = False,
         weights: str | None = None,
     ) -> None:
-        """Opens the sources; builds the indices that are not there yet.
+        """Opens the sources; builds missing indices.
 
         Args:
           config: of the data.
           model: gives special tokens, think tokens and the longest prompt.
           tokenizer: folder with ``tokenizer.json``.
           process_index, process_count: this host and how many there are.
-          once: end after every usable sample was read once; slots that remain in the last batch of a bucket hold copies
-            with weight 0.
+          once: end after every usable sample was read once; the last batch of a bucket is padded with copies of weight
+            0.
           weights: digest of the frozen encoders, which cached features must come from; what
             `deepgen_jax.training.feature_cache.encoder_digest` gives. Needed with cached sources only.
 
@@ -116,11 +115,11 @@ class Loader(Iterator[Batch]):
         return self.plan.buckets
 
     def get_state(self) -> dict[str, Any]:
-        """Where the global sequence stands after the batches delivered so far; JSON, the same on every host."""
+        """Position in the global sequence after the batches delivered so far; JSON, the same on every host."""
         return {"position": self._position, "settings": self.plan.settings}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a saved state, whatever the number of hosts, workers and threads then and now.
+        """Continues from a saved state, whatever the number of hosts, workers and threads.
 
         Raises:
           DeepGenError: the state was saved with other data or settings, so that there is no continuation of it.
@@ -130,14 +129,14 @@ class Loader(Iterator[Batch]):
         if different:
             changes = ", ".join(f"{name} {saved.get(name)!r} -> {current.get(name)!r}" for name in different)
             raise DeepGenError(
-                f"the data position was saved with other data or settings ({changes}); restore them, or start the data "
-                "afresh"
+                f"the data position was saved with other data or settings ({changes}); restore them, or start from the "
+                "first sample again"
             )
         self.close()
         self._position = int(state["position"])
 
     def close(self) -> None:
-        """Ends reading ahead; the next batch starts it again."""
+        """Stops prefetching; the next batch starts it again."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -158,14 +157,14 @@ class Loader(Iterator[Batch]):
             threads=config.threads or default_threads(config.workers),
             token_dtypes=self._token_dtypes,
         )
-        # grain's threads only wait: the reader has its own, one a sample, so that the first batch comes early.
+        # grain's threads only wait; the reader decodes samples in its own, so that the first batch is ready early.
         options = grain.ReadOptions(num_threads=config.prefetch, prefetch_buffer_size=config.prefetch)
         batches = grain.MapDataset.source(reader).to_iter_dataset(options)
         if config.workers:
             from absl import flags
 
             if not flags.FLAGS.is_parsed():
-                # grain's worker processes ask for their flags, which nobody has parsed in a program without absl.
+                # grain's worker processes read absl flags, which a program without absl has not parsed.
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.workers, config.prefetch))
         return batches
@@ -180,10 +179,10 @@ class Loader(Iterator[Batch]):
 
 
 def _check_features(config: DataConfig, model: DeepGenConfig, weights: str | None) -> dict[str, str]:
-    """The dtype of cached VLM tokens by task, once it is clear that the features are of this model.
+    """The dtype of cached VLM tokens by task, after checking that the features belong to this model.
 
     Raises:
-      DeepGenError: they are not, or those of a task differ in dtype.
+      DeepGenError: they do not, or those of a task differ in dtype.
     """
     dtypes: dict[str, str] = {}
     for source in config.sources:
@@ -191,7 +190,9 @@ def _check_features(config: DataConfig, model: DeepGenConfig, weights: str | Non
             continue
         manifest = Features(source).manifest
         if weights is None:
-            raise DeepGenError(f"source {source.name} holds cached features; say of which weights they must be")
+            raise DeepGenError(
+                f"source {source.name} holds cached features; give `weights`, the digest of the encoders"
+            )
         manifest.check(f"source {source.name}", config, model, weights)
         if dtypes.setdefault(source.task, manifest.dtype) != manifest.dtype:
             raise DeepGenError(

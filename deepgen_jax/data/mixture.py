@@ -1,4 +1,4 @@
-"""Streams that take turns in fixed proportions, spread evenly, with every position computable without its past."""
+"""Streams interleaved in fixed proportions, evenly spread; every position is computable without its past."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _TOTAL = 2**30
 
 
 def integer_rates(weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Weights, all positive, as int64 rates in nearly their proportions, none of them zero."""
+    """Positive weights as int64 rates in nearly their proportions, none of them zero."""
     shares = np.asarray(weights, np.float64)
     return np.maximum(np.rint(shares / shares.sum() * _TOTAL).astype(np.int64), 1)
 
 
 def interleave(rates: np.ndarray, position: int) -> tuple[np.ndarray, int]:
-    """Who comes at a position when streams of the given rates take turns.
+    """The stream at a position when streams of the given rates are interleaved.
 
     Event i of stream b is due at time ((i + 1) * sum(rates)) // rates[b]; events come in order of time, those of one
     time in order of their streams. So a stream is never more than two events behind its share, nor more than two and
@@ -31,7 +31,7 @@ def interleave(rates: np.ndarray, position: int) -> tuple[np.ndarray, int]:
       position: of the event, from 0.
 
     Returns:
-      int64 [n], how many events of each stream come before the position; and the stream whose event stands there.
+      int64 [n], events of each stream before the position; and the stream of the event at the position.
     """
     total = int(rates.sum())
 

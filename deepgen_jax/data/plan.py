@@ -1,9 +1,9 @@
-"""Which samples make up micro-batch k: a function of seed, configuration and data, computable for any k alone.
+"""The samples of micro-batch k, as a function of seed, configuration and data that is computable for any k alone.
 
-So nothing but k needs to be saved, and neither hosts, workers nor devices can change what is read. Each task walks
-through its buckets and, within a bucket, through its sources, in turns that keep to their shares (see
-`deepgen_jax.data.mixture`). The samples of one source in one bucket are a *cell*; a cell is read in one pseudo-random
-order after the other, each an epoch, so that none of its samples comes again before all have come.
+Only k is saved, and the number of hosts, workers or devices does not change what is read. Each task cycles through its
+buckets and, within a bucket, through its sources in proportion to their shares (see `deepgen_jax.data.mixture`). The
+samples of one source in one bucket are a *cell*; a cell is read in a new pseudo-random order every epoch, so that no
+sample is repeated within an epoch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from deepgen_jax.data.mixture import integer_rates, interleave, task_at
 from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.shuffle import generator, permuted
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import replacing
 from deepgen_jax.random_keys import Data
 
-# Settings that decide how data are read, not which.
+# Settings of how data are read, which do not change the order of samples.
 _READING = ("sources", "cache_dir", "threads", "workers", "prefetch", "index_workers", "max_bad_share", "max_pixels")
 
 
@@ -43,11 +43,11 @@ class BatchPlan:
       bucket: its task and sizes.
       sources: int [G], place of each sample's source in `DataConfig.sources`.
       rows: int [G], its row in the index.
-      epochs: int [G], how often its cell was read to the end before.
+      epochs: int [G], completed epochs of its cell.
       dropped: bool [G], its text is replaced by the empty one.
       length: tokens of the padded prompts, think tokens included.
       visible: tokens of a prompt that the model sees at least, pads before shorter ones included.
-      real: samples that count; those beyond fill up the last batch of a bucket when every sample is read once.
+      real: samples that count; the rest pad the last batch of a bucket when every sample is read once.
     """
 
     number: int
@@ -80,15 +80,15 @@ class _TaskPlan:
 
 
 class Plan:
-    """Micro-batches by number, for ever; or each usable sample once.
+    """Micro-batches by number, endless; or each usable sample once.
 
     Attributes:
-      config, indices: what it was made from.
-      buckets: all that occur.
+      config, indices: as given.
+      buckets: all buckets in use.
       filtered: samples left out by the filters, by source and reason.
       shares: of its task's samples that each source gives.
       pixel_difference: mean share of pixels in which images differ from the exact size rule.
-      settings: what decides the order of samples, for comparison with that of a saved position.
+      settings: everything that the order of samples depends on, to compare with a saved position.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Plan:
         Args:
           config: of the data.
           indices: one for each source.
-          prompts: tells the length of the empty prompt and of cut ones.
+          prompts: gives the length of the empty prompt and of cut ones.
           once: read every usable sample once, in order and without text dropping.
 
         Raises:
@@ -125,7 +125,7 @@ class Plan:
     def __len__(self) -> int:
         """Micro-batches until every sample has been read once; only with ``once``."""
         if self._once_starts is None:
-            raise TypeError("a plan that goes on for ever has no length")
+            raise TypeError("an endless plan has no length")
         return int(self._once_starts[-1])
 
     def __getitem__(self, number: int) -> BatchPlan:
@@ -175,7 +175,7 @@ class Plan:
                 rows.append(self._orders[cell.source].array[cell.start + places])
                 sources.append(np.full(high - low, cell.source))
                 epochs.append(np.full(high - low, epoch))
-        # Mixed, because hosts take contiguous shares.
+        # Shuffled, because hosts take contiguous shares.
         mixed = generator(seed, Data.SLOTS, number).permutation(size)
         dropped = np.zeros(size, np.bool_)
         if name == "t2i":
@@ -200,7 +200,7 @@ class Plan:
             first -= cell.size
         all_sources, all_rows = np.concatenate(sources), np.concatenate(rows)
         real = len(all_rows)
-        # What fills up repeats the batch.
+        # Padding repeats the batch.
         fill = np.arange(size) % real
         none = np.zeros(size, np.int64)
         return self._batch(
@@ -265,7 +265,7 @@ class Plan:
         sizes = np.asarray(index.sizes)
         there = sizes[..., 0] > 0
         short, long = sizes.min(axis=-1), sizes.max(axis=-1)
-        # The sides of an image that was resized for the cache tell nothing of the original's, which passed.
+        # Images were resized for the cache; their originals passed the filters.
         original = config.sources[source].kind != "features"
         filters = {
             f"side of at most {config.min_side} px": original & (there & (short <= config.min_side)).any(axis=1),
@@ -292,7 +292,7 @@ class Plan:
 
 
 class _Stored:
-    """An array in a file, mapped into memory: worker processes get its path only and share its pages."""
+    """An array in a memory-mapped file: worker processes receive its path and share its pages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -305,10 +305,8 @@ class _Stored:
         """Writes ``array`` into a file of ``folder`` named after its content, if it is not there yet."""
         path = folder / f"order-{hashlib.sha256(array.data).hexdigest()[:16]}.npy"
         if not path.is_file():
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            with open(temporary, "wb") as file:
+            with replacing(path) as partial, open(partial, "wb") as file:
                 np.save(file, array)
-            temporary.replace(path)
         return cls(path)
 
     @functools.cached_property

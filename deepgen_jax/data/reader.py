@@ -1,4 +1,4 @@
-"""One host's share of a micro-batch: reading, decoding, resizing and tokenising what a plan names."""
+"""Reads, decodes, resizes and tokenises one host's share of a planned micro-batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
 
-# A source is not judged by its first few samples.
+# Unreadable samples that a source may have however few were read.
 _LEAST_SKIPPED = 10
 
 #: A host's share of a micro-batch, see `deepgen_jax.data.loader.Loader`.
@@ -29,7 +29,7 @@ Batch = dict[str, Any]
 
 
 class Skipped(NamedTuple):
-    """A sample that could not be read when its turn came."""
+    """A sample that could not be read."""
 
     source: str
     sample: str
@@ -54,12 +54,12 @@ class Reader:
         """Reads nothing yet.
 
         Args:
-          plan: names the samples.
+          plan: lists the samples.
           prompts: tokenises them.
-          start: the micro-batch that item 0 is.
+          start: micro-batch of item 0.
           length: number of items.
           share: this host's slots of each micro-batch.
-          threads: that read and decode.
+          threads: number of threads that read and decode.
           token_dtypes: of cached VLM tokens, by task.
         """
         self._plan, self._prompts, self._token_dtypes = plan, prompts, token_dtypes
@@ -125,7 +125,7 @@ class Reader:
     def _load(
         self, batch: BatchPlan, slots: Sequence[int], images: BatchImages, place: int
     ) -> TokenizedPrompt | BadSample:
-        """Puts a slot's images into their place and returns its prompt, or what is wrong with it."""
+        """Puts a slot's images into their place and returns its prompt, or a `BadSample`."""
         try:
             return self._sample(batch, slots[place], images, place)
         except BadSample as bad:
@@ -146,13 +146,15 @@ class Reader:
             return self._prompts(record.text, references, int(index.lengths[row]))
 
     def _substitute(self, batch: BatchPlan, slot: int, images: BatchImages, place: int) -> TokenizedPrompt:
-        """Puts the next sample of the global micro-batch that can be read into a slot: the same on any host count."""
+        """Fills a slot with the next readable sample of the global micro-batch: the same on any number of hosts."""
         for step in range(1, len(batch.rows)):
             try:
                 return self._sample(batch, (slot + step) % len(batch.rows), images, place)
             except BadSample:
                 continue
-        raise DeepGenError(f"data: no sample of micro-batch {batch.number} can be read; is a disk or store gone?")
+        raise DeepGenError(
+            f"data: no sample of micro-batch {batch.number} can be read; check that its disk or store is available"
+        )
 
     def _skipped(self, batch: BatchPlan, slot: int, bad: BadSample) -> Skipped:
         source, row, epoch = batch.sources[slot], batch.rows[slot], batch.epochs[slot]
@@ -161,11 +163,11 @@ class Reader:
 
 
 def check_share(last: Skipped, bad: int, read: int, limit: float) -> None:
-    """Whether a source may go on.
+    """Ends the run where too many samples of a source cannot be read.
 
     Args:
-      last: of its samples that could not be read.
-      bad: how many there were, of ``read``.
+      last: unreadable sample of the source.
+      bad: unreadable samples of the source, out of ``read``.
       limit: `DataConfig.max_bad_share`.
 
     Raises:

@@ -14,7 +14,7 @@ _LOCAL = "file://"
 
 
 class FileInfo(NamedTuple):
-    """A file and what tells its content from another's.
+    """A file, and what identifies its content.
 
     Attributes:
       path: local path or fsspec address.
@@ -36,7 +36,7 @@ class Blob(NamedTuple):
 
 
 def cache_folder(chosen: str = "") -> Path:
-    """Where what is derived from data is kept: ``chosen``, else ``$DEEPGEN_CACHE``, else ``~/.cache/deepgen-jax``."""
+    """Folder of indices and local copies: ``chosen``, else ``$DEEPGEN_CACHE``, else ``~/.cache/deepgen-jax``."""
     if not chosen and (given := os.environ.get("DEEPGEN_CACHE")):
         refuse_url(given, "$DEEPGEN_CACHE")
     return Path(chosen or os.environ.get("DEEPGEN_CACHE") or Path.home() / ".cache" / "deepgen-jax")
@@ -53,7 +53,7 @@ def local_path(path: str) -> str:
 
 
 def join(root: str, path: str) -> str:
-    """``path`` seen from the folder ``root``; absolute paths and addresses stay as they are."""
+    """``path`` relative to the folder ``root``; absolute paths and addresses are kept."""
     if not root or "://" in path or os.path.isabs(path):
         return path
     return f"{root.rstrip('/')}/{path}"

@@ -1,8 +1,7 @@
-"""Runs the frozen encoders over every usable sample of a data configuration once, and keeps what they give.
+"""Runs the frozen encoders over every usable sample of a data configuration once and stores their outputs.
 
-A source is read in the order of its buckets and cut into shards of a fixed number of planned samples. A shard is
-written under another name and renamed when it is whole, so that work that was stopped at any moment goes on with the
-first shard that is not there.
+A source is read in the order of its buckets and cut into shards of a fixed number of planned samples. A shard appears
+when it is whole, so that an interrupted run continues with the first missing shard.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from deepgen_jax.data.batch_images import PixelBatch
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.data_config import DataConfig, SourceConfig
 from deepgen_jax.data.feature_files import DTYPES, MANIFEST, FeatureManifest, encoder_configs
-from deepgen_jax.data.feature_shards import PARTIAL, ShardCounts, ShardWriter, count_shards, shard_path, write_whole
+from deepgen_jax.data.feature_shards import ShardCounts, ShardWriter, count_shards, shard_path
 from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompt_encoder import PromptEncoder
@@ -48,7 +47,7 @@ R = TypeVar("R")
 # Batches read, and batches encoded, before the one that is being written.
 _READ_AHEAD, _ENCODED_AHEAD = 2, 1
 
-_MENDS = {
+_DIFFERENCES = {
     "origin": "other data, or other settings that choose samples and sizes",
     "weights": "the weights of another model",
     "vae": "another VAE",
@@ -57,10 +56,10 @@ _MENDS = {
 
 
 class CachedSource(NamedTuple):
-    """The source to train from, and what the cache holds of it."""
+    """The source to train from, and the contents of its shards."""
 
     entry: SourceConfig
-    held: ShardCounts
+    shards: ShardCounts
 
 
 class _Planned(NamedTuple):
@@ -72,7 +71,7 @@ class _Planned(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Their pixels, and their texts or what is wrong with them."""
+    """Pixels and texts of planned samples; a text is a `BadSample` where one could not be read."""
 
     planned: _Planned
     pixels: dict[str, Any]
@@ -82,10 +81,10 @@ class _Read(NamedTuple):
 def cache_features(
     data: DataConfig, model: Path, dtype: str, out: Path, *, shard_size: int = 1024, batch_size: int = 8
 ) -> list[CachedSource]:
-    """Writes a folder of features for each source into ``out``, or goes on with what is there.
+    """Writes a folder of features for each source into ``out``, or continues an interrupted run.
 
     Args:
-      data: what is read; its buckets decide the sizes.
+      data: the samples; its buckets decide the sizes.
       model: the model folder.
       dtype: of the computation.
       out: folder of the cache.
@@ -108,7 +107,7 @@ def cache_features(
     plan = Plan(data, open_indices(data, prompts), prompts)
     weights = encoder_digest(model)
     sources: list[_SourceCache] = []
-    with _told(out):
+    with _one_line_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with files.locked(out):
         for number, source in enumerate(data.sources):
@@ -152,7 +151,7 @@ class _Encoders:
         self._encode = jax.jit(encode, static_argnums=0)
 
     def start(self, pixels: dict[str, Any]) -> Features:
-        """Begins to encode a batch; its arrays are waited for where they are read."""
+        """Starts to encode a batch; its arrays become available asynchronously."""
         target, *references = (
             jax.device_put(image, batch_sharding(self._mesh, image.ndim))
             for image in (pixels["target"], *pixels["references"])
@@ -161,7 +160,7 @@ class _Encoders:
 
 
 class _SourceCache:
-    """One source on its way into its folder."""
+    """Writes one source into its folder."""
 
     def __init__(
         self,
@@ -189,7 +188,7 @@ class _SourceCache:
         return self.total - sum(min(size, self.total - shard * size) for shard in self._missing)
 
     def write(self, encoders: _Encoders, advance: Callable[[int], object]) -> None:
-        """Writes the missing shards; ``advance`` is told of every batch.
+        """Writes the missing shards; ``advance`` is called with the number of samples of every batch.
 
         Raises:
           DeepGenError: too many samples are bad, no memory, or nowhere to write.
@@ -197,7 +196,7 @@ class _SourceCache:
         before = count_shards(self._folder, self._manifest.shards)
         bad = before.bad.total()
         read = bad + before.samples
-        with self._reading(encoders.batch_size) as batches, _told(self._folder):
+        with self._reading(encoders.batch_size) as batches, _one_line_errors(self._folder):
             encoded = _ahead(((item, encoders.start(item.pixels)) for item in batches), _ENCODED_AHEAD)
             for shard, items in itertools.groupby(encoded, key=lambda pair: pair[0].planned.shard):
                 with ShardWriter(shard_path(self._folder, shard)) as writer:
@@ -215,7 +214,7 @@ class _SourceCache:
                         advance(len(texts))
 
     def report(self) -> CachedSource:
-        """What the shards hold that are there."""
+        """Counts the shards that are there."""
         source = self._source
         entry = SourceConfig(source.name, "features", str(self._folder.absolute()), source.task, source.weight)
         return CachedSource(entry, count_shards(self._folder, self._manifest.shards))
@@ -253,7 +252,7 @@ class _SourceCache:
                     future.cancel()
 
     def _read(self, pool: ThreadPoolExecutor, size: int, planned: _Planned) -> _Read:
-        # Always full batches: one program a bucket.
+        # Batches are padded to full size: one program a bucket.
         pixels = PixelBatch(self._plan.config, planned.bucket, size)
         index, source = self._plan.indices[self._number], self._opened
 
@@ -293,13 +292,13 @@ def _split(features: Features, bucket: Bucket, count: int) -> Iterator[list[Cach
 
 
 def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, each taken when the one ``count`` places before is asked for."""
-    held: deque[T] = deque()
+    """The same items, taken ``count`` places ahead of the one that is yielded."""
+    ahead: deque[T] = deque()
     for item in items:
-        held.append(item)
-        if len(held) > count:
-            yield held.popleft()
-    yield from held
+        ahead.append(item)
+        if len(ahead) > count:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _origin(plan: Plan, number: int) -> str:
@@ -334,26 +333,25 @@ def _prepare(folder: Path, manifest: FeatureManifest) -> None:
         found = FeatureManifest.from_json(path.read_bytes(), str(path))
         if different := found.differences(manifest):
             reasons = [
-                _MENDS.get(name, f"{name} {getattr(found, name)} in the place of {getattr(manifest, name)}")
+                _DIFFERENCES.get(name, f"{name} {getattr(found, name)} in the place of {getattr(manifest, name)}")
                 for name in different
                 if name != "samples" or different == ["samples"]
             ]
             raise DeepGenError(
                 f"{folder} was made with {', '.join(reasons)}; give another --out, remove it, or restore the settings"
             )
-    elif folder.is_dir() and any(not name.endswith(PARTIAL) for name in os.listdir(folder)):
+    elif folder.is_dir() and any(not name.startswith(files.PARTIAL_PREFIX) for name in os.listdir(folder)):
         raise DeepGenError(f"{folder} is no cache of features; give another --out")
     else:
-        with _told(folder):
+        with _one_line_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, manifest.to_json())
-    for left in folder.glob(f"*{PARTIAL}"):
-        left.unlink()
+            files.write_text(path, manifest.to_json())
+    files.remove_partials(folder)
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Errors of the disk and of too little memory as one line."""
+def _one_line_errors(folder: Path) -> Iterator[None]:
+    """Turns errors of the disk and of too little memory into a `DeepGenError`."""
     try:
         yield
     except OSError as error:

@@ -36,7 +36,7 @@ EDIT = SourceConfig("edits", "json", "edits.json", "edit")
         (lambda: DataConfig((T2I, EDIT), 4, transform="crop2square", image_size=500), "multiple of 32"),
         (
             lambda: DataConfig((T2I, SourceConfig("x", "json", "x", weight=2.0), EDIT), 4),
-            "weigh all or none",
+            "give a weight to all or to none",
         ),
     ],
 )

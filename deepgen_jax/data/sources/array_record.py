@@ -27,7 +27,7 @@ class ArrayRecord(Source):
         try:
             count = self._readers.open(path).num_records()
             if not count:
-                # What the reader says of a file that is no ArrayRecord.
+                # The reader reports no record for a file that is no ArrayRecord.
                 raise BadSample("damaged shard", f"{path} holds no record")
             check_columns(self.config, self._readers.read(path, 0))
         except BadSample as bad:
@@ -86,7 +86,7 @@ class ShardReaders:
 def check_columns(config: SourceConfig, data: bytes) -> None:
     """Checks that a record, taken for all of its file, names text and images.
 
-    One that is no ``tf.train.Example`` is passed over: it says nothing of the others, and is counted when it is read.
+    One that is no ``tf.train.Example`` is passed over: others may be fine, and it is counted when it is read.
 
     Raises:
       DeepGenError: it has none of the names of `SourceConfig.fields`, nor of the usual ones.

@@ -1,7 +1,7 @@
 """Folders that Hugging Face ``datasets`` wrote with ``save_to_disk``, and other Arrow IPC files; read without it.
 
 A folder of several splits has one folder each, chosen by `SourceConfig.split`. Files are mapped into memory, so that
-a sample costs the reading of its own bytes.
+only the bytes of the sample are read.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Batches:
     """The record batches of a file, mapped into memory.
 
     Attributes:
-      batches: as they stand in the file; ends: rows up to the end of each.
+      batches: in the order of the file; ends: rows up to the end of each.
       columns: names that hold text and images.
     """
 

@@ -158,7 +158,7 @@ def _reopen(target: str, config: SourceConfig) -> Source:
 
 
 def bad_row(reason: str, found: str = "", place: str = "") -> Row:
-    """Stands for a sample that was found to be unusable during the scan; see `BadSample`."""
+    """A row in the place of a sample that the scan found unusable; see `BadSample`."""
     return BadSample(reason, found, place).as_row()
 
 
@@ -220,10 +220,10 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def damaged_row(bad: BadSample, path: str, cause: BaseException | None) -> Row:
-    """The row that stands for what cannot be read of a file of many samples.
+    """A `bad_row` for the unreadable rest of a file of many samples.
 
     Raises:
-      OSError: the cause was a store that has not answered, which says nothing of the file.
+      OSError: the cause was an error of a remote store, which may be temporary.
     """
     if isinstance(cause, OSError) and storage.is_remote(path):
         raise cause

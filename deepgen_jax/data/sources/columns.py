@@ -52,7 +52,7 @@ class Columns(NamedTuple):
         return value, notes
 
     def images_of(self, values: Mapping[str, Any]) -> list[Any]:
-        """The values that stand for the target and the references, in this order.
+        """The values of the target and the references, in this order.
 
         Raises:
           BadSample: one is missing.

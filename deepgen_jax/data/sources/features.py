@@ -34,7 +34,7 @@ class Features(Source):
 
     @functools.cached_property
     def manifest(self) -> FeatureManifest:
-        """What made the features.
+        """Manifest of the features.
 
         Raises:
           DeepGenError: there is none, or it is of another task.
@@ -45,8 +45,8 @@ class Features(Source):
             found = FeatureManifest.from_json(storage.read(path), path)
         except OSError as error:
             raise DeepGenError(
-                f"{where}: {self.config.path} holds no {MANIFEST}; give the folder of one source that `deepgen data "
-                "cache` wrote"
+                f"{where}: {self.config.path} holds no {MANIFEST}; give the folder of one source written by `deepgen "
+                "data cache`"
             ) from error
         if found.task != self.config.task:
             raise DeepGenError(f"{where}: {self.config.path} holds features for {found.task}; set task to that")
@@ -58,7 +58,7 @@ class Features(Source):
         if len(found) != manifest.shards:
             raise DeepGenError(
                 f"source {self.config.name}: {self.config.path} holds {len(found)} of {manifest.shards} shards; run "
-                "the same `deepgen data cache` again, which goes on where it ended"
+                "the same `deepgen data cache` again to complete it"
             )
         return found
 
@@ -68,7 +68,7 @@ class Features(Source):
             lines = read_file(path.removesuffix(RECORDS) + LINES).splitlines()
             parsed = [load_json(line) for line in lines]
             if not all(isinstance(line, dict) and ("bad" in line or "sizes" in line) for line in parsed):
-                raise BadSample("damaged shard", f"{path}: its lines say nothing of samples")
+                raise BadSample("damaged shard", f"{path}: its lines describe no samples")
             good = sum("bad" not in line for line in parsed)
             if good and self._readers.open(path).num_records() != good:
                 raise BadSample("damaged shard", f"{path} does not hold the {good} records that it should")
