@@ -27,7 +27,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores.jsonl import read_lines
-from deepgen_jax.training import overrides
+from deepgen_jax.training import config_files
 from deepgen_jax.training.inputs import MicroBatch
 from deepgen_jax.training.run_config import SupervisedConfig
 from deepgen_jax.training.step_batches import StepBatches, open_loader
@@ -88,7 +88,7 @@ def train(run: Run, folder: Path, args: Any) -> list[dict[str, Any]]:
 
 def supervised_loss(args: Any, run: Path) -> float:
     """Mean flow-matching loss of a run's weights on the example pictures, at fixed noise and noise levels."""
-    loaded = overrides.load_config("tiny_sft")
+    loaded = config_files.load_config("tiny_sft")
     assert isinstance(loaded, SupervisedConfig)
     mesh = make_mesh("data=1")
     rows = len(json.loads((args.data / "t2i.json").read_text(encoding="utf-8")))

@@ -28,6 +28,7 @@ import numpy as np
 from measure import Parser
 from PIL import Image
 
+from deepgen_jax import settings
 from deepgen_jax.convert import convert, export
 from deepgen_jax.convert.random_release import tiny_config, write_release
 from deepgen_jax.data.example_data import write_example_data
@@ -38,7 +39,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models.vae import normalise
 from deepgen_jax.parallel.mesh import make_mesh
-from deepgen_jax.training import overrides
+from deepgen_jax.training import config_files
 from deepgen_jax.training.loop import train
 from deepgen_jax.training.run_config import SupervisedConfig
 
@@ -64,7 +65,7 @@ class _Unstopped:
 
 def read_samples(folder: Path) -> list[Sample]:
     """The example data in the size that the configurations train on: first those with captions, then the edits."""
-    config = overrides.load_config(LAST)
+    config = config_files.load_config(LAST)
     assert isinstance(config, SupervisedConfig)
     data = config.data
 
@@ -88,7 +89,7 @@ def prepare(work: Path, seed: int) -> None:
 
 def train_stage(work: Path, name: str, seed: int, say: Callable[[str], None]) -> None:
     """Trains a packaged configuration in ``work`` in the place of ``out``, for the steps of `STAGES`."""
-    config = overrides.load_config(name)
+    config = config_files.load_config(name)
     places = [f"steps={STAGES[name]}", f"seed={seed}", f"data.seed={seed}"]
     places += [f"model={work / 'tiny'}", f"out={work / name}"]
     places += [f"data.cache_dir={work / 'index'}", "log.tensorboard=false", "samples.every=0"]
@@ -97,7 +98,7 @@ def train_stage(work: Path, name: str, seed: int, say: Callable[[str], None]) ->
     for source in ("pictures", "edits"):
         file = {"pictures": "t2i.json", "edits": "edit.json"}[source]
         places.append(f"data.sources.{source}.path={work / 'example' / file}")
-    config = overrides.apply(config, places)
+    config = settings.apply(config, places)
     train(config, make_mesh("fsdp=1"), _Unstopped(), say)
 
 

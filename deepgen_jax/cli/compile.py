@@ -60,9 +60,10 @@ class CompileCommand:
             raise DeepGenError(f"--json {self.json}: there is no folder {self.json.parent}")
         topology = topologies.parse_topology(self.topology, self.slices)
         topologies.prepare(topology)
-        from deepgen_jax.training import overrides
+        from deepgen_jax import settings
+        from deepgen_jax.training import config_files
 
-        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        config = settings.apply(config_files.load_config(self.config), self.overrides)
 
         from deepgen_jax.aot import compile as compiling
         from deepgen_jax.aot import search as searching

@@ -30,9 +30,10 @@ class RunArguments:
 
     def load(self) -> tuple[RunConfig, DataConfig]:
         """The run and its data."""
-        from deepgen_jax.training import overrides
+        from deepgen_jax import settings
+        from deepgen_jax.training import config_files
 
-        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        config = settings.apply(config_files.load_config(self.config), self.overrides)
         data = getattr(config, "data", None)
         if data is None:
             raise DeepGenError(f"{self.config} describes no training data; name a configuration of supervised training")

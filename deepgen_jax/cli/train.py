@@ -40,13 +40,14 @@ class TrainCommand:
 
     def run(self) -> int:
         """Trains; returns the exit status."""
-        from deepgen_jax.training import overrides
+        from deepgen_jax import settings
+        from deepgen_jax.training import config_files
 
-        config = overrides.apply(overrides.load_config(self.config), self.overrides)
+        config = settings.apply(config_files.load_config(self.config), self.overrides)
         if not 0 <= self.stopped_status <= 255:
             raise DeepGenError(f"--stopped-status is {self.stopped_status}; give one from 0 to 255")
         if self.show:
-            print(json.dumps(overrides.to_json(config), indent=2))
+            print(json.dumps(settings.to_json(config), indent=2))
             return 0
         for name in ("model", "out"):
             if not getattr(config, name):

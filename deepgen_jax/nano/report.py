@@ -12,9 +12,10 @@ import numpy as np
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import replacing
+from deepgen_jax.settings import to_json
 from deepgen_jax.stores.run_folder import read_run
+from deepgen_jax.training.config_files import load_config, packaged_configs
 from deepgen_jax.training.curves import LOOKS, Curves, Panel, read_curves
-from deepgen_jax.training.overrides import load_config, packaged_configs, to_json
 from deepgen_jax.training.plot import DPI, draw_apart
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.user_warnings import warn_user

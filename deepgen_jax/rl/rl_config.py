@@ -11,8 +11,9 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import LocalPath
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.rl.algorithms import ALGORITHMS, NFT
+from deepgen_jax.settings import at_least
 from deepgen_jax.training.optimizer import OptimizerConfig
-from deepgen_jax.training.run_config import RunConfig, Trainable, _at_least
+from deepgen_jax.training.run_config import RunConfig, Trainable
 
 Sampler = Literal["cps", "flow", "dance", "ode"]
 
@@ -62,9 +63,9 @@ class RolloutConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
-        _at_least("rollout.steps", self.steps, 2)
-        _at_least("rollout.group_size", self.group_size, 2)
-        _at_least("rollout.guidance_scale", self.guidance_scale, 0)
+        at_least("rollout.steps", self.steps, 2)
+        at_least("rollout.group_size", self.group_size, 2)
+        at_least("rollout.guidance_scale", self.guidance_scale, 0)
         if self.sampler == "cps" and not 0 < self.eta <= 1:
             raise DeepGenError(f"rollout.eta is {self.eta}; cps needs it above 0 and at most 1")
         if self.sampler != "ode" and self.eta <= 0:
@@ -96,7 +97,7 @@ class NFTConfig:
     decay_max: float = 0.5
 
     def __post_init__(self) -> None:
-        _at_least("policy.nft.draws", self.draws, 1)
+        at_least("policy.nft.draws", self.draws, 1)
         if self.strength <= 0:
             raise DeepGenError(f"policy.nft.strength is {self.strength}; it must be above 0")
         if self.decay_slope < 0 or not 0 <= self.decay_max < 1:
@@ -141,9 +142,9 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         ALGORITHMS.target(self.algorithm, "policy.algorithm")
-        _at_least("policy.beta", self.beta, 0)
-        _at_least("policy.updates_per_rollout", self.updates_per_rollout, 1)
-        _at_least("policy.micro_batch", self.micro_batch, 1)
+        at_least("policy.beta", self.beta, 0)
+        at_least("policy.updates_per_rollout", self.updates_per_rollout, 1)
+        at_least("policy.micro_batch", self.micro_batch, 1)
         if self.clip <= 0:
             raise DeepGenError(f"policy.clip is {self.clip}; it must be above 0")
         if not 0 < self.timestep_fraction <= 1:
@@ -190,7 +191,7 @@ class GRPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("prompts_per_step", self.prompts_per_step, 1)
+        at_least("prompts_per_step", self.prompts_per_step, 1)
         if self.trains not in (("mmdit",), ("mmdit_lora",)):
             raise DeepGenError(f"trains is {self.trains}; reinforcement learning trains mmdit or mmdit_lora alone")
         if not self.rewards:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from deepgen_jax import files
+from deepgen_jax import files, settings
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.chips import peak_flops, peak_memory
@@ -23,7 +23,6 @@ from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.stores.checkpoint import Checkpoints, set_aside
 from deepgen_jax.stores.lineage import newest_origin, origin_of
 from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
-from deepgen_jax.training import overrides
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.samples import check_images, make_samples
@@ -123,7 +122,7 @@ def train(
             say(f"all {config.steps} steps are done; raise steps to train on")
             return Outcome(start, True, skipped)
         host = jax.process_index()
-        tracker = stack.enter_context(Tracker(run, config.log, overrides.to_json(config), start, process_index=host))
+        tracker = stack.enter_context(Tracker(run, config.log, settings.to_json(config), start, process_index=host))
         bar = stack.enter_context(Progress(config.steps, start)) if host == 0 else None
         return _Loop(config, stage, checkpoints, tracker, bar, mesh, skipped, evaluator).run(start, stop)
 
@@ -154,7 +153,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
       DeepGenError: it does, or something else; or ``config.start`` cannot be started from.
     """
     values: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
-    values["config"] = overrides.to_json(config)
+    values["config"] = settings.to_json(config)
     path, saved = run / RUN_FILE, saved_steps(run)
     used: list[str] = []
     if path.is_file():

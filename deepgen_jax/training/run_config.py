@@ -9,6 +9,7 @@ from typing import Literal
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import LocalPath, refuse_urls
+from deepgen_jax.settings import at_least
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig
 
@@ -31,7 +32,7 @@ class AdapterConfig:
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        _at_least("lora.rank", self.rank, 1)
+        at_least("lora.rank", self.rank, 1)
         if not 0 <= self.dropout < 1:
             raise DeepGenError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -51,9 +52,9 @@ class CheckpointConfig:
     keep_every: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("checkpoints.every", self.every, 1)
-        _at_least("checkpoints.keep_last", self.keep_last, 1)
-        _at_least("checkpoints.keep_every", self.keep_every, 0)
+        at_least("checkpoints.every", self.every, 1)
+        at_least("checkpoints.keep_last", self.keep_last, 1)
+        at_least("checkpoints.keep_every", self.keep_every, 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class LogConfig:
     peak_flops: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least("log.every", self.every, 1)
+        at_least("log.every", self.every, 1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class SampleConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _at_least("samples.every", self.every, 0)
+        at_least("samples.every", self.every, 0)
         if self.every and not self.prompts:
             raise DeepGenError("samples.every asks for pictures but samples.prompts is empty; give prompts")
         if self.images and len(self.images) != len(self.prompts):
@@ -136,9 +137,9 @@ class EvalConfig:
     judge_model: str = ""
 
     def __post_init__(self) -> None:
-        _at_least("eval.every", self.every, 0)
+        at_least("eval.every", self.every, 0)
         for name in ("limit", "images_per_prompt", "batch_size"):
-            _at_least(f"eval.{name}", getattr(self, name), 1)
+            at_least(f"eval.{name}", getattr(self, name), 1)
         if self.every and not self.benchmarks:
             raise DeepGenError("eval.every asks for benchmarks but eval.benchmarks is empty; name some")
         if len(self.data) > len(self.benchmarks):
@@ -185,8 +186,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         refuse_urls(self)
-        _at_least("steps", self.steps, 1)
-        _at_least("max_bad_steps", self.max_bad_steps, 1)
+        at_least("steps", self.steps, 1)
+        at_least("max_bad_steps", self.max_bad_steps, 1)
         if not 0 <= self.seed < 2**32:
             raise DeepGenError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
         if not self.trains or len(set(self.trains)) != len(self.trains):
@@ -227,8 +228,8 @@ class SupervisedConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("accumulation", self.accumulation, 1)
-        _at_least("merge", self.merge, 1)
+        at_least("accumulation", self.accumulation, 1)
+        at_least("merge", self.merge, 1)
         if self.noise_shift is not None and self.noise_shift <= 0:
             raise DeepGenError(f"noise_shift is {self.noise_shift}; it must be above 0, and 1 does not shift")
 
@@ -259,9 +260,9 @@ class AutoencoderConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("accumulation", self.accumulation, 1)
-        _at_least("kl_weight", self.kl_weight, 0)
-        _at_least("latent_noise", self.latent_noise, 0)
+        at_least("accumulation", self.accumulation, 1)
+        at_least("kl_weight", self.kl_weight, 0)
+        at_least("latent_noise", self.latent_noise, 0)
         if self.trains != ("vae",):
             raise DeepGenError(f"trains is {self.trains}; this stage trains the vae alone")
 
@@ -282,11 +283,6 @@ class LanguageConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("accumulation", self.accumulation, 1)
+        at_least("accumulation", self.accumulation, 1)
         if set(self.trains) != {"text", "vision"}:
             raise DeepGenError(f"trains is {self.trains}; this stage trains text and vision, both")
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if value < low:
-        raise DeepGenError(f"{name} is {value}; it must be at least {low}")

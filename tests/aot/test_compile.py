@@ -13,6 +13,7 @@ import jax
 import pytest
 from support import runs
 
+from deepgen_jax import settings
 from deepgen_jax.aot import compile as compiling
 from deepgen_jax.aot import search
 from deepgen_jax.aot.estimate import Estimate
@@ -21,7 +22,7 @@ from deepgen_jax.aot.topology import parse_topology
 from deepgen_jax.cli.main import main
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.chips import GIB
-from deepgen_jax.training import overrides
+from deepgen_jax.training import config_files
 
 PROGRAM = """
 import json, sys
@@ -30,11 +31,12 @@ from deepgen_jax.aot import compile as compiling
 from deepgen_jax.aot.report import Report
 from deepgen_jax.aot.estimate import Estimate
 from deepgen_jax.aot.topology import parse_topology
-from deepgen_jax.training import overrides
+from deepgen_jax import settings
+from deepgen_jax.training import config_files
 
 found = {}
 for line in json.loads(sys.argv[1]):
-    config = overrides.apply(overrides.load_config(line["config"]), [f"model={sys.argv[2]}", *line["words"]])
+    config = settings.apply(config_files.load_config(line["config"]), [f"model={sys.argv[2]}", *line["words"]])
     shape = (line["mesh"], line["program"], line["batch"])
     request = compiling.Request(config, parse_topology("h100:8"), *shape)
     found[line["name"]] = compiling.Job(request, jax.devices()).compile({}).to_json()
@@ -141,7 +143,7 @@ def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
 
     runs.write_data(tmp_path)
     path = runs.write_config(tmp_path, model, trains=("bridge",))
-    config = overrides.load_config(str(path))
+    config = config_files.load_config(str(path))
     mesh = make_mesh(None)
     stage = SupervisedStage(config, mesh)
     batch = next(stage._batches)
@@ -179,7 +181,7 @@ def test_the_largest_batch_goes_up_by_a_sample_a_device(config, program, mesh, u
         needed, batch = 10 * GIB * request.batch // unit, request.batch
         return Report("", program, "samples", batch, 8, (), topology, {}, {}, needed, 1.0, None, 1.0, advice=["x"])
 
-    request = compiling.Request(overrides.load_config(config), topology, mesh, program)
+    request = compiling.Request(config_files.load_config(config), topology, mesh, program)
     assert compiling.largest(request, run, said.append).batch == 7 * unit
     assert any("80.0 GiB, does not fit" in line for line in said)
     with pytest.raises(DeepGenError, match="not even one sample a device fits"):
@@ -192,7 +194,7 @@ def test_search_splits_weights_over_neighbours_and_hosts():
     ]  # fmt: skip
     assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=64,fsdp=8"
     assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
-    config = overrides.load_config("sft")
+    config = config_files.load_config("sft")
     assert compiling.Request(config, parse_topology("v6e:16x16", 2)).mesh_text == "data=32,fsdp=16"
     assert compiling.Request(config, parse_topology("h100:64")).mesh_text == "data=8,fsdp=8"
 
@@ -200,7 +202,7 @@ def test_search_splits_weights_over_neighbours_and_hosts():
 def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
     """Whole meshes need more; "dots" is faster and too large on the first."""
     topology = parse_topology("h100:8")
-    config = overrides.load_config("tiny_sft")
+    config = config_files.load_config("tiny_sft")
     said = []
 
     def run(request):
@@ -230,7 +232,7 @@ def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
 
 def test_what_does_not_fit_is_told_with_a_mend(model):
     words = [f"model={model}", *SIZES[:2], "remat=dots", "gather_frozen=true"]
-    config = overrides.apply(overrides.load_config("tiny_sft"), words)
+    config = settings.apply(config_files.load_config("tiny_sft"), words)
     request = compiling.Request(config, parse_topology("h100:1"))
     report = compiling.Job(request, jax.devices()).report(None, 100 * GIB)
     assert not report.fits
@@ -271,7 +273,7 @@ def test_a_missing_compiler_is_told_with_what_to_install(topology, extra, capsys
 
 def test_a_program_with_less_arithmetic_than_its_model_is_refused(model):
     """Such as one whose loops or products are written in a way that the parser does not know."""
-    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={model}", *SIZES])
+    config = settings.apply(config_files.load_config("tiny_sft"), [f"model={model}", *SIZES])
     job = compiling.Job(compiling.Request(config, parse_topology("h100:1")), jax.devices())
     text = "ENTRY %main (x: f32[8,8]) -> f32[8,8] {\n  %x = f32[8,8] parameter(0)\n  ROOT %y = f32[8,8] negate(%x)\n}\n"
     with pytest.raises(DeepGenError, match=r"shows 0 TFLOP a device, but the model alone has .* jax \d"):
@@ -281,7 +283,7 @@ def test_a_program_with_less_arithmetic_than_its_model_is_refused(model):
 
 
 def test_batches_that_do_not_divide_are_refused(model):
-    config = overrides.apply(overrides.load_config("tiny_sft"), [f"model={model}"])
+    config = settings.apply(config_files.load_config("tiny_sft"), [f"model={model}"])
     request = compiling.Request(config, parse_topology("h100:1"), "data=1", batch=7)
     with pytest.raises(DeepGenError, match="does not divide into accumulation=4"):
         compiling.Job(request, jax.devices())

@@ -14,11 +14,12 @@ import pytest
 from support.make_data import TOKENIZER, model, t2i_samples
 from support.plugins import install_wheel
 
+from deepgen_jax import settings
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.sources import open_source, register
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training import overrides
+from deepgen_jax.training import config_files
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 #: The example of the page: pictures named after their captions, 0001-a_red_circle.png.
@@ -100,10 +101,10 @@ def test_a_registered_class_reaches_worker_processes(tmp_path: Path, pictures: P
 
 
 def test_mistakes_name_the_source(tmp_path: Path):
-    config = overrides.load_config("tiny_pretrain")
+    config = config_files.load_config("tiny_pretrain")
     names = [source.name for source in config.data.sources]
     with pytest.raises(DeepGenError, match=f"source {names[0]}: kind: 'jsn' is unknown; did you mean json"):
-        overrides.apply(config, [f"data.sources.{names[0]}.kind=jsn"])
+        settings.apply(config, [f"data.sources.{names[0]}.kind=jsn"])
     (tmp_path / "mine.py").write_text("class Mine: pass\n")
     with pytest.raises(DeepGenError, match=r"source s: kind: .*mine.py:Mine is no subclass of .*\.Source"):
         open_source(SourceConfig("s", f"{tmp_path}/mine.py:Mine", "x"))

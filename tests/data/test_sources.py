@@ -335,10 +335,11 @@ def test_arrow_files_of_other_programs(tmp_path: Path):
 
 
 def test_fields_are_settable_on_the_command_line():
-    from deepgen_jax.training import overrides
+    from deepgen_jax import settings
+    from deepgen_jax.training import config_files
 
-    run = overrides.load_config("tiny_pretrain")
+    run = config_files.load_config("tiny_pretrain")
     name = run.data.sources[0].name
     words = ["kind=arrow", "path=/data", "fields.text=title", "fields.image=photo", "split=test"]
-    source = overrides.apply(run, [f"data.sources.{name}.{word}" for word in words]).data.sources[0]
+    source = settings.apply(run, [f"data.sources.{name}.{word}" for word in words]).data.sources[0]
     assert source == SourceConfig(name, "arrow", "/data", fields={"text": "title", "image": "photo"}, split="test")

@@ -25,10 +25,11 @@ from deepgen_jax.nano.samples import TASK_SKILLS, make_sample
 from deepgen_jax.nano.world.find import look
 from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, PLACES
 from deepgen_jax.parallel.mesh import make_mesh
+from deepgen_jax.settings import apply
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.lineage import origin_of
 from deepgen_jax.stores.model_folder import NANO, PACKAGED, PARTS, load_params, locate, read_manifest
-from deepgen_jax.training.overrides import apply, load_config, packaged_configs
+from deepgen_jax.training.config_files import load_config, packaged_configs
 from deepgen_jax.training.weights import load_start
 
 #: How many times the unit of their lengths the texts of a task take in a stage, at most.

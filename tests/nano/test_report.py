@@ -10,9 +10,10 @@ from PIL import Image
 
 from deepgen_jax.cli.main import main
 from deepgen_jax.nano.report import BEGIN, END, stages
+from deepgen_jax.settings import apply, to_json
 from deepgen_jax.stores.jsonl import LineWriter
 from deepgen_jax.stores.run_folder import RUN_FORMAT, RUN_VERSION
-from deepgen_jax.training.overrides import apply, load_config, to_json
+from deepgen_jax.training.config_files import load_config
 
 PAGE = f"# Nano\n\nbefore\n\n{BEGIN}\nan old report\n{END}\n\nafter\n"
 

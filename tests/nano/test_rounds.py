@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training.overrides import load_config, packaged_configs
+from deepgen_jax.training.config_files import load_config, packaged_configs
 
 NAMES = [
     "bridge_trial", "grpo", "language", "pretrain", "pretrain_counts", "pretrain_relations", "pretrain_relations_long",

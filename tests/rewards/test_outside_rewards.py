@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from support.plugins import install_wheel
 
+from deepgen_jax import settings
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import RewardConfig, RewardSample, make, register
 from deepgen_jax.rl.rl_config import GRPOConfig
-from deepgen_jax.training import overrides
+from deepgen_jax.training import config_files
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
 #: The example of docs/rewards.md.
@@ -64,19 +65,19 @@ def test_an_installed_wheel(tmp_path):
 
 
 def test_the_command_line_adds_and_replaces_rewards():
-    config = overrides.load_config("tiny_grpo")
+    config = config_files.load_config("tiny_grpo")
     words = [
         "rewards.bright.kind=my_reward.py:Brightness",
         "rewards.bright.options.factor=2",
         "rewards.bright.options.mode=a,b",
     ]
-    changed = overrides.apply(config, [*words, 'prompts.rewards={"bright": 1}'])
+    changed = settings.apply(config, [*words, 'prompts.rewards={"bright": 1}'])
     assert isinstance(changed, GRPOConfig)
     assert changed.rewards[-1] == RewardConfig("bright", "my_reward.py:Brightness", {"factor": 2, "mode": "a,b"})
     assert changed.rewards[:-1] == config.rewards
-    deeper = overrides.apply(config, ["rewards.red.options.client.cache=a.jsonl", "rewards.red.options.client.tries=2"])
+    deeper = settings.apply(config, ["rewards.red.options.client.cache=a.jsonl", "rewards.red.options.client.tries=2"])
     assert deeper.rewards[0].options["client"] == {"cache": "a.jsonl", "tries": 2}
-    replaced = overrides.apply(config, ["rewards.red.kind=my_reward.py:Brightness"])
+    replaced = settings.apply(config, ["rewards.red.kind=my_reward.py:Brightness"])
     assert [reward.name for reward in replaced.rewards] == [reward.name for reward in config.rewards]
 
 
@@ -90,13 +91,13 @@ def test_the_command_line_adds_and_replaces_rewards():
 )
 def test_items_are_added_by_their_kind_alone(word, message):
     with pytest.raises(DeepGenError, match=message):
-        overrides.apply(overrides.load_config("tiny_grpo"), [word])
+        settings.apply(config_files.load_config("tiny_grpo"), [word])
 
 
 def test_field_of_a_new_item_is_checked():
     words = ["rewards.bright.kind=jpeg", "rewards.bright.option=1"]
     with pytest.raises(DeepGenError, match=r"rewards.bright has no field 'option'; did you mean options"):
-        overrides.apply(overrides.load_config("tiny_grpo"), words)
+        settings.apply(config_files.load_config("tiny_grpo"), words)
 
 
 def test_the_reward_server_serves_a_file(tmp_path):

@@ -1,32 +1,31 @@
-"""Run configurations: read from a Python file, changed by words such as ``optimizer.learning_rate=1e-4``."""
+"""Settings of dataclasses: typed values from texts and JSON, and changes such as ``optimizer.learning_rate=1e-4``.
+
+The one parser of ``KEY=VALUE`` words, for every command. tyro parses the options beside them; its own overrides
+(``--optimizer.learning-rate``) cannot name an item of a tuple (``data.sources.NAME.path``), set what the class does not
+declare (``rewards.NAME.options.url``), or check a dataclass once with all its changes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import os
-import pkgutil
-import sys
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from deepgen_jax.config import to_dict
 from deepgen_jax.errors import DeepGenError, did_you_mean
-from deepgen_jax.registry import errors_of, load_file
-from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.values import item_hint, parse
 
 T = TypeVar("T")
 
-#: Package that holds one configuration file for each published stage.
-CONFIGS = "deepgen_jax.configs"
-# A file with several configurations, and its table of them by name.
-_ROUNDS_FILE, ROUNDS = "rounds", "ROUNDS"
+
+def at_least(name: str, value: float, low: float) -> None:
+    """Raises a DeepGenError where a setting is below its range."""
+    if value < low:
+        raise DeepGenError(f"{name} is {value}; it must be at least {low}")
 
 
 @dataclass(frozen=True)
@@ -66,70 +65,6 @@ def apply(config: T, words: Sequence[str]) -> T:
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass exactly as it comes back from a JSON file: tuples are lists."""
     return json.loads(json.dumps(to_dict(config), allow_nan=False))
-
-
-def load_config(path_or_name: str) -> RunConfig:
-    """What ``get_config()`` returns, in a Python file or in a packaged configuration such as "pretrain".
-
-    Raises:
-      DeepGenError: there is no such file, it fails (told with its line), or it gives something else.
-    """
-    path = _config_file(path_or_name)
-    try:
-        code = path.read_bytes()
-    except OSError as error:
-        raise DeepGenError(f"{path} cannot be read: {error.strerror or error}") from error
-    module = types.ModuleType(f"deepgen_config_{path.stem}")
-    module.__file__ = str(path)
-    # Dataclasses that the file defines look their annotations up in the module of their name.
-    sys.modules[module.__name__] = module
-    with errors_of(path):
-        exec(compile(code, str(path), "exec"), module.__dict__)
-    rounds = getattr(module, ROUNDS, None)
-    named = rounds.get(path_or_name.rpartition("/")[2]) if path.stem == _ROUNDS_FILE and rounds else None
-    get_config = named or getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise DeepGenError(f"{path} has no function get_config(); define one that returns a RunConfig")
-    with errors_of(path):
-        config = get_config()
-    if not isinstance(config, RunConfig):
-        raise DeepGenError(f"{path}: get_config() returned a {type(config).__name__}; return a RunConfig")
-    return config
-
-
-def packaged_configs() -> dict[str, Path]:
-    """Files of the packaged configurations by name; those in a folder go by its name, too: "nano/vae".
-
-    The file ``rounds.py`` of a folder holds several, by name in its ``ROUNDS``: "nano/sft_words".
-    """
-    spec = importlib.util.find_spec(CONFIGS)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return dict(sorted(_configs_in(Path(folders[0])).items())) if folders else {}
-
-
-def _configs_in(folder: Path, prefix: str = "") -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for module in pkgutil.iter_modules([str(folder)]):
-        name = f"{prefix}{module.name}"
-        if module.name == _ROUNDS_FILE:
-            path = folder / f"{module.name}.py"
-            rounds = getattr(load_file(path, "packaged configurations"), ROUNDS)
-            found |= {f"{prefix}{name}": path for name in rounds}
-            continue
-        found |= _configs_in(folder / module.name, f"{name}/") if module.ispkg else {name: folder / f"{module.name}.py"}
-    return found
-
-
-def _config_file(path_or_name: str) -> Path:
-    path, packaged = Path(path_or_name), packaged_configs()
-    if path_or_name in packaged:
-        return packaged[path_or_name]
-    if path.suffix == ".py" and path.is_file():
-        return path
-    if path.exists():
-        raise DeepGenError(f"{path} is no Python file; name one that ends with .py and defines get_config()")
-    what = "no such file" if path.suffix == ".py" or os.sep in path_or_name else "no configuration of that name"
-    raise DeepGenError(f"{path_or_name}: {what}{did_you_mean(path.stem, packaged)}")
 
 
 def _insert(tree: _Tree, change: _Change) -> None:
@@ -242,3 +177,136 @@ def _new_item(hint: Any, name: str, node: _Tree | _Change, path: str) -> Any:
 
 def _short(word: str) -> str:
     return word if len(word) <= 100 else f"{word[:97]}..."
+
+
+def parse(hint: Any, value: Any, where: str) -> Any:
+    """``value``, a text or something out of JSON, as the type ``hint``; ``where`` begins messages.
+
+    Raises:
+      DeepGenError: it does not fit.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _parse_union(args, value, where)
+    if origin is typing.Literal:
+        by_text = {str(choice): choice for choice in args}
+        if str(value) not in by_text:
+            raise DeepGenError(f"{where}: {value!r} is unknown{did_you_mean(str(value), by_text)}")
+        return by_text[str(value)]
+    if dataclasses.is_dataclass(hint):
+        return _parse_dataclass(typing.cast(type, hint), value, where)
+    if origin is tuple:
+        return _parse_tuple(hint, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {parse(args[0], key, where): parse(args[1], item, where) for key, item in _object(value, where).items()}
+    if hint is Any:
+        return value
+    if hint in _SCALARS:
+        return _SCALARS[hint](value, where)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise DeepGenError(f"{where}: values of this kind ({hint}) can only be set in a configuration file")
+
+
+def _parse_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if type(None) in choices and (value is None or (isinstance(value, str) and value.lower() in ("null", "none"))):
+        return None
+    errors = []
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return parse(choice, value, where)
+            except DeepGenError as error:
+                errors.append(error)
+    raise errors[-1]
+
+
+def _parse_dataclass(cls: type, value: Any, where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints, given = typing.get_type_hints(cls), _object(value, where)
+    for name in given:
+        if name not in fields:
+            raise DeepGenError(f"{where}: {cls.__name__} has no field {name!r}{did_you_mean(name, fields)}")
+    required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in given]:
+        raise DeepGenError(f"{where}: {', '.join(missing)} must be given")
+    return cls(**{name: parse(hints[name], item, f"{where}: {name}") for name, item in given.items()})
+
+
+def _parse_tuple(hint: Any, value: Any, where: str) -> tuple[Any, ...]:
+    args = typing.get_args(hint)
+    if isinstance(value, str):
+        if value.lstrip().startswith("["):
+            value = _from_json(value, where)
+        elif any(typing.get_origin(arg) is tuple or dataclasses.is_dataclass(arg) for arg in args):
+            raise DeepGenError(f"{where}: not a JSON list; write it as [...]")
+        else:
+            value = [item.strip() for item in value.split(",")] if value.strip() else []
+    if not isinstance(value, list):
+        raise DeepGenError(f"{where}: not a list; write a,b or a JSON list")
+    if args[-1] is not Ellipsis and len(args) != len(value):
+        raise DeepGenError(f"{where}: {len(value)} items; give {len(args)}")
+    return tuple(parse(item_hint(hint, i), item, where) for i, item in enumerate(value))
+
+
+def item_hint(hint: Any, index: int) -> Any:
+    """The type of item ``index`` of a tuple type."""
+    args = typing.get_args(hint)
+    return args[0] if args[-1] is Ellipsis else args[index]
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = _from_json(value, where)
+    if not isinstance(value, dict):
+        raise DeepGenError(f'{where}: not a JSON object; write it as {{"name": value}}')
+    return value
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DeepGenError(f"{where}: not JSON ({message}); quote it for the shell, '...'") from error
+
+
+def _bool(value: Any, where: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in ("true", "false"):
+        raise DeepGenError(f"{where}: not a truth value; write true or false")
+    return str(value).lower() == "true"
+
+
+def _float(value: Any, where: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DeepGenError(f"{where}: not a number")
+    return number
+
+
+def _int(value: Any, where: str) -> int:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _float(value, where)
+    if not number.is_integer():
+        raise DeepGenError(f"{where}: not a whole number")
+    return int(number)
+
+
+def _str(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DeepGenError(f"{where}: not a text; put it in quotes")
+    return value
+
+
+_SCALARS: dict[Any, Callable[[Any, str], Any]] = {bool: _bool, int: _int, float: _float, str: _str}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.training import overrides
-from deepgen_jax.training.overrides import apply, load_config, to_json
+from deepgen_jax.settings import apply, parse, to_json
+from deepgen_jax.training import config_files
+from deepgen_jax.training.config_files import load_config
 from deepgen_jax.training.run_config import SupervisedConfig
-from deepgen_jax.training.values import parse
 
 CONFIG = SupervisedConfig(
     model="deepgen",
@@ -250,7 +250,7 @@ def test_bad_config_files(tmp_path: Path, text: str, message: str):
 
 def test_packaged_configs_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "mine.py").write_text(GOOD)
-    monkeypatch.setattr(overrides, "packaged_configs", lambda: {"mine": tmp_path / "mine.py"})
+    monkeypatch.setattr(config_files, "packaged_configs", lambda: {"mine": tmp_path / "mine.py"})
     assert load_config("mine").steps == 3
     for wrong in ("mien", "configs/mien.py"):
         with pytest.raises(DeepGenError, match=f"^{wrong}: no .*; did you mean mine. known: mine$"):
@@ -260,7 +260,7 @@ def test_packaged_configs_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_packaged_config_loads():
-    for name in overrides.packaged_configs():
+    for name in config_files.packaged_configs():
         config = load_config(name)
         assert parse(type(config), to_json(config), name) == config
 
