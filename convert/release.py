@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ class ReleaseWriter:
         (folder / "scheduler").mkdir()
         for name, values in files.items():
             write_json(folder / name, values)
+        for name, subfolder in _CODE.items():
+            shutil.copyfile(Path(__file__).with_name(name), folder / subfolder / name)
 
     def add(self, key: str, rows: np.ndarray) -> None:
         folder, name = place(key)
@@ -224,11 +227,15 @@ _PROMPT_TEMPLATE = {
     "GENERATION": "Generate an image: {input}",
     "CFG": "Generate an image.",
 }
+#: Code that a release carries for diffusers, by the folder that it stands in; the sources are modules beside this one.
+_CODE = {"deepgen_pipeline.py": "", "deepgen_connector.py": "connector"}
 _MODEL_INDEX = {
     "_class_name": ["deepgen_pipeline", "DeepGenPipeline"],
     "_diffusers_version": _DIFFUSERS_VERSION,
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+    "vlm": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "connector": ["deepgen_connector", "DeepGenConnector"],
     "tokenizer": ["transformers", "Qwen2Tokenizer"],
 }
