@@ -177,7 +177,7 @@ def score_by_ocr(benchmark: Benchmark, items: Sequence[Item], out: Path, clip: s
                 status = (out / shot.file).stat()
                 key = f"{shot.file}:{status.st_size}:{status.st_mtime_ns}"
                 if (lines := log.get(key)) is None:
-                    found = reader.recognise(np.asarray(load_image(out / shot.file)), upright=True)
+                    found = reader.recognise(np.asarray(load_image(out / shot.file)))
                     lines = [text for text, _ in found]
                     log.put(key, lines)
                 answers.append({"words": tuple(score_words(shot.item.prompt, lines))})

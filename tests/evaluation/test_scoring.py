@@ -25,7 +25,8 @@ from deepgen_jax.evaluation.figures import Table
 from deepgen_jax.evaluation.judging import instruction, read_answer
 from deepgen_jax.evaluation.registry import open_benchmark
 from deepgen_jax.evaluation.run import RECORDS, RunFolder
-from deepgen_jax.rewards.base import Missing
+from deepgen_jax.rewards.base import Missing, RewardSample
+from deepgen_jax.rewards.base import Scores as RewardScores
 from deepgen_jax.rewards.client import ClientConfig
 from deepgen_jax.rewards.judge import Judge
 
@@ -347,6 +348,9 @@ def test_results_of_geneval_and_dpg(tmp_path: Path, pipe: Any, capsys: pytest.Ca
 
     (tmp_path / "d").mkdir()
     out = make("dpg", tmp_path / "d")
+    capsys.readouterr()
+    assert main(["eval", "score", str(out)]) == 0
+    assert f"PROCESSES=8 bash dpg_bench/dist_eval.sh {out} 512" in capsys.readouterr().out
     text = f"{out}/0.png, 1.0, 0.5, 0.5, 1.0, 0.75\n{out}/whoops31.png, 0.0, 0.0, 0.5, 0.5, 0.25\nDPG-Bench score: 50\n"
     (tmp_path / "dpg.txt").write_text(text)
     assert main(["eval", "score", str(out), "--results", str(tmp_path / "dpg.txt")]) == 1
@@ -361,7 +365,7 @@ def test_results_of_geneval_and_dpg(tmp_path: Path, pipe: Any, capsys: pytest.Ca
 def test_cvtg_with_another_reader(tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch):
     out = make("cvtg", tmp_path)
     monkeypatch.setattr(
-        "deepgen_jax.rewards.ocr.OCRReward.recognise", lambda self, image, upright: [("Blue", 0.9), ("dor 2", 0.8)]
+        "deepgen_jax.rewards.ocr.OCRReward.recognise", lambda self, image: [("Blue", 0.9), ("dor 2", 0.8)]
     )
     monkeypatch.setattr(scoring, "_clip_scores", lambda there, out, clip: [0.8, 0.6, 0.7])
     found = scoring.score_by_ocr(open_benchmark("cvtg"), RunFolder(out).items(), out, "clip")
@@ -375,3 +379,31 @@ def test_cvtg_with_another_reader(tmp_path: Path, pipe: Any, monkeypatch: pytest
     assert values["CVTG: word accuracy"] == pytest.approx(4 / 6)
     assert found.judge.startswith("rapidocr ")
     assert math.isfinite(found.figures[0].low)
+
+
+def test_clip_score_by_its_formula(tmp_path: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch):
+    out = make("cvtg", tmp_path)
+    seen: list[str] = []
+
+    class Cosines:
+        """A CLIP whose cosine is the place of a sample, the first negative."""
+
+        batch_size = 2
+
+        def __init__(self, folder: str) -> None:
+            assert folder == "clip"
+
+        async def score(self, samples: list[RewardSample]) -> RewardScores:
+            cosines = [(len(seen) + i) / 10 - 0.1 for i in range(len(samples))]
+            seen.extend(sample.prompt for sample in samples)
+            return RewardScores.of(cosines)
+
+    monkeypatch.setattr("deepgen_jax.rewards.clip_score.CLIPReward", Cosines)
+    monkeypatch.setattr("deepgen_jax.rewards.ocr.OCRReward.recognise", lambda self, image: [])
+    found = scoring.score_by_ocr(open_benchmark("cvtg"), RunFolder(out).items(), out, "clip")
+    assert seen == [f"A photo depicts {item.prompt}" for item in RunFolder(out).items()]
+    # Cosines -0.1, 0 and 0.1.
+    values = {figure.name: figure.value for figure in found.figures}
+    assert values["CLIPScore"] == pytest.approx(0.25 / 3, abs=1e-6)
+    assert values["CVTG-Style: CLIPScore"] == pytest.approx(0.25, abs=1e-6)
+    assert not found.notes

@@ -41,7 +41,10 @@ class CVTG2K(Benchmark):
         return items
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:
-        return [f"python unified_metrics_eval.py --benchmark_dir {out} --output_file {out}/.deepgen/cvtg.json"]
+        return [
+            f"python unified_metrics_eval.py --benchmark_dir CVTG-2K --result_dir {out} "
+            f"--output_file {out}/.deepgen/cvtg.json"
+        ]
 
     def score(self, item: Item, number: int, answers: Answers) -> ImageScore | None:
         """From "words" (asked for, found, sum of similarities) and, where CLIP was given, "clip"."""

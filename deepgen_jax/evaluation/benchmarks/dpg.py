@@ -41,10 +41,8 @@ class DPGBench(Benchmark):
         return {f"{item.key}.png": item.files for item in items}
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:
-        return [
-            f"accelerate launch --num_processes GPUS dpg_bench/compute_dpg_bench.py --image-root-path {out} "
-            f"--resolution {self.side} --pic-num {self.images} --vqa-model mplug --res-path {out}/.deepgen/dpg.txt"
-        ]
+        # It writes dpg-bench_TIME_results.txt beside the pictures.
+        return [f"PROCESSES=8 bash dpg_bench/dist_eval.sh {out} {self.side}"]
 
     def read_official(self, path: Path, items: Sequence[Item], out: Path) -> dict[str, ImageScore]:
         """From the lines "path, score of each image, mean" of compute_dpg_bench.py; the mean over prompts."""

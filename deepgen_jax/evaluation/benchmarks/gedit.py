@@ -83,7 +83,10 @@ class GEdit(Benchmark):
                         bar.update()
 
     def official(self, out: Path, items: Sequence[Item]) -> list[str]:
-        return [f"python test_gedit_score.py --model_name {out.name} --save_path SCORES --backbone gpt4o"]
+        return [
+            f"python test_gedit_score.py --model_name {out.name} --save_path SCORES --backbone gpt4o",
+            f"python calculate_statistics.py --model_name {out.name} --save_path SCORES --backbone gpt4o --language en",
+        ]
 
     def questions(self, item: Item, number: int, out: Path) -> list[Question]:
         made = out / item.files[number]
