@@ -22,9 +22,9 @@ class InitCommand:
     seed: int = 0
     """Of the weights."""
     without: Annotated[UseAppendAction[tuple[Ablation, ...]], arg(help_behavior_hint="(repeatable)")] = ()
-    """For ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
+    """Ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
     encoders: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
-    """A trained nano, "nano" for the package's, whose VLM, autoencoder and tokenizer to take; bridge and DiT alone are
+    """A trained nano ("nano" for the package's) that provides VLM, autoencoder and tokenizer; only bridge and MMDiT are
     random."""
     overwrite: bool = False
     """Replace the folder if it is there."""
@@ -33,7 +33,7 @@ class InitCommand:
         """Writes; returns the exit status."""
         if self.seed < 0:
             raise DeepGenError(f"--seed is {self.seed}; use 0 or more")
-        # Nothing here computes on an accelerator, so none is taken.
+        # No accelerator is needed.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         write_untrained(
             self.out, seed=self.seed, without=self.without, encoders=self.encoders, overwrite=self.overwrite
@@ -41,7 +41,7 @@ class InitCommand:
         if self.encoders is None:
             print(f"wrote {self.out}; its weights are random, train it with deepgen train nano/vae_small")
         else:
-            print(f"wrote {self.out}; its bridge and DiT are random, train them with deepgen train nano/bridge_trial")
+            print(f"wrote {self.out}; its bridge and MMDiT are random, train them with deepgen train nano/bridge_trial")
         return 0
 
 
@@ -64,20 +64,20 @@ class WordsCommand:
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Writes how nano was trained, its curves and its scores into its page."""
+    """Writes the table of runs, their curves and the scores into the page of nano's experiments."""
 
     runs: Path = Path("out/nano")
     """Folder of the runs of configs/nano."""
     scores: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="LABEL=FILE")] = ()
     """Column of the table of scores: its title, and what `deepgen eval nano --json` printed."""
     device: str = ""
-    """What runs that have not recorded it ran on."""
+    """Device of runs that have not recorded theirs."""
     out: Path = Path("docs/experiments/nano.md")
-    """The page, which has a place for the report; the picture goes to images/nano_curves.png beside it."""
+    """The page, with marks for the report; the picture is written to images/nano_curves.png beside it."""
 
     def run(self) -> int:
         """Writes and prints the paths; returns the exit status."""
-        # Nothing here computes on an accelerator, so none is taken.
+        # No accelerator is needed.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from deepgen_jax.nano.report import read_scores, write_report
 

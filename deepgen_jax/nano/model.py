@@ -22,17 +22,17 @@ from deepgen_jax.config import (
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.model_folder import locate, read_manifest
 
-#: Parts of the bridge that a model can be made without, to see what they are worth.
+#: Parts of the bridge that ablations leave out.
 Ablation = Literal["think_tokens", "stacked_channels"]
 #: Folders of a release that do not depend on bridge and DiT.
 _ENCODERS = ("vlm", "vae", "tokenizer")
-#: Side of its pictures in pixels.
+#: Side of pictures in pixels.
 SIZE = 96
 #: Tokens: bytes, merges and 7 special ones.
 _VOCABULARY, _SPECIAL = 860, 7
-#: Samples of each task whose texts the tokenizer is made from.
+#: Samples of each task whose texts train the tokenizer.
 _TEXTS = 6000
-#: Bytes of a token at most: a word of English, three characters of Chinese, so that no token is a whole phrase.
+#: Longest token in bytes: an English word or three Chinese characters, so that no token is a whole phrase.
 _LONGEST_TOKEN = 11
 
 
@@ -40,11 +40,11 @@ def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
     """Sizes of DeepGen-nano: all six selected layers, dual attention and references, about 7 M parameters.
 
     Args:
-      without: what the bridge is to do without: think tokens, or all selected layers but the deepest.
+      without: parts that the bridge lacks: think tokens, or all selected layers but the deepest.
     """
     first, layers = _VOCABULARY - _SPECIAL, 7
     queries = 0 if "think_tokens" in without else 16
-    # Counted back from the last layer used, a stride of all layers selects that one alone.
+    # A stride of all layers selects the last one alone.
     stride = layers - 1 if "stacked_channels" in without else 1
     text = TextConfig(
         hidden_size=128, intermediate_size=352, num_layers=layers, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,
@@ -67,7 +67,7 @@ def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
             pooled_projection_dim=128, dual_attention_layers=(0, 1, 2), pos_embed_max_size=16,
             sample_size=SIZE // 8,
         ),
-        # One group of the norms: among few channels of a group, a plain background would keep no more than its sign.
+        # One norm group: with few channels a group, a plain background would lose everything but its sign.
         vae=VAEConfig(block_out_channels=(16, 16, 32, 64), layers_per_block=1, norm_num_groups=1, sample_size=SIZE),
         max_prompt_tokens=128, guidance_scale=1.0, num_inference_steps=4, image_size=SIZE, max_guidance_scale=2.0,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def write_untrained(
     encoders: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes the model folder of DeepGen-nano with random weights and its tokenizer, to start training from.
+    """Writes the model folder of DeepGen-nano with random weights and its tokenizer, as the start of training.
 
     Args:
       out: the folder to write; it appears when everything is written, or not at all.
@@ -155,7 +155,7 @@ def _texts() -> Iterator[str]:
     for task in TASK_SKILLS:
         for index in range(_TEXTS):
             sample = make_sample("train", task, seed=0, index=index)
-            # Instructions and questions stand behind pictures in the template.
+            # In the template, instructions and questions follow pictures.
             question, picture = ask(random.Random(index), sample), None if task == "t2i" else ()
             for text in (format_prompt(sample.text, picture), format_prompt(question, ())):
                 yield re.sub(r"<\|\w+\|>", "", re.sub('"[^"]*"|[A-Z]{2,}', '""', text))

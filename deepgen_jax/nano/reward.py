@@ -9,15 +9,15 @@ from deepgen_jax.nano.world.truth import Truth
 from deepgen_jax.rewards.base import LocalReward, Missing, RewardSample
 from deepgen_jax.rewards.ocr import OCRReward
 
-#: The field of a prompt's record that says what is asked, see `deepgen_jax.nano.world.truth.Truth`.
+#: Field of a prompt's record with its ground truth, see `deepgen_jax.nano.world.truth.Truth`.
 TRUTH = "truth"
-# Signs come enlarged (`deepgen_jax.nano.world.find.sign_of`); enlarged further, blurred letters are no longer read.
+# Signs are enlarged already (`deepgen_jax.nano.world.find.sign_of`); enlarged further, blurred letters are not read.
 _SIGN_SIDE = 192
 _NO_TRUTH = Missing(f"the prompt's record has no {TRUTH}", permanent=True)
 
 
 class WorldReward(LocalReward):
-    """Share of what a prompt asks for that the image shows, 1 exactly if it shows everything and nothing else.
+    """Share of the requirements of a prompt that the image meets; 1 only if it shows everything and nothing else.
 
     Prompts come from `deepgen data world`, which writes the truth into each record.
 

@@ -1,7 +1,7 @@
-"""A procedural world without end: coloured shapes and short words, captions and edits, each with its ground truth.
+"""An endless procedural world: coloured shapes and short words, captions and edits, each with its ground truth.
 
-Sample ``index`` of a seed is always the same, on any machine, and costs about a millisecond. What a program needs in
-order to score a picture exactly comes with every sample (`deepgen_jax.nano.world.truth`). Combinations of words that
+Sample ``index`` of a seed is the same on any machine and takes about a millisecond. Every sample has the ground truth
+by which a program scores pictures exactly (`deepgen_jax.nano.world.truth`). Combinations of words that
 are held out (`deepgen_jax.nano.world.scene.held_out`) never occur in training; every held-out sample has at least one.
 
     sample = make_sample("train", "t2i", seed=0, index=17)
@@ -24,11 +24,11 @@ from deepgen_jax.nano.world.vocabulary import BACKGROUNDS
 
 __all__ = ["NAMES", "SPLITS", "TASK_SKILLS", "VERSION", "Only", "Sample", "make_sample", "render"]
 
-#: Changes when samples do.
+#: Version of the samples.
 VERSION = 6
-#: What trains, and what tests.
+#: For training and for evaluation.
 SPLITS = ("train", "held_out")
-#: Skills of a task; sample i is of the skill that its random stream draws, all alike.
+#: Skills of a task, drawn uniformly.
 TASK_SKILLS: Mapping[str, tuple[str, ...]] = {"t2i": PICTURE_SKILLS, "edit": EDIT_SKILLS}
 
 _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
@@ -47,10 +47,10 @@ _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
     "reference": edits.reference,
 }
 
-#: By what alone an instruction may name the thing that it changes, and edits that have one such thing.
+#: What alone may name the thing that an instruction changes, and the edits with such instructions.
 NAMES = ("shape", "colour")
 _NAMING_SKILLS = ("recolour", "move", "remove")
-#: Things in the first source, for skills that do not have 1 to 3 of them.
+#: Numbers of things in the source picture, for skills other than 1 to 3.
 _THINGS: Mapping[str, range] = {
     **dict.fromkeys(PICTURE_SKILLS, range(0)),
     "multi_step": range(2, edits.MOST_THINGS + 1),
@@ -60,12 +60,12 @@ _THINGS: Mapping[str, range] = {
 
 @dataclass(frozen=True)
 class Only:
-    """Some samples alone, to practise what is hard; those of other kinds are passed over.
+    """Selects samples, to practise hard ones; others are skipped.
 
     Attributes:
       background: of the target, one of `BACKGROUNDS`; "" for any.
-      named: "shape" for instructions like "remove the square", "colour" for "remove the red shape"; "" for any.
-      things: how many stand in the picture that is edited; 0 for any number.
+      named: "shape" for instructions such as "remove the square", "colour" for "remove the red shape"; "" for any.
+      things: number of things in the source picture; 0 for any.
 
     Raises:
       DeepGenError: there is no such background, name or number of things.
@@ -95,15 +95,15 @@ class Only:
         return f"{gone.colour} shape" in sample.text
 
     def check(self, skills: tuple[str, ...]) -> None:
-        """Raises `DeepGenError` unless all these skills have samples that are so."""
+        """Raises `DeepGenError` unless all these skills have such samples."""
         if self.named and (others := [skill for skill in skills if skill not in _NAMING_SKILLS]):
             raise DeepGenError(
-                f"named is {self.named!r}, which says nothing of {others[0]}; use it with {', '.join(_NAMING_SKILLS)}"
+                f"named is {self.named!r}, but {others[0]} names nothing; use it with {', '.join(_NAMING_SKILLS)}"
             )
         numbers = {skill: _THINGS.get(skill, range(1, edits.MOST_THINGS + 1)) for skill in skills}
         if self.things and (others := [skill for skill in skills if self.things not in numbers[skill]]):
             known = f"use {numbers[others[0]][0]} to {numbers[others[0]][-1]}" if numbers[others[0]] else "leave it out"
-            raise DeepGenError(f"things is {self.things}, but no {others[0]} begins with so many; {known}")
+            raise DeepGenError(f"things is {self.things}, but no {others[0]} starts with that many; {known}")
 
 
 def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = Only()) -> Sample:
@@ -113,8 +113,8 @@ def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = On
       split: one of `SPLITS`.
       kind: a task, "t2i" or "edit", or a single skill.
       seed: of the world.
-      index: which sample, from 0 on without end.
-      only: what it must be like.
+      index: number of the sample, from 0, unlimited.
+      only: selects samples.
 
     Raises:
       DeepGenError: split or kind is unknown, or ``only`` asks for names in skills that have none.
@@ -124,7 +124,7 @@ def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = On
         known = (*TASK_SKILLS, *_MAKERS)
         raise DeepGenError(f"{kind!r} of split {split!r} is not known; use {' or '.join(SPLITS)}, {', '.join(known)}")
     only.check(skills)
-    # A text as seed gives the same stream in every version of Python.
+    # A string seed gives the same stream in every version of Python.
     rng = random.Random(f"{VERSION}/{seed}/{split}/{kind}/{index}")
     make = _MAKERS[rng.choice(skills)]
     while True:

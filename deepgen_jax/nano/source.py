@@ -1,11 +1,11 @@
-"""The procedural world as a data set: rows are numbers, pictures are drawn when they are read.
+"""The procedural world as a data source: rows are numbers, pictures are drawn when they are read.
 
-The path says what would else be the files' own business, ``size=96,samples=200000,seed=0``: the side of the pictures in
-pixels, samples of an epoch, and the seed; what is left out takes these values. ``skills=single+relation`` gives samples
-of those skills in turn, and none gives all of the task, mixed. ``background=grey`` gives samples of that background
-alone, ``named=shape`` (or colour) edits that name what they change by that alone, ``things=3`` edits of pictures with
-so many things. ``split`` is "train" or "held_out". With ``questions=1``, and task "edit", the text of a sample is a
-question about its reference and the answer, for the language model to learn to see.
+The path is a list of settings, ``size=96,samples=200000,seed=0``: side of the pictures in pixels, samples of an epoch,
+and seed; these values are the defaults. ``skills=single+relation`` cycles through these skills; by default all skills
+of the task are mixed. ``background=grey`` selects samples of that background, ``named=shape`` (or colour) edits that
+name what they change by that alone, ``things=3`` edits of pictures with three things. ``split`` is "train" or
+"held_out". With ``questions=1`` and task "edit", the text of a sample is a question about its reference and the answer,
+to train the vision-language model.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Synthetic(Source):
             )
 
     def files(self) -> list[FileInfo]:
-        """A single one that does not exist; its stamp is the version of the world."""
+        """One entry without a file; its stamp is the version of the world."""
         return [FileInfo(self.config.path, self._samples, f"world {samples.VERSION}")]
 
     def scan(self, path: str) -> Iterator[Row]:
@@ -72,7 +72,7 @@ class Synthetic(Source):
 
 
 def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], samples.Only]:
-    """Numbers by name, the skills, none where the path does not say, and what samples must be like."""
+    """Numbers by name, the skills (empty for all), and the selection of samples."""
     values: dict[str, int] = dict(_DEFAULTS)
     skills: tuple[str, ...] = ()
     wanted: dict[str, str] = {}
@@ -91,8 +91,7 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], sampl
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
                 f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
-                "it, skills=single+two for some skills alone, background=grey, named=shape or things=3 for such "
-                "samples alone"
+                "it, skills=single+two for some skills, background=grey, named=shape or things=3 for such samples"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -108,7 +107,7 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], sampl
         )
     if len(set(skills)) < len(skills):
         raise DeepGenError(
-            f"source {config.name}: path names a skill twice; give it a source of its own, with a weight"
+            f"source {config.name}: path names a skill twice; use a second source, with a weight"
         )
     try:
         only = samples.Only(**wanted, things=things)
@@ -120,6 +119,6 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], sampl
 
 def _encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    # Hardly compressed: it is read again at once.
+    # Barely compressed: it is decoded again at once.
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -104,7 +104,7 @@ def test_encoders_are_those_of_a_trained_nano_and_the_rest_is_random(tmp_path: P
     folder, trained = tmp_path / "model", PACKAGED / NANO
     words = ["nano", "init", "--encoders", "nano", "--seed", "1", "--without", "think_tokens", "--out", str(folder)]
     assert main(words) == 0
-    assert "bridge and DiT are random" in capsys.readouterr().out
+    assert "bridge and MMDiT are random" in capsys.readouterr().out
     wanted, found = load_params(trained, PARTS), load_params(folder, PARTS)
     for part in ("text", "vision", "vae"):
         for expected, leaf in zip(jax.tree.leaves(wanted[part]), jax.tree.leaves(found[part]), strict=True):

@@ -1,4 +1,4 @@
-"""What is said of scenes and edits, in English and Chinese."""
+"""Captions of scenes and instructions of edits, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RELATIONS = {
     "above": ("above", "over", "on top of"),
     "below": ("below", "under", "beneath"),
 }
-# The same of a first thing that is told of after the second.
+# The same where the caption names the first thing after the second.
 _TOWARDS = {
     "left": ("to its left", "on its left", "on the left"),
     "right": ("to its right", "on its right", "on the right"),
@@ -33,7 +33,7 @@ _BACKGROUNDS = (
 )  # fmt: skip
 _AMERICAN = {"colour": "color", "grey": "gray", "centre": "center"}
 _SIZES = {"large": "big", "small": "little"}
-# Instructions that begin so are no requests.
+# Instructions with these beginnings are not turned into requests.
 _STATEMENTS = ("the ", "there ", "i ", "in ", "no ")
 
 
@@ -58,7 +58,7 @@ def plural(look: tuple[str, str]) -> str:
 
 
 def before(rng: random.Random, text: str, background: str | None) -> str:
-    """The text with its background, if that is told, perhaps as a request."""
+    """The text with its background, if the caption names one, in some cases as a request."""
     if background is None:
         scene = rng.choice(("{}", "{}", "{}", "{} on a plain background")).format(text)
     else:
@@ -107,7 +107,7 @@ def two(rng: random.Random, first: str, second: str) -> str:
 
 
 def relation(rng: random.Random, first: str, said: str, second: str) -> str:
-    """Two things and how they stand to each other."""
+    """Two things and their relation."""
     pattern = rng.choice(("{0} {1} {2}", "{0} {1} {2}", "{0} that is {1} {2}", "{0} is {1} {2}", "{0} placed {1} {2}",
                           "{2} with {0} {3}"))  # fmt: skip
     first, second = rng.choice(((a(first), a(second)),) * 3 + ((f"the {first}", f"the {second}"),))
@@ -130,7 +130,7 @@ def sign(rng: random.Random, word: str) -> str:
 
 
 def quoted(rng: random.Random, word: str) -> str:
-    """The word in double quotes as a rule."""
+    """The word, usually in double quotes."""
     return rng.choice(('"{}"',) * 5 + ("'{}'", "\u201c{}\u201d", "{}")).format(word)
 
 
@@ -177,15 +177,15 @@ def replace_word(rng: random.Random, old: str, new: str) -> str:
 
 
 def request(rng: random.Random, instruction: str) -> str:
-    """The instruction, now and then politely."""
+    """The instruction, sometimes as a polite request."""
     ways = ("please {}", "{} please", "could you {}", "can you {}") if not instruction.startswith(_STATEMENTS) else ()
     return rng.choice(("{}",) * 12 + ways).format(instruction)
 
 
 def typed(rng: random.Random, text: str) -> str:
-    """A text as people type it: some with other words for sizes, American spelling, a capital letter or a full stop.
+    """A text as users type it: some with other words for sizes, American spelling, a capital letter or a full stop.
 
-    What is not ASCII, which is Chinese or has curly quotes, stays.
+    Texts that are not ASCII (Chinese or curly quotes) are kept.
     """
     if not text.isascii():
         return text

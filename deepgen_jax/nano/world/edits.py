@@ -1,4 +1,4 @@
-"""Editing samples of the world: a scene, an instruction, and the scene that it makes of it."""
+"""Editing samples of the world: a scene, an instruction, and the resulting scene."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MOST_THINGS = 3
 
 @dataclass(frozen=True)
 class _Change:
-    """One thing done to a scene.
+    """One change of a scene.
 
     Attributes:
       text: the instruction.
-      things: what is there afterwards in the place of ``before``.
-      before: the thing that is changed or taken away; None where one is added.
-      wanted: what the changed or added thing must be like.
-      combination: the words that make the change what it is.
+      things: things after the change in the place of ``before``.
+      before: the thing that is changed or removed; None where one is added.
+      wanted: requirements on the changed or added thing.
+      combination: word combination of the change, checked by `held_out`.
     """
 
     text: str
@@ -138,7 +138,7 @@ def _move(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change | N
         others = [other for other in scene.things if other != thing]
         for place, (x, y) in PLACES.items():
             moved = replace(thing, x=x, y=y)
-            # Far enough to be seen, and near no other of which it could be taken for the neighbour.
+            # Far enough to be visible, and not next to another thing that the instruction could refer to.
             if (thing.x - x) ** 2 + (thing.y - y) ** 2 > 0.3**2 and fits(moved, others, scene.sign):
                 options.append((thing, place, moved))
     if not options:
@@ -170,7 +170,7 @@ def _add(rng: random.Random, scene: Scene, choices: list[Thing]) -> _Change | No
 
 
 def _called(rng: random.Random, thing: Thing, scene: Scene) -> str:
-    """How an instruction names a thing: by colour and shape, or with less or more where that is as clear."""
+    """Name of a thing in an instruction: colour and shape, or less or more where that is unambiguous."""
     names = [captions.thing(thing.look)] * 4 + [captions.thing(thing.look, thing.size)]
     if [other.shape for other in scene.things].count(thing.shape) == 1:
         names.append(thing.shape)
@@ -182,7 +182,7 @@ def _called(rng: random.Random, thing: Thing, scene: Scene) -> str:
 def _edited(
     skill: str, rng: random.Random, make: Callable[[random.Random, Scene, list[Thing]], _Change | None]
 ) -> Sample:
-    """One change of a scene; scenes that leave no room for it are passed over."""
+    """One change of a scene; scenes without room for it are skipped."""
     while True:
         scene = _start(rng)
         change = make(rng, scene, list(scene.things))

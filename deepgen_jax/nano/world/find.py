@@ -1,8 +1,8 @@
-"""What a picture of the world shows, found in its pixels: background, things, and where a sign is.
+"""Finds what a picture of the world shows in its pixels: background, things, and the place of a sign.
 
 Connected regions that stand out from the background are things. Each is named by the median colour of its inside, and
-by the outline that covers it best once both have the same area. Made for pictures as a model makes them: slightly
-blurred, noisy, with colours a little off.
+by the outline that covers it best at the same area. Tolerates pictures of a model: slightly blurred, noisy, with colours a
+little off.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, SHAPES, SIZE
 
 #: Smaller pictures are enlarged to this side.
 _SIDE = 192
-#: Distance in RGB at which a pixel is no background any more, and up to which a colour is the one it is nearest to.
+#: Distance in RGB from which a pixel is foreground, and up to which a colour matches its nearest named one.
 _STANDS_OUT, _SAME_COLOUR = 45.0, 75.0
 #: Smallest thing that counts, as a share of the picture; a small star covers 0.018.
 _LEAST_AREA = 0.005
-#: Least overlap (intersection over union) with the outline that a thing is named after.
+#: Least overlap (intersection over union) with the outline of the shape that a thing is named after.
 _LEAST_OVERLAP = 0.72
 #: Share of a thing's inside, and of the picture's edge, that must be of one colour.
 _LEAST_PURE = 0.75
@@ -30,11 +30,11 @@ _LEAST_PURE = 0.75
 _NEUTRAL = 40.0
 #: Height of a sign when it is read.
 _SIGN_PIXELS = 96
-#: So many pixels inside a region, and about it, its outline fades.
+#: Pixels over which an outline fades, inside and outside a region.
 _OUTLINE, _MARGIN = 5.0, 3
-#: Shapes are known sharp and blurred: standard deviations as shares of the root of a shape's area.
+#: Shapes are matched sharp and blurred: standard deviations as shares of the root of a shape's area.
 _BLURS = (0.0, 0.06, 0.12, 0.18)
-#: Shapes are compared on a grid of so many points a side, over so many roots of their area.
+#: Shapes are compared on a grid: points a side, and its side in roots of their area.
 _GRID, _SPAN = 48, 2.0
 
 
@@ -130,7 +130,7 @@ def look(image: np.ndarray) -> View:
 
 
 def _smoothed(image: np.ndarray) -> np.ndarray:
-    """The picture at `_SIDE` pixels or more, where a median takes noise away and leaves outlines where they are."""
+    """The picture at `_SIDE` pixels or more, denoised by a median filter, which keeps outlines in place."""
     picture = Image.fromarray(image)
     scale = max(1.0, _SIDE / min(picture.size))
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
@@ -152,7 +152,7 @@ def _background(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _inside(region: np.ndarray) -> np.ndarray:
-    """A region without its outline, which is blurred."""
+    """A region without its blurred outline."""
     depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     return depth >= min(_OUTLINE, 0.5 * depth.max())
 
@@ -178,7 +178,7 @@ def _shape(cover: np.ndarray, row: float, column: float) -> str | None:
 
 
 def _normalised(cover: np.ndarray, row: float, column: float) -> np.ndarray:
-    """A region on a grid about its middle whose scale is the root of its area, float32 [grid, grid]."""
+    """A region on a grid around its centre, scaled by the root of its area, float32 [grid, grid]."""
     reach = (np.arange(_GRID) + 0.5) / _GRID - 0.5
     offsets = reach * _SPAN * np.sqrt(cover.sum())
     where = np.meshgrid(row + offsets, column + offsets, indexing="ij")

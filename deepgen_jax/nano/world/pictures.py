@@ -34,24 +34,24 @@ from deepgen_jax.nano.world.vocabulary import (
 )
 
 Look = tuple[str, str]
-#: Share of captions in Chinese, where there are any.
+#: Share of captions in Chinese, for skills that have them.
 _CHINESE = 0.15
 #: Where a sign can be.
 SIGN_HEIGHTS = (0.2, 0.5, 0.8)
-# Heights of a sign that a caption tells of alone and with a thing, and where that thing is.
+# Heights of a sign alone and of one above a thing, and the place of that thing.
 _SIGN_ALONE, _SIGN_ABOVE, _BELOW_SIGN = 0.5, 0.2, (0.5, 0.7)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, the picture that it asks for, and what is asked.
+    """A prompt, the scene that it asks for, and its ground truth.
 
     Attributes:
       text: caption or instruction.
       scene: of the picture that is wanted.
       references: scenes of the reference pictures.
-      truth: what is asked.
-      combinations: words that make the prompt what it is; `held_out` looks at each.
+      truth: what the picture must show.
+      combinations: word combinations of the prompt, each checked by `held_out`.
     """
 
     text: str
@@ -72,7 +72,7 @@ def some_size(rng: random.Random) -> str:
 
 
 def _perhaps(rng: random.Random, make: Callable[[random.Random], str]) -> str | None:
-    """What a caption tells, or None where it leaves that open, in half of all cases."""
+    """A property for the caption, or None (half of the time) where the caption leaves it open."""
     return rng.choice((make(rng), None))
 
 
@@ -106,10 +106,10 @@ def two(rng: random.Random) -> Sample:
 
 
 def relation(rng: random.Random) -> Sample:
-    """Two things and how they stand: "a large red circle to the left of a small blue square"."""
+    """Two things and their relation: "a large red circle to the left of a small blue square"."""
     looks, said_relation = different_looks(rng, 2), rng.choice(list(RELATIONS))
     said, said_scenery = [_perhaps(rng, some_size), _perhaps(rng, some_size)], _perhaps(rng, background)
-    # On one line, so that what is left is not also above.
+    # On one line, so that a thing to the left is not also above.
     points = ARRANGEMENTS[2]
     if said_relation in ("right", "below"):
         points = points[::-1]
@@ -139,7 +139,7 @@ def count(rng: random.Random) -> Sample:
 
 
 def reasoning(rng: random.Random) -> Sample:
-    """What is to be drawn has to be guessed: "the shape with three sides, in the colour of grass"."""
+    """A riddle: "the shape with three sides, in the colour of grass"."""
     (look,) = different_looks(rng, 1)
     kind = rng.choice(("both", "both", "colour", "shape", "number"))
     if kind == "number":

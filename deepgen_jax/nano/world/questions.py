@@ -1,4 +1,4 @@
-"""What can be asked about a scene, with the answer: "what colour is the circle? red"."""
+"""Questions about a scene with their answers: "what colour is the circle? red"."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def ask(rng: random.Random, sample: Sample) -> str:
 
 
 def _place(thing: Thing) -> str:
-    """The nearest of the places that have names."""
+    """The nearest named place."""
     return min(PLACES, key=lambda name: (PLACES[name][0] - thing.x) ** 2 + (PLACES[name][1] - thing.y) ** 2)

@@ -1,4 +1,4 @@
-"""Scenes as pictures."""
+"""Renders scenes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from deepgen_jax.nano.world.scene import SIGN_HEIGHT, Scene, Sign
 from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, SHAPES, SIZES
 
-#: Capitals of three faces of DejaVu; its licence lies beside them.
+#: Capitals of three DejaVu fonts; their licence is in the same folder.
 FONTS = ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 # Drawn larger by this, then reduced, so that edges are smooth.
 _OVERSAMPLING = 4

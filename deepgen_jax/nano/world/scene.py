@@ -1,4 +1,4 @@
-"""Scenes of the world, and what never occurs in training."""
+"""Scenes of the world, and the combinations that are held out of training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from deepgen_jax.nano.world.vocabulary import COLOURS, REACH, RELATIONS, SHAPES, SIZES
 
-#: One in so many combinations is held out.
+#: One combination in this many is held out.
 HELD_OUT_SHARE = 16
-#: Between outlines, as a share of the picture's side.
+#: Least distance between outlines, as a share of the picture's side.
 _GAP = 0.04
-#: Where things stand whose places a caption leaves open, by their number: in the middle, side by side, or as on a die.
+#: Default positions by the number of things: in the middle, side by side, or as on a die.
 ARRANGEMENTS: dict[int, tuple[tuple[float, float], ...]] = {
     1: ((0.5, 0.5),),
     2: ((0.243, 0.5), (0.757, 0.5)),
@@ -22,11 +22,11 @@ ARRANGEMENTS: dict[int, tuple[tuple[float, float], ...]] = {
     4: ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)),
     5: ((0.25, 0.25), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0.75, 0.75)),
 }
-#: Size and background where a caption leaves them open.
+#: Default size and background.
 USUAL_SIZE, USUAL_BACKGROUND = "large", "white"
-# How far from its point a thing may stand, along either side.
+# Jitter of default positions along either side.
 _SPREAD = 0.006
-#: Height of a sign's plate and the part of the side that it keeps free of shapes.
+#: Height of a sign's plate, and of the band around it that is kept free of shapes.
 SIGN_HEIGHT, SIGN_BAND = 0.26, 0.34
 
 
@@ -42,7 +42,7 @@ class Thing:
 
     @property
     def look(self) -> tuple[str, str]:
-        """Colour and shape, by which a thing is called."""
+        """Colour and shape, which name a thing."""
         return self.colour, self.shape
 
 
@@ -64,32 +64,32 @@ class Scene:
     sign: Sign | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` is the way back."""
+        """JSON values, the inverse of `from_json`."""
         sign = vars(self.sign) if self.sign else None
         return {"background": self.background, "things": [dict(vars(t)) for t in self.things], "sign": sign}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Scene:
-        """A scene from what `to_json` gave."""
+        """The inverse of `to_json`."""
         sign = Sign(**values["sign"]) if values["sign"] else None
         return cls(values["background"], tuple(Thing(**thing) for thing in values["things"]), sign)
 
 
 def held_out(*combination: object) -> bool:
-    """Whether a combination of words, such as ("red", "circle"), is kept away from training; the same for ever."""
+    """Whether a combination of words, such as ("red", "circle"), is held out of training; never changes."""
     digest = hashlib.sha256("/".join(map(str, combination)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
 def relation_key(first: Thing, relation: str, second: Thing) -> tuple[str, ...]:
-    """The combination that a relation is, the same whichever way round it is told."""
+    """The combination of a relation, the same for both of its directions."""
     if relation in ("right", "below"):
         first, relation, second = second, RELATIONS[relation], first
     return (*first.look, relation, *second.look)
 
 
 def different_looks(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(colour, shape) of things that no two share."""
+    """Different (colour, shape) pairs."""
     looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     return rng.sample(looks, count)
 
@@ -110,7 +110,7 @@ def fits(thing: Thing, others: Sequence[Thing], sign: Sign | None = None) -> boo
 def scattered(
     rng: random.Random, looks: Sequence[tuple[str, str]], sizes: Sequence[str], sign: Sign | None = None
 ) -> tuple[Thing, ...]:
-    """Things anywhere, clear of each other and of the sign."""
+    """Things at random positions, clear of each other and of the sign."""
     while True:
         things: list[Thing] = []
         for (colour, shape), size in zip(looks, sizes, strict=True):
@@ -129,10 +129,9 @@ def arranged(
     sizes: Sequence[str | None],
     points: Sequence[tuple[float, float]] = (),
 ) -> tuple[Thing, ...]:
-    """One to five things about points, in their order; about those of `ARRANGEMENTS` where none are given.
+    """One to five things near points, in their order; by default near those of `ARRANGEMENTS`.
 
-    Where a text leaves the place or the size open, one is taken, so that a model that learns from nothing has few
-    pictures to tell apart; of things anywhere it would see none twice.
+    Places and sizes that a text leaves open have defaults, so that a small model has few pictures to learn.
     """
     points = points or ARRANGEMENTS[len(looks)]
     return tuple(

@@ -1,4 +1,4 @@
-"""Does a picture show what was asked? Exactly, by a program."""
+"""Exact scores: whether a picture shows what its prompt asks for."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Reader: TypeAlias = Callable[[np.ndarray], Sequence[str]]
 
 #: Digits as the letters that they look like: words have no digits.
 _LETTERS = str.maketrans("058", "osb")
-#: How far from where it was a thing is still in its place, as a share of the side.
+#: Tolerance of a thing's unchanged position, as a share of the side.
 _UNMOVED = 0.09
-#: The same about one of `PLACES`, along each side.
+#: Tolerance around one of `PLACES`, along each side.
 _AT_PLACE = 0.16
-#: How far apart things must be, at least, for one to be left of the other.
+#: Least distance along an axis for one thing to be left of (or above) another.
 _LEAST_APART = 0.08
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a picture fares.
+    """Score of a picture.
 
     Attributes:
-      done: it shows what was asked; of an edit, what was to change.
-      kept: an edit left everything else alone; True for text-to-image.
-      share: of the single conditions that hold, in 0..1; 1 exactly if ``done`` and ``kept``.
+      done: the picture shows what the prompt asks for; of an edit, the change.
+      kept: an edit left everything else as it was; True for text-to-image.
+      share: share of conditions that hold, 0 to 1; 1 only if ``done`` and ``kept``.
     """
 
     done: bool
@@ -43,12 +43,11 @@ class Score:
 def score(image: np.ndarray, truth: Truth, read: Reader) -> Score:
     """Scores a picture.
 
-    A thing that should not be there counts against what was asked where the edit was to happen, and elsewhere against
-    what was to be left alone.
+    An unexpected thing counts against the change at the place of the edit, elsewhere against what must be kept.
 
     Args:
       image: uint8 [H, W, 3], RGB.
-      truth: what was asked.
+      truth: of the prompt.
       read: called with the sign, enlarged, where a word is wanted and there is a sign.
     """
     view = look(image)
@@ -72,8 +71,8 @@ def score(image: np.ndarray, truth: Truth, read: Reader) -> Score:
     asked.append(view.background is not None)
     if truth.background is not None:
         common.append(view.background == truth.background)
-    held = [*asked, *rest]
-    return Score(all(asked), all(rest), sum(held) / len(held))
+    checks = [*asked, *rest]
+    return Score(all(asked), all(rest), sum(checks) / len(checks))
 
 
 def reads(word: str, lines: Sequence[str]) -> bool:
@@ -89,7 +88,7 @@ def _matches(wanted: Wanted, thing: Found) -> bool:
 
 
 def _near(wanted: Wanted, thing: Found) -> bool:
-    """Whether a thing is where one is wanted; not so where none is wanted at a certain place."""
+    """Whether a thing is at its wanted place; False where no place is wanted."""
     if wanted.place:
         x, y = PLACES[wanted.place]
         return abs(thing.x - x) <= _AT_PLACE and abs(thing.y - y) <= _AT_PLACE
@@ -97,7 +96,7 @@ def _near(wanted: Wanted, thing: Found) -> bool:
 
 
 def _pairs(wanted: Sequence[Wanted], found: Sequence[Found]) -> list[int | None]:
-    """For each wanted thing a found one that matches it, none taken twice, as many as there can be."""
+    """Maximum matching of wanted things to found ones."""
     options = [[j for j, thing in enumerate(found) if _matches(want, thing)] for want in wanted]
     owner: dict[int, int] = {}
 

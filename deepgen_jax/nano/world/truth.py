@@ -1,4 +1,4 @@
-"""What a prompt asks for, so that a program can tell whether a picture shows it."""
+"""Ground truth of a prompt, by which a program checks pictures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from deepgen_jax.nano.world.scene import Thing
 
-#: What text-to-image prompts exercise, and what edits do.
+#: Skills of text-to-image prompts and of edits.
 PICTURE_SKILLS = ("single", "two", "relation", "count", "reasoning", "text")
 EDIT_SKILLS = ("recolour", "move", "remove", "add", "replace_word", "multi_step", "reference")
 SKILLS = (*PICTURE_SKILLS, *EDIT_SKILLS)
@@ -34,13 +34,13 @@ class Wanted:
 
     @classmethod
     def where_it_is(cls, thing: Thing, *, kept: bool = False) -> Wanted:
-        """A thing just as it is in a scene."""
+        """A thing exactly as in a scene."""
         return cls(thing.colour, thing.shape, thing.size, at=(thing.x, thing.y), kept=kept)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is asked of a picture.
+    """Requirements on a picture.
 
     Attributes:
       skill: one of `SKILLS`.
@@ -64,12 +64,12 @@ class Truth:
         return self.skill in EDIT_SKILLS
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` is the way back."""
+        """JSON values, the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Truth:
-        """A truth from what `to_json` gave."""
+        """The inverse of `to_json`."""
         things, gone = (tuple(map(_wanted, values[name])) for name in ("things", "gone"))
         return cls(**{**values, "things": things, "gone": gone})
 

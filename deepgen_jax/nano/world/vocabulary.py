@@ -1,4 +1,4 @@
-"""All that scenes of the world are made of, with the words for it in English and Chinese."""
+"""Colours, shapes, sizes, places, relations and words of the world, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BACKGROUNDS: dict[str, RGB] = {"white": (250, 250, 250), "grey": (150, 150, 150)
                                "navy": (20, 25, 80)}  # fmt: skip
 #: Radius of a shape as a share of the picture's side.
 SIZES = {"small": 0.11, "large": 0.18}
-#: How far from the middle of a shape its outline reaches, in radii, at most.
+#: Greatest distance of an outline from the centre of its shape, in radii.
 REACH = 1.25
-#: Where a shape can be said to be: its middle, as shares of the picture's sides.
+#: Named places: the centre of a shape, as shares of the picture's sides.
 PLACES: dict[str, tuple[float, float]] = {
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
@@ -33,7 +33,7 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom right": (0.75, 0.75),
     "middle": (0.5, 0.5),
 }
-#: What holds of a first shape as seen from a second, and the same said the other way round.
+#: Relation of a first shape to a second, and its inverse.
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}
 #: Words on signs: capitals, at most five.
 WORDS = (
@@ -75,7 +75,7 @@ SHAPES: dict[str, np.ndarray] = {
     }.items()
 }
 
-#: What only a shape is, to be guessed.
+#: Descriptions of shapes in riddles.
 SHAPE_RIDDLES = {
     "circle": ("the shape of a wheel", "the shape without any corner"),
     "square": ("the shape with four equal sides and four right angles", "the shape of a field on a chessboard"),

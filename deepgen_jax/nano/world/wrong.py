@@ -1,4 +1,4 @@
-"""Pictures that do not show what was asked, each wrong in one thing: scorers must refuse them."""
+"""Scenes that are wrong in one thing, which scorers must reject."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, PLACES, SHAP
 
 
 def undone(rng: random.Random, sample: Sample) -> Scene:
-    """A scene that fails the sample's prompt; of an edit, one in which the change was not made, or not rightly."""
+    """A scene that fails the sample's prompt; of an edit, one in which the change is missing or wrong."""
     truth, scene = sample.truth, sample.scene
     if truth.is_edit and rng.random() < 0.5:
         return sample.references[0]
@@ -28,13 +28,13 @@ def undone(rng: random.Random, sample: Sample) -> Scene:
         thing for thing, wanted in zip(_in_order(sample), truth.things, strict=True) if not wanted.kept
     ]
     if not touched:
-        # Nothing but what was to go: it stays.
+        # Only the thing to remove: it stays.
         return sample.references[0]
     return rng.choice(changes)(rng, scene, rng.choice(touched))
 
 
 def unkept(rng: random.Random, sample: Sample) -> Scene:
-    """The scene that an edit wants, but for something else that was changed with it."""
+    """The scene that an edit asks for, with one further change."""
     scene = sample.scene
     kept = [thing for thing, wanted in zip(_in_order(sample), sample.truth.things, strict=True) if wanted.kept]
     if kept and rng.random() < 0.7:
@@ -44,7 +44,7 @@ def unkept(rng: random.Random, sample: Sample) -> Scene:
 
 
 def crowded(rng: random.Random, sample: Sample) -> Scene:
-    """The scene that is wanted with one thing more, where there is room; else a sign or its loss."""
+    """The wanted scene with one more thing, where there is room; else with a sign added or removed."""
     scene = sample.scene
     place = free_place(rng, "small", scene.things, scene.sign)
     if place is None:
@@ -54,7 +54,7 @@ def crowded(rng: random.Random, sample: Sample) -> Scene:
 
 
 def _in_order(sample: Sample) -> list[Thing]:
-    """The things of the scene in the order in which the truth names them."""
+    """Things of the scene in the order of the truth."""
     left = list(sample.scene.things)
     found = []
     for wanted in sample.truth.things:
