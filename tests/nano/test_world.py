@@ -235,7 +235,7 @@ def test_what_is_not_asked_for_alone_stays_the_same():
         ({"path": "samples=0"}, "samples 0"),
         ({"split": "test"}, "'test'; use train or held_out"),
         ({"path": "skills=single+recolour"}, "'recolour' is none of task t2i; use some of single, two"),
-        ({"path": "skills=single+count+single"}, "names a skill twice; give it a source of its own"),
+        ({"path": "skills=single+count+single"}, "names a skill twice; use a second source"),
     ],
 )
 def test_bad_settings_are_told(change, message):

@@ -1,8 +1,8 @@
 """Finds what a picture of the world shows in its pixels: background, things, and the place of a sign.
 
 Connected regions that stand out from the background are things. Each is named by the median colour of its inside, and
-by the outline that covers it best at the same area. Tolerates pictures of a model: slightly blurred, noisy, with colours a
-little off.
+by the outline that covers it best at the same area. Tolerates the slight blur, noise and colour shifts of a
+model's pictures.
 """
 
 from __future__ import annotations
