@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from deepgen_jax.config import LoRAConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.checkpoint import STATE, stored_weights
-from deepgen_jax.stores.lineage import ADAPTED, Origin, Saved, adapter_scale, read_origin, trained_until
+from deepgen_jax.stores.lineage import ADAPTED, Saved, StartingPoint, adapter_scale, read_starting_point, trained_until
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import checkpoint_folder, newest_step, read_run
 
@@ -49,7 +49,7 @@ def open_run(
     step = newest_step(run) if step is None else step
     here = Saved(run.absolute(), step)
     checkpoint_folder(run, step)
-    origin = read_origin(run).moved(model, start)
+    origin = read_starting_point(run).moved(model, start)
     if not origin.model.is_dir():
         raise DeepGenError(f"{run} was trained on {origin.model}, which is gone; give --model FOLDER, its place now")
     base = open_folder(origin.model)
@@ -87,7 +87,7 @@ def _by_checkpoint(trained: dict[str, Saved], here: Saved, kind: str) -> list[tu
     ]
 
 
-def _require(at: Saved, name: str, run: Path, origin: Origin) -> None:
+def _require(at: Saved, name: str, run: Path, origin: StartingPoint) -> None:
     if not at.run.is_dir():
         mend = "give --start FOLDER, its place now" if at.run == origin.start else "put it back"
         raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {mend}")

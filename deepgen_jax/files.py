@@ -492,7 +492,7 @@ def _sign(descriptor: int) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds a lock, as far as its file says."""
+    """Describes the holder of a lock from its file."""
     try:
         values = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {values['pid']} on {values['host']} since {values['since']}"

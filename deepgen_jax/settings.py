@@ -116,8 +116,8 @@ def _changed_dataclass(value: Any, node: _Tree, path: str) -> Any:
     for name, child in node.items():
         if name not in names:
             where = path or type(value).__name__
-            mend = did_you_mean(name, names)
-            raise DeepGenError(f"{_short(_first(child).word)}: {where} has no field {name!r}{mend}")
+            hint = did_you_mean(name, names)
+            raise DeepGenError(f"{_short(_first(child).word)}: {where} has no field {name!r}{hint}")
         below = f"{path}.{name}" if path else name
         changes[name] = _changed(getattr(value, name), hints[name], child, below)
     return dataclasses.replace(value, **changes)

@@ -19,7 +19,7 @@ require_environment
 ssh=(gcloud compute tpus tpu-vm ssh "${options[tpu]}" --zone "${options[zone]}")
 [[ -z ${options[project]} ]] || ssh+=(--project "${options[project]}")
 folder=$(quoted "${options[folder]}")
-# Whether the run goes on whose number is in deepgen.pid; one that has ended may wait to be collected.
+# Whether the run of deepgen.pid is alive; a process that has ended may be a zombie.
 # shellcheck disable=SC2016  # the worker expands it
 alive='alive() { kill -0 "$(cat deepgen.pid 2>/dev/null)" 2>/dev/null && ! grep -qs "^State:.Z" "/proc/$(cat deepgen.pid)/status"; }'
 if ${options[follow]}; then
@@ -48,4 +48,4 @@ done <<<"${options[env]}"
 start="${environment[*]+$(quoted "${environment[@]}") }.venv/bin/deepgen $(quoted "${words[@]}") --coordinator auto"
 start="setsid nohup $start >>deepgen.log 2>&1 </dev/null & echo \$! >deepgen.pid"
 run "${ssh[@]}" --worker all --command \
-  "$alive; cd $folder || exit 1; if alive; then echo 'a run is going on; --stop ends it' >&2; exit 1; fi; $start"
+  "$alive; cd $folder || exit 1; if alive; then echo 'a run is active; --stop ends it' >&2; exit 1; fi; $start"

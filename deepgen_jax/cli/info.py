@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
-from deepgen_jax.stores.lineage import read_origin
+from deepgen_jax.stores.lineage import read_starting_point
 from deepgen_jax.stores.model_folder import Manifest, PartSummary, locate, read_manifest, read_scheduler
 from deepgen_jax.stores.run_folder import is_run, last_metrics, read_run, saved_steps
 
@@ -160,7 +160,7 @@ def run_facts(folder: Path) -> dict[str, Any]:
         "kind": description["kind"],
         "steps": description["config"]["steps"],
         "checkpoints": saved_steps(folder),
-        "origin": read_origin(folder).to_json(),
+        "origin": read_starting_point(folder).to_json(),
         "last_metrics": last_metrics(folder),
         "config": description["config"],
     }

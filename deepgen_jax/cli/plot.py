@@ -13,14 +13,14 @@ from deepgen_jax.training.plot import plot_runs
 
 @dataclass(frozen=True)
 class PlotCommand:
-    """Draws what runs have logged; a run may go on meanwhile."""
+    """Draws the curves of runs, finished or still running."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
     """Folders of runs; several are drawn over each other."""
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: curves.png in the first RUN)")] = None
     """Picture file (.png, .pdf, .svg)."""
     metrics: Annotated[str | None, arg(metavar="NAMES", help_behavior_hint="(default: all)")] = None
-    """What to show, such as loss,grad_norm/bridge; a name stands for all that begin with it and a slash."""
+    """What to show, such as loss,grad_norm/bridge; a name includes all that begin with it and a slash."""
     smooth: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a fiftieth of the run)")] = None
     """Logged steps in the moving average; 1 for none."""
 

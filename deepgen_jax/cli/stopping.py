@@ -32,12 +32,12 @@ def raise_for(signum: int) -> NoReturn:
 class Stop:
     """Context manager that decides what Ctrl-C and SIGTERM do inside it.
 
-    ``Stop(graceful=True)``: the first only sets `signum`, so that the batch in hand can be finished, and says so; the
+    ``Stop(graceful=True)``: the first only sets `signum`, so that the current batch can be finished, and says so; the
     second ends the process. ``Stop(graceful=False)``: the first is raised as usual, or ends the process if the main
     thread does not come to that.
 
-    Outside the main thread it does nothing, because signals cannot be caught there. ``unit`` is what a person is told
-    is being finished.
+    Outside the main thread it does nothing, because signals cannot be caught there. ``unit`` names what
+    is being finished, in the message.
     """
 
     def __init__(self, graceful: bool, unit: str = "batch") -> None:
@@ -49,7 +49,7 @@ class Stop:
 
     @property
     def name(self) -> str:
-        """What the person or the system did; empty while nothing was done."""
+        """The signal that was received, "Ctrl-C" or "SIGTERM"; empty while there was none."""
         return "" if self.signum is None else _NAMES[signal.Signals(self.signum)]
 
     def __enter__(self) -> Stop:
@@ -88,7 +88,7 @@ class Stop:
                 name = _NAMES[signal.Signals(data[0])]
                 if self.graceful and seen == 1:
                     print(
-                        f"\ndeepgen: {name}: finishing the {self._unit} in hand; once more to stop at once",
+                        f"\ndeepgen: {name}: finishing the current {self._unit}; once more stops at once",
                         file=sys.stderr,
                     )
                 elif self.graceful or not self._noticed.wait(_PATIENCE_SECONDS):

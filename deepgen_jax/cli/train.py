@@ -18,9 +18,9 @@ from deepgen_jax.files import LocalPath
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Trains, or goes on training where the run's folder has a checkpoint.
+    """Trains, continuing from the newest checkpoint in the run's folder if there is one.
 
-    On SIGTERM or Ctrl-C the step in hand is finished and saved; the same command goes on from there.
+    On SIGTERM or Ctrl-C the current step is finished and saved; the same command continues from there.
     """
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
@@ -31,11 +31,11 @@ class TrainCommand:
     """Continue from the checkpoint of this step, or from the one before the newest (previous); later ones are put
     aside."""
     show: bool = False
-    """Print the whole configuration as JSON, and do nothing else."""
+    """Print the whole configuration as JSON and exit."""
     compilation_cache: LocalPath | None = None
     """Folder that keeps compiled programs, or "off". Default: $DEEPGEN_CACHE_DIR, else ~/.cache/deepgen-jax/xla."""
     stopped_status: Annotated[int, arg(metavar="STATUS")] = 0
-    """What to end with after SIGTERM, 0 to 255: not 0 where a scheduler starts again only what failed."""
+    """Exit status after SIGTERM, 0 to 255; not 0 where a scheduler restarts only what failed."""
     processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 
     def run(self) -> int:
@@ -61,7 +61,7 @@ class TrainCommand:
         from deepgen_jax.training.loop import train
 
         # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
-        # collective, would hold it until none can go on.
+        # collective, would deadlock.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         first = self.processes.join()
         enable_compilation_cache(self.compilation_cache)
@@ -83,7 +83,7 @@ class TrainCommand:
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:
-            say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command goes on from it")
+            say(f"stopped by {stop.name} after step {outcome.step}, which is saved; the same command continues from it")
             return self.stopped_status if stop.signum == signal.SIGTERM else 128 + signal.SIGINT
         say(f"done: {outcome.step} steps in {config.out}")
         return 0

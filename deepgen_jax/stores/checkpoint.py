@@ -161,7 +161,7 @@ class Checkpoints:
 
 
 def set_aside(run: Path, step: int) -> Path | None:
-    """Moves the checkpoints of a run after ``step`` to a folder of their own, so that the run continues from it.
+    """Moves the checkpoints of a run after ``step`` to the folder :data:`SET_ASIDE`, so that the run continues from it.
 
     Returns:
       that folder; None where there was none to move.

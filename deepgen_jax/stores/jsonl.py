@@ -15,7 +15,7 @@ from deepgen_jax.errors import DeepGenError
 
 
 class LineWriter:
-    """Appends objects to a file, each written out at once; a context manager."""
+    """Appends objects to a file, flushed one by one; a context manager."""
 
     def __init__(self, path: Path) -> None:
         """Opens ``path``, which is made where it does not exist.
@@ -65,7 +65,7 @@ def plain(value: Any) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log that may be growing; a line that is not whole, such as the last after a kill, is left out.
+    """The objects of a log that may be growing; incomplete lines, such as the last one after a kill, are skipped.
 
     Raises:
       OSError: the file cannot be read.
@@ -97,10 +97,10 @@ def last_line(path: Path) -> dict[str, Any] | None:
 
 
 def truncate(path: Path, last_step: int) -> None:
-    """Drops what a log says of steps after ``last_step``, and a half-written end; a missing file is left missing.
+    """Removes entries of steps after ``last_step`` and a half-written end; does nothing where there is no file.
 
-    The lines are looked through from the end, and the file is cut in place: this takes no longer for a long log, and
-    being interrupted leaves it either cut or not.
+    Lines are read from the end and the file is truncated in place, so that the time does not grow with the log and an
+    interruption leaves it either truncated or untouched.
 
     Raises:
       DeepGenError: the file cannot be changed.

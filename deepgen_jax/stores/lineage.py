@@ -1,7 +1,7 @@
 """Where a run's starting weights come from, pinned when it is first launched.
 
 A run starts from a model folder, perhaps with what earlier runs trained on top. The latest values of one thing that
-trains may lie several runs back: reinforcement learning goes on from a run that trained bridge, MMDiT and adapters, and
+trains may be several runs back: reinforcement learning starts from a run that trained bridge, MMDiT and adapters, and
 trains the MMDiT alone. So a run's description lists, for everything that was ever trained, the run and the step that
 hold it. An earlier run that trains on later does not change what its successors started from.
 
@@ -42,7 +42,7 @@ class Saved(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Origin:
+class StartingPoint:
     """What a run starts from, all paths absolute.
 
     Attributes:
@@ -64,7 +64,7 @@ class Origin:
             "inherited": {name: {"run": str(at.run), "step": at.step} for name, at in self.inherited.items()},
         }
 
-    def moved(self, model: Path | None, start: Path | None) -> Origin:
+    def moved(self, model: Path | None, start: Path | None) -> StartingPoint:
         """The same with the model folder, and the run it started from, in other places."""
         model = self.model if model is None else model.absolute()
         if start is None:
@@ -73,36 +73,37 @@ class Origin:
         inherited = {
             name: at._replace(run=start) if at.run == self.start else at for name, at in self.inherited.items()
         }
-        return Origin(model, start, inherited)
+        return StartingPoint(model, start, inherited)
 
 
-def read_origin(run: Path) -> Origin:
+def read_starting_point(run: Path) -> StartingPoint:
     """The origin in a run's description.
 
     Raises:
-      DeepGenError: the folder is none of a training run, or its description is damaged.
+      DeepGenError: the folder is not one of a training run, or its description is damaged.
     """
     description = read_run(run)
     try:
         values = description["origin"]
         inherited = {name: Saved(Path(at["run"]), int(at["step"])) for name, at in values["inherited"].items()}
-        return Origin(Path(values["model"]), Path(values["start"]) if values["start"] else None, inherited)
+        return StartingPoint(Path(values["model"]), Path(values["start"]) if values["start"] else None, inherited)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeepGenError(f"{run / RUN_FILE} is damaged ({error!r}); give another run") from None
 
 
-def origin_of(config: Run) -> Origin:
+def starting_point_of(config: Run) -> StartingPoint:
     """What a run starts from: as its folder pins it, or, before its first launch, what is newest now.
 
     Raises:
       DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model, or the folder is damaged.
     """
     if (Path(config.out) / RUN_FILE).is_file():
-        return read_origin(Path(config.out)).moved(config.model_folder, Path(config.start) if config.start else None)
-    return newest_origin(config)
+        start = Path(config.start) if config.start else None
+        return read_starting_point(Path(config.out)).moved(config.model_folder, start)
+    return newest_starting_point(config)
 
 
-def newest_origin(config: Run) -> Origin:
+def newest_starting_point(config: Run) -> StartingPoint:
     """What a run would start from now.
 
     Raises:
@@ -110,14 +111,14 @@ def newest_origin(config: Run) -> Origin:
     """
     model, start = config.model_folder, Path(config.start) if config.start else None
     if start is None:
-        return Origin(model.absolute(), None, {})
-    base = read_origin(start).model
+        return StartingPoint(model.absolute(), None, {})
+    base = read_starting_point(start).model
     if not _same_model(base, model):
         raise DeepGenError(f"{start} was trained on {base}, another model than {model}; give model={base}")
-    return Origin(model.absolute(), start.absolute(), trained_until(start, newest_step(start)))
+    return StartingPoint(model.absolute(), start.absolute(), trained_until(start, newest_step(start)))
 
 
-def trained_until(run: Path, step: int, origin: Origin | None = None) -> dict[str, Saved]:
+def trained_until(run: Path, step: int, origin: StartingPoint | None = None) -> dict[str, Saved]:
     """Names as in a run's ``trains`` -> the checkpoint with the latest values, at a step of a run.
 
     Args:
@@ -126,10 +127,10 @@ def trained_until(run: Path, step: int, origin: Origin | None = None) -> dict[st
       origin: of the run; by default the one in its description.
 
     Raises:
-      DeepGenError: the folder is none of a training run, or its description is damaged.
+      DeepGenError: the folder is not one of a training run, or its description is damaged.
     """
     trains = read_run(run)["config"]["trains"]
-    kept = dict((read_origin(run) if origin is None else origin).inherited)
+    kept = dict((read_starting_point(run) if origin is None else origin).inherited)
     for adapters, part in ADAPTED.items():
         if part in trains:  # they were merged into what has trained since
             kept.pop(adapters, None)

@@ -1,4 +1,4 @@
-"""A training run's folder, as far as it tells of itself without arrays: description, checkpoints' steps, last metrics.
+"""A training run's folder without its arrays: description, steps of checkpoints, last metrics.
 
 Importing this module is light.
 """
@@ -20,7 +20,7 @@ RUN_FORMAT, RUN_VERSION = "deepgen-jax-run", 1
 #: Where a run's folder keeps its checkpoints.
 CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
-#: Where a run's folder lists, a file each, the steps of checkpoints that later runs started from.
+#: Subfolder with one empty file for each step whose checkpoint later runs started from.
 _PINNED = "pinned"
 
 
@@ -34,10 +34,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The description of a training run: {"kind", "config", "origin", ...}.
+    """A training run's description: {"kind", "config", "origin", ...}.
 
     Raises:
-      DeepGenError: the folder is none of a training run.
+      DeepGenError: the folder is not one of a training run.
     """
     path = folder / RUN_FILE
     try:
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DeepGenError(f"{path} cannot be read ({error}); give the folder of another training run") from None
     if not isinstance(values, Mapping) or values.get("format") != RUN_FORMAT:
-        raise DeepGenError(f"{folder} is no training run; give a folder that `deepgen train` wrote")
+        raise DeepGenError(f"{folder} is not a training run; give a folder that `deepgen train` wrote")
     if values.get("version") != RUN_VERSION:
         raise DeepGenError(f"{path} is of version {values.get('version')}, expected {RUN_VERSION}; update the package")
     return dict(values)
@@ -60,7 +60,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def pin(run: Path, step: int) -> None:
-    """Keeps the checkpoint of a step for good, however long the run goes on; says so where that cannot be written."""
+    """Protects the checkpoint of a step from removal by its run; warns where that cannot be recorded."""
     marker = run / _PINNED / str(step)
     if marker.exists():
         return
@@ -70,12 +70,12 @@ def pin(run: Path, step: int) -> None:
     except OSError as error:
         warn_user(
             f"{marker} cannot be written ({error.strerror}); should {run} train on, keep its checkpoint of step "
-            f"{step}, from which this run starts each time that it goes on"
+            f"{step}, from which this run starts each time it is resumed"
         )
 
 
 def pinned_steps(run: Path) -> set[int]:
-    """Steps that :func:`pin` was called with."""
+    """Steps protected by :func:`pin`."""
     folder = run / _PINNED
     return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} if folder.is_dir() else set()
 
@@ -105,5 +105,5 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def last_metrics(run: Path) -> dict[str, Any] | None:
-    """What a run logged last, or None."""
+    """The newest entry of a run's metrics, or None."""
     return last_line(run / METRICS_FILE)

@@ -23,7 +23,7 @@ def load_config(path_or_name: str) -> RunConfig:
     """What ``get_config()`` returns, in a Python file or in a packaged configuration such as "pretrain".
 
     Raises:
-      DeepGenError: there is no such file, it fails (told with its line), or it gives something else.
+      DeepGenError: there is no such file, it fails (the message has the line), or it returns something else.
     """
     path = _config_file(path_or_name)
     try:

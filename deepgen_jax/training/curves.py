@@ -39,7 +39,7 @@ class Look:
       title: above it.
       unit: beside the vertical axis.
       log: a logarithmic vertical axis, or scale of colours.
-      bins: what the items of a list stand for; they are drawn against the range from 0 to 1.
+      bins: label of the items of a list, which are drawn against the range from 0 to 1.
       smooth: draw a moving average.
     """
 
@@ -84,7 +84,7 @@ LOOKS = {
 
 
 def read_curves(folder: Path, label: str = "") -> Curves:
-    """The metrics in a run's folder; lines that are not whole are left out, so that a run may go on meanwhile.
+    """The metrics in a run's folder; incomplete lines are skipped, so the run may still be writing.
 
     Raises:
       DeepGenError: there is no such run, or it has logged nothing yet.
@@ -163,7 +163,7 @@ def over_steps(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.
 
 
 def series_label(panel: Panel, name: str) -> str:
-    """What tells a metric from the others of its panel; "all" for the one that the panel is named after."""
+    """The part of a metric's name that differs within its panel; "all" for the one that names the panel."""
     if panel.key.startswith("reward/"):
         middle, _, kind = name.removeprefix(panel.key).rpartition("/")
         return (middle.removeprefix("@") or "all") + ("" if kind == "mean" else f" {kind}")

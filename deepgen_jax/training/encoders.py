@@ -1,4 +1,4 @@
-"""The frozen encoders, the VAE's and the vision tower, alone: loaded without the rest of the model, and told apart."""
+"""The frozen encoders (VAE encoder and vision tower): loading them without the rest of the model, and their digest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.stores import model_folder
-from deepgen_jax.stores.lineage import origin_of
+from deepgen_jax.stores.lineage import starting_point_of
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
 
@@ -28,7 +28,7 @@ _ENCODERS = ("vae", "vision")
 def encoder_digest(folder: Path) -> str:
     """A digest of the weights that cached features depend on: the VAE's encoder, the vision tower and its adapters.
 
-    It is that of their values, whatever dtype holds them, so that copies and exports of a model agree.
+    It depends on their values, not on the dtype that holds them, so that copies and exports of a model agree.
 
     Raises:
       DeepGenError: the folder is no model folder, or its parameters are missing or damaged.
@@ -60,10 +60,10 @@ def check_untrained(run: RunConfig) -> None:
     Raises:
       DeepGenError: an earlier run has trained one.
     """
-    inherited = origin_of(run).inherited
+    inherited = starting_point_of(run).inherited
     if trained := [part for part in _ENCODERS if part in inherited]:
         raise DeepGenError(
-            f"{run.start} goes on from another {trained[0]} than that of {run.model_folder}, from which features are "
+            f"{run.start} was trained with another {trained[0]} than that of {run.model_folder}, whose features are "
             f"cached; run `deepgen export {run.start} --format model --out FOLDER`, and give model=FOLDER start="
         )
 

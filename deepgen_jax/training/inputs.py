@@ -1,8 +1,8 @@
 """Pixels of a micro-batch -> what the training step takes: latents, reference tokens and VLM tokens, padded.
 
-The VAE and the vision tower are frozen and run without gradients, so they are programs of their own, one a bucket of
-image sizes; their results are padded to sizes that all buckets share, and the training step is one program. Cached
-features enter at :func:`assemble`.
+The VAE and the vision tower are frozen and run without gradients, as separate programs, one for each bucket of image
+sizes; their results are padded to sizes that all buckets share, and the training step is one program. Cached features
+enter at :func:`assemble`.
 """
 
 from __future__ import annotations

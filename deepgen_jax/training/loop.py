@@ -21,7 +21,7 @@ from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.chips import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.stores.checkpoint import Checkpoints, set_aside
-from deepgen_jax.stores.lineage import newest_origin, origin_of
+from deepgen_jax.stores.lineage import newest_starting_point, starting_point_of
 from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_config import RunConfig
@@ -167,10 +167,10 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
     elif run.is_dir() and any(path.name != files.LOCK_FILE for path in run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
-    origin = origin_of(config) if saved else newest_origin(config)
+    origin = starting_point_of(config) if saved else newest_starting_point(config)
     values["origin"] = origin.to_json()
     values["devices"] = list(dict.fromkeys([*used, *([devices] if devices else [])]))
-    if jax.process_count() > 1:  # nobody takes for another run what the first is about to write
+    if jax.process_count() > 1:  # all have looked before process 0 writes
         multihost_utils.sync_global_devices("run looked at")
     if jax.process_index() == 0:
         try:
@@ -180,7 +180,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
         files.write_text(path, json.dumps(values, indent=2))
         for at in set(origin.inherited.values()):
             pin(at.run, at.step)
-    if jax.process_count() > 1:  # all go by what the first has pinned
+    if jax.process_count() > 1:  # all read what process 0 has pinned
         multihost_utils.sync_global_devices("run described")
 
 

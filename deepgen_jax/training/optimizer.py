@@ -16,7 +16,7 @@ from deepgen_jax.training.partition import decays
 # Root mean square of Muon's updates per learning rate: about that of AdamW's, so that one rate does for both
 # (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
 _MUON_RMS = 0.2
-# Matrices that read out the result: orthogonal updates are for what lies between input and output.
+# Output heads: orthogonal updates are for hidden layers.
 _HEADS = ("proj_out",)
 
 

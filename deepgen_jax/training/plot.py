@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 #: File formats by suffix.
 SUFFIXES = (".png", ".pdf", ".svg")
-#: Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is faint on white.
+#: Okabe and Ito's palette for any colour vision, without its yellow, which is faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B5A2B")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _COLUMNS = 3
-#: Ranges of steps that a heat map tells apart.
+#: Columns of a heat map: ranges of steps.
 _HEAT_COLUMNS = 200
 _STYLE: Any = {
     "font.size": 9,

@@ -153,17 +153,17 @@ class RunConfig:
     Attributes:
       model: model folder that the run starts from, or "nano" for the one in the package.
       start: folder of an earlier run whose newest trained weights replace the model folder's; "" for none.
-      out: folder of this run; a run that was interrupted goes on from its newest checkpoint there.
+      out: folder of this run; an interrupted run continues from its newest checkpoint there.
       steps: optimiser steps.
       trains: names of the parts that train.
-      seed: of noise, noise levels, dropout and fresh adapters.
+      seed: of noise, noise levels, dropout and new adapters.
       mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" for `usual_mesh`, weights split over
         the GPUs of a host or 16 chips, batches over all.
-      dtype: of the computation; trained parameters are float32 masters all the same.
+      dtype: of the computation; trained parameters are float32 masters in any case.
       remat: what the backward pass computes again: "none", "dots" (all but products of matrices), "flash" (all but
         flash attention) or "full" (all, but on GPUs not flash attention either).
       ema_decay: of a moving average of the trained parameters; None for none.
-      max_bad_steps: the run stops after so many steps in a row without a finite loss and gradient.
+      max_bad_steps: the run stops after this many consecutive steps without a finite loss and gradient.
     """
 
     model: LocalPath
@@ -211,12 +211,11 @@ class SupervisedConfig(RunConfig):
         shares of the tasks, and one program.
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
         products, with more memory for activations.
-      gather_frozen: layers of the language model, which are frozen but for adapters, lie whole on every device from the
-        start of a run, and are not gathered each time they are used: takes as much memory as they are large (5.2 GiB),
-        and pays where gathering them takes longer than computing with them.
+      gather_frozen: replicate the frozen layers of the language model on every device instead of gathering them at each
+        use. Takes their size in memory (5.2 GiB), and pays where gathering takes longer than computing.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
-      noise_shift: of the noise levels, in place of the scheduler's: a larger one trains more on pictures that are all
-        but noise, where nothing but the text tells what is in them.
+      noise_shift: of the noise levels, in place of the scheduler's; larger trains more on nearly pure noise, where only
+        the text says what is in the picture.
     """
 
     data: DataConfig
@@ -243,8 +242,8 @@ class AutoencoderConfig(RunConfig):
       data: whose targets and references are reconstructed; its texts are not used.
       accumulation: micro-batches of one optimiser step.
       loss: "l1" (mean absolute) or "l2" (mean squared) difference of pixels in -1..1.
-      kl_weight: of the divergence of latents from the mean and deviation that the model's VAE config tells, in nats a
-        latent value. Larger makes latents more regular and pictures less exact.
+      kl_weight: of the divergence of latents from the mean and deviation in the model's VAE config, in nats per latent
+        value. Larger makes latents more regular and pictures less exact.
       decoder_only: the encoder stays as it is, so that the model's other parts may have been trained before.
       latent_noise: standard deviation of noise on normalised latents, besides the posterior's own, before they are
         decoded: makes the decoder forgive what an MMDiT does not denoise exactly.

@@ -190,7 +190,7 @@ def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) 
     # Each host would else draw its part of other batches.
     if jax.process_count() > 1 and not same_on_all(loader.plan.settings):
         loader.close()
-        raise DeepGenError("hosts have read different data; give all the same files and the same settings")
+        raise DeepGenError("hosts have read different data; give every host the same files and settings")
     return loader
 
 

@@ -72,7 +72,7 @@ class StepSettings:
 
 
 def draw(keys: jax.Array, micro: MicroBatch, settings: StepSettings) -> Draws:
-    """Draws for B samples, each from its own key [B], whatever the padding and the mesh."""
+    """Draws for B samples, each from its own key [B], independent of padding and mesh."""
     _, tokens, width = micro.latents.shape
 
     def one(key: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:

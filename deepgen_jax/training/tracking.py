@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
+from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.outputs import save_image
 from deepgen_jax.stores.jsonl import LineWriter, plain, truncate
@@ -35,13 +36,13 @@ PICTURES = "pictures"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What sinks are told about the run.
+    """Information for sinks about the run.
 
     Attributes:
       folder: the run's folder; it exists.
       log: the run's settings.
       config: the whole resolved configuration, JSON-ready.
-      start_step: optimiser steps that were done before; what was logged of later ones is to be forgotten.
+      start_step: optimiser steps that were done before; later ones that were logged are discarded.
     """
 
     folder: Path
@@ -64,7 +65,7 @@ class Sink(Protocol):
         """Takes a picture that has been saved as ``path``."""
 
     def close(self, failed: bool) -> None:
-        """Hands on what is left; ``failed`` tells that the run ends with an error."""
+        """Flushes; ``failed`` says whether the run ends with an error."""
 
 
 class JsonLines:
@@ -121,7 +122,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; its id is kept in the run's folder, so that a resumed run goes on there."""
+    """A Weights & Biases run; its id is kept in the run's folder, so that a resumed run continues it."""
 
     def __init__(self, wandb: Any, run: Any) -> None:
         self._wandb, self._run = wandb, run
@@ -135,11 +136,11 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            mend = "pip install 'deepgen-jax[log]', or leave log.wandb empty"
-            raise DeepGenError(f"log.wandb names a project but wandb is missing; {mend}") from error
+            fix = "pip install 'deepgen-jax[log]', or leave log.wandb empty"
+            raise DeepGenError(f"log.wandb names a project but wandb is missing; {fix}") from error
         id_file = run.folder / "wandb-id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            files.write_text(id_file, uuid.uuid4().hex[:8])
         try:
             handle = wandb.init(
                 project=run.log.wandb,
@@ -151,9 +152,9 @@ class WandB:
             )
         except Exception as error:
             text = " ".join(str(error).split())
-            mend = "log in with `wandb login`, or set WANDB_MODE=offline"
-            raise DeepGenError(f"the W&B run cannot be started ({text}); {mend}") from error
-        # Steps as an axis of their own: pictures and metrics of a step may come in any order.
+            fix = "log in with `wandb login`, or set WANDB_MODE=offline"
+            raise DeepGenError(f"the W&B run cannot be started ({text}); {fix}") from error
+        # A separate step axis: pictures and metrics of a step may come in any order.
         handle.define_metric("step", hidden=True)
         handle.define_metric("*", step_metric="step")
         return cls(wandb, handle)
@@ -243,7 +244,7 @@ class Tracker:
             sink.picture(step, name, image, path)
 
     def close(self, failed: bool = False) -> None:
-        """Closes every sink, also when one of them fails to; ``failed`` tells that the run ends with an error."""
+        """Closes every sink, also when one of them fails to; ``failed`` says whether the run ends with an error."""
         with self._open:
             for sink in self._sinks:
                 self._open.callback(sink.close, failed)

@@ -24,7 +24,7 @@ from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.random_keys import Training
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.checkpoint import load_weights, stored_weights
-from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, origin_of
+from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, starting_point_of
 from deepgen_jax.training.inputs import sample_keys
 from deepgen_jax.training.partition import Tree, init_lora, join, split
 from deepgen_jax.training.run_config import RunConfig
@@ -69,7 +69,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     manifest = model_folder.read_manifest(folder)
     adapted = _adapted_parts(run)
     config = _with_adapters(manifest.config, run)
-    inherited = origin_of(run).inherited
+    inherited = starting_point_of(run).inherited
     adapters = _read_adapters(folder, manifest, inherited, mesh)
     going_on = {part: adapters.pop(part) for part in adapted if part in adapters}
     for found in going_on.values():

@@ -457,7 +457,7 @@ def test_a_signal_lets_the_batch_finish(tmp_path: Path, signum: int, name: str, 
     made = len(pixels(tmp_path / "out"))
     assert 2 <= made < 40
     assert made % 2 == 0
-    assert f"deepgen: {name}: finishing the batch in hand; once more to stop at once" in err
+    assert f"deepgen: {name}: finishing the current batch; once more stops at once" in err
     text = f"{made} of 40 images are in out; run the same command for the rest"
     assert f"deepgen: stopped by {name}: {text}" in err
     assert "Traceback" not in err

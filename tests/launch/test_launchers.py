@@ -177,7 +177,7 @@ def test_slurm_job_queues_itself_again_when_its_time_is_up(status, requeued, pro
 
 
 class TPUWorker:
-    """Runs what gcloud would on a worker of a TPU VM, in a home folder of its own."""
+    """Runs what gcloud would on a worker of a TPU VM, in a separate home folder."""
 
     def __init__(self, folder):
         self.home = folder / "home"
@@ -205,7 +205,7 @@ def test_tpu_vm_runs_detached_with_a_log(programs):
     assert log.read_text().startswith("a b train sft out=runs/my run")
     second = worker.run("--", *WORDS)
     assert second.returncode == 1
-    assert "a run is going on; --stop ends it" in second.stderr
+    assert "a run is active; --stop ends it" in second.stderr
     assert worker.run("--stop").returncode == 0
     assert log.read_text().splitlines()[-1] == "saved"
     status = Path("/proc") / (worker.folder / "deepgen.pid").read_text().strip() / "status"

@@ -27,7 +27,7 @@ from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, PLACES
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.settings import apply
 from deepgen_jax.stores import model_folder
-from deepgen_jax.stores.lineage import origin_of
+from deepgen_jax.stores.lineage import starting_point_of
 from deepgen_jax.stores.model_folder import NANO, PACKAGED, PARTS, load_params, locate, read_manifest
 from deepgen_jax.training.config_files import load_config, packaged_configs
 from deepgen_jax.training.weights import load_start
@@ -168,7 +168,7 @@ def test_commands_and_runs_take_the_name(packaged: Path, capsys, monkeypatch: py
     assert main(["export", "nano", "--format", "model", "--out", "copy"]) == 2
     assert "is a model folder already" in capsys.readouterr().err
     config = apply(load_config("nano/vae_small"), ["model=nano", "out=run"])
-    assert origin_of(config).model == packaged
+    assert starting_point_of(config).model == packaged
     assert set(load_start(config, make_mesh(None)).trainable["params"]) == {"vae"}
     pipe = DeepGenPipeline.from_pretrained("nano")
     assert pipe.config == nano_config()

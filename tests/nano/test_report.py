@@ -102,7 +102,7 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
         (["--scores", "x=list.json"], "list.json is not what `deepgen eval nano MODEL --json` prints"),
         (["--scores", "x=renders.json"], "renders.json is not what `deepgen eval nano MODEL --json` prints"),
         (["--runs", "nowhere"], "nowhere has no run of nano's configurations"),
-        (["--runs", "other"], "other/vae is no training run"),
+        (["--runs", "other"], "other/vae is not a training run"),
         (["--out", "bare.md"], "bare.md has no place for the report"),
         (["--out", "nothing.md"], "nothing.md cannot be read"),
     ],

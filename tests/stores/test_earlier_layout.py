@@ -19,7 +19,7 @@ from support import runs
 from deepgen_jax.convert import export
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.stores import model_folder
-from deepgen_jax.stores.lineage import read_origin
+from deepgen_jax.stores.lineage import read_starting_point
 from deepgen_jax.stores.run_folder import read_run, saved_steps
 
 CONFIG = """
@@ -69,7 +69,7 @@ def test_the_model_folder_loads(folder: Path):
 def test_the_run_loads_and_exports(folder: Path):
     assert read_run(folder / "run")["kind"] == "supervised"
     assert saved_steps(folder / "run") == [2]
-    assert read_origin(folder / "run").model == folder / "model"
+    assert read_starting_point(folder / "run").model == folder / "model"
     export(folder / "run", "model", folder / "exported")
     before, after = (model_folder.load_params(folder / name, dtype="float32") for name in ("model", "exported"))
     changed = {

@@ -1,4 +1,4 @@
-"""A run that is killed or stopped goes on as if nothing had happened."""
+"""A run that is killed or stopped continues as if nothing had happened."""
 
 from __future__ import annotations
 

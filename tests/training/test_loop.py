@@ -178,7 +178,7 @@ def test_a_run_that_has_saved_nothing_takes_other_settings(config):
     assert description["origin"]["model"] == str(Path(config.model).absolute())
 
 
-def test_all_devices_that_a_run_has_seen_are_told(config, run):
+def test_all_devices_that_a_run_has_used_are_recorded(config, run):
     run(config, stop=1)
     assert read_run(Path(config.out))["devices"] == ["1 x cpu"]
     for devices in ("8 x TPU v6e", "1 x cpu", ""):

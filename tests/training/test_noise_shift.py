@@ -24,7 +24,7 @@ def test_noise_levels_follow_the_shift():
     np.testing.assert_allclose(np.median(sigma), 30 / 31, atol=2e-3)
 
 
-def test_bad_shifts_are_told():
+def test_bad_shifts_are_refused():
     config = load_config("pretrain")
     with pytest.raises(DeepGenError, match="noise_shift is 0"):
         replace(config, noise_shift=0.0)

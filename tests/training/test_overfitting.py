@@ -1,4 +1,4 @@
-"""A tiny model learns 8 pictures with captions and 4 edits by heart, through the packaged configurations."""
+"""A tiny model memorises 8 pictures with captions and 4 edits, through the packaged configurations."""
 
 from __future__ import annotations
 

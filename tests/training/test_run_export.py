@@ -27,7 +27,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.loading import load_model
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores.checkpoint import Checkpoints
-from deepgen_jax.stores.lineage import Saved, origin_of, trained_until
+from deepgen_jax.stores.lineage import Saved, starting_point_of, trained_until
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import saved_steps
 from deepgen_jax.training.loop import describe
@@ -193,7 +193,7 @@ def test_weights_from_several_runs_back(first: Run, second: Run, model: Path, tm
     second_at, fourth_at = Saved(second.folder, 6), Saved(fourth.folder, 3)
     assert trained_until(fourth.folder, 3) == {"bridge": second_at, "lora": second_at, "mmdit": fourth_at}
     again = dataclasses.replace(third.config, start=str(third.folder), out=str(tmp_path / "again"))
-    assert origin_of(again).inherited["mmdit_lora"] == Saved(third.folder, 3)
+    assert starting_point_of(again).inherited["mmdit_lora"] == Saved(third.folder, 3)
 
 
 def test_what_a_run_starts_from_is_pinned_and_may_move(
