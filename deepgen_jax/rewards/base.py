@@ -147,7 +147,7 @@ def guarded(function: Callable[[RewardSample], float | Missing], sample: RewardS
     """``function(sample)``; `Missing` where it fails in a way that is to be expected."""
     try:
         return function(sample)
-    except Exception as error:
+    except Exception as error:  # Rewards run code of others; what is not expected is raised again.
         if not is_expected(error):
             raise
         return Missing(failure_reason(error))

@@ -32,10 +32,10 @@ class PromptDataset:
     """One prompt list.
 
     Attributes:
-      name: tells it from the others.
+      name: unique among the data sets of a run.
       prompts: its records.
       rewards: weight of every reward that counts for them.
-      weight: how much more often it is drawn than its mode's rule alone says.
+      weight: multiplies its chance to be drawn.
     """
 
     name: str

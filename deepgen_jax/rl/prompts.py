@@ -19,12 +19,12 @@ from deepgen_jax.rl.prompt_files import PromptDataset, SamplingMode, read_prompt
 
 @dataclass(frozen=True)
 class PromptSample:
-    """One prompt that was drawn.
+    """One drawn prompt.
 
     Attributes:
       text: the prompt.
       dataset: name of its data set.
-      rewards: weight of every reward that counts for it.
+      rewards: weight of each of its rewards.
       metadata: the other fields of its record.
       index: number of the draw, counted over all steps; images are seeded by it.
     """
@@ -39,8 +39,8 @@ class PromptSample:
 class PromptSampler:
     """``sampler[step]`` are the prompts of an update, the whole global list on every host.
 
-    Data sets take turns in fixed proportions, spread evenly: over any stretch of draws each keeps to its share within
-    an event or two. Each is gone through in a random order without repeats, and then in another.
+    Data sets take turns in fixed proportions, spread evenly: in any range of draws each gets its share within a draw or
+    two. Each is visited in random order without repeats, then in another order.
 
     Attributes:
       datasets: what is drawn from.
@@ -90,7 +90,7 @@ class PromptSampler:
 
     @property
     def order(self) -> dict[str, Any]:
-        """What the order of the draws depends on beside the seed, JSON."""
+        """All that the order of the draws depends on besides the seed, JSON."""
         sizes = [[dataset.name, len(dataset.prompts)] for dataset in self.datasets]
         return {"prompts_per_step": self.prompts_per_step, "datasets": sizes, "rates": [int(x) for x in self._rates]}
 
@@ -106,7 +106,7 @@ class PromptSampler:
 
 
 def check_prompts(datasets: Sequence[PromptDataset], tokenize: Callable[[str], object]) -> None:
-    """Tries every prompt once, so that none ends a run at the step that draws it.
+    """Tries every prompt once, so that an unusable one is found before the run starts.
 
     Args:
       datasets: of prompts.
