@@ -186,7 +186,7 @@ class Benchmark(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has no figures")
 
 
-def numbered(items: Sequence[Item]) -> None:
+def check_distinct(items: Sequence[Item]) -> None:
     """Raises a DeepGenError where two items have the same key or file."""
     seen: dict[str, Item] = {}
     for item in items:

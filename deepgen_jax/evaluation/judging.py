@@ -30,8 +30,8 @@ MAX_SIDE = 1024
 _WORDS = {"yes": 1, "no": 0}
 #: Characters of the longest list of numbers that is read.
 _LONGEST = 4096
-#: Reasons of `RequestFailed` after which no other question can succeed either.
-_HOPELESS = ("HTTP 400", "HTTP 401", "HTTP 403", "HTTP 404", "HTTP 405")
+#: Reasons of `RequestFailed` that, where nothing was answered yet, mean that no question will be.
+_HOPELESS = ("connection error", "HTTP 400", "HTTP 401", "HTTP 403", "HTTP 404", "HTTP 405")
 
 
 @dataclass
@@ -116,7 +116,7 @@ async def _ask(
         try:
             values = await judge.ask(text + again, urls, lambda reply: read_answer(reply, question))
         except RequestFailed as failure:
-            if str(failure) in _HOPELESS or (str(failure) == "connection error" and not result.answers):
+            if str(failure) in _HOPELESS and not result.answers:
                 raise DeepGenError(f"the judge at {judge.url} gives no answer ({failure}); check --judge") from None
             result.missing[str(failure)] += 1
             return

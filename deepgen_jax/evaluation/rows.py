@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Row:
             value = int(value)
         text = str(value).strip()
         bad = isinstance(value, (bool, float)) or not isinstance(value, (str, int)) or not text
-        if bad or text.startswith(".") or any(c in text for c in '/\\\0:*?"<>|\n') or len(text.encode()) > 200:
+        if bad or text.startswith(".") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", text) or len(text.encode()) > 200:
             raise DeepGenError(f"{self.where}: {names[0]!r} is {value!r}, which cannot be a file name")
         return text
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.evaluation.benchmark import Benchmark, Item, numbered
+from deepgen_jax.evaluation.benchmark import Benchmark, Item, check_distinct
 from deepgen_jax.files import read_text, write_text
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.defaults import resolve_sampling
@@ -103,7 +103,7 @@ def plan_images(
     Raises:
       DeepGenError: two items have the same file.
     """
-    numbered(items)
+    check_distinct(items)
     requests: list[Request] = []
     failures: list[Failure] = []
     for index, item in enumerate(items):

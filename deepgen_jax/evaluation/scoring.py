@@ -107,7 +107,7 @@ def lines(title: str, scores: Scores) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Shot:
+class MadeImage:
     """An image that is there: its item, its number among the item's, and its file in the tree."""
 
     item: Item
@@ -115,13 +115,13 @@ class Shot:
     file: str
 
 
-def shots(items: Sequence[Item], out: Path) -> list[Shot]:
+def made_images(items: Sequence[Item], out: Path) -> list[MadeImage]:
     """The images that are there.
 
     Raises:
       DeepGenError: there are none.
     """
-    found = [Shot(item, k, file) for item in items for k, file in enumerate(item.files) if (out / file).is_file()]
+    found = [MadeImage(item, k, file) for item in items for k, file in enumerate(item.files) if (out / file).is_file()]
     if not found:
         raise DeepGenError(f"{out} holds no image of the run; make them with `deepgen eval` first")
     return found
@@ -133,7 +133,7 @@ def score_by_judge(benchmark: Benchmark, items: Sequence[Item], out: Path, judge
     Raises:
       DeepGenError: there is nothing to ask, or the judge cannot be asked.
     """
-    there = shots(items, out)
+    there = made_images(items, out)
     questions: list[Question] = []
     owners: list[tuple[int, str]] = []
     for place, shot in enumerate(there):
@@ -166,7 +166,7 @@ def score_by_ocr(benchmark: Benchmark, items: Sequence[Item], out: Path, clip: s
     from deepgen_jax.rewards.cache import AnswerCache
     from deepgen_jax.rewards.ocr import OCRReward
 
-    there = shots(items, out)
+    there = made_images(items, out)
     reader = OCRReward(workers=1)
     log = AnswerCache(str(RunFolder(out).records / _WORDS))
     answers: list[dict[str, Sequence[float]]] = []
@@ -204,7 +204,7 @@ def score_from_official(benchmark: Benchmark, items: Sequence[Item], out: Path, 
     Raises:
       DeepGenError: the results cannot be read, or are of other images.
     """
-    there = shots(items, out)
+    there = made_images(items, out)
     read = benchmark.read_official(results, items, out)
     scored = {shot.file: read.get(shot.file) for shot in there}
     if not any(scored.values()):
@@ -214,7 +214,7 @@ def score_from_official(benchmark: Benchmark, items: Sequence[Item], out: Path, 
 
 def score_exactly(benchmark: Benchmark, items: Sequence[Item], out: Path) -> Scores:
     """Scores of a benchmark whose code here knows the truth."""
-    there = shots(items, out)
+    there = made_images(items, out)
     scored: dict[str, ImageScore | None] = {}
     with progress_bar(len(there), 0, "images") as bar:
         bar.set_description_str("", refresh=False)
@@ -227,7 +227,7 @@ def score_exactly(benchmark: Benchmark, items: Sequence[Item], out: Path) -> Sco
 def _summary(
     benchmark: Benchmark,
     items: Sequence[Item],
-    there: Sequence[Shot],
+    there: Sequence[MadeImage],
     scored: Mapping[str, ImageScore | None],
     judge: str,
     missing: Mapping[str, int] | None = None,
@@ -253,7 +253,7 @@ def _summary(
     )
 
 
-def _clip_scores(there: Sequence[Shot], out: Path, clip: str) -> list[float]:
+def _clip_scores(there: Sequence[MadeImage], out: Path, clip: str) -> list[float]:
     """CLIPScore (Hessel et al., 2021): 2.5 max(cos, 0), of the text behind "A photo depicts "."""
     from deepgen_jax.rewards.base import RewardSample
     from deepgen_jax.rewards.clip_score import CLIPReward

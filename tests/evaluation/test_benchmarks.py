@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support import benchmark_data as data
 from support.benchmark_data import make, tree
@@ -343,3 +346,50 @@ def test_an_eleventh_benchmark_is_one_file(tmp_path: Path, pipe: FakePipeline):
     words = [str(tmp_path / "model"), *words, "--size", "64"]
     assert main(["eval", f"{tmp_path}/eleventh.py:Eleventh", *words]) == 0
     assert tree(tmp_path / "out") == {"1.png", "2.png"}
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"dpg", "gedit"}))
+@given(value=JSON_VALUES, pick=st.randoms(use_true_random=False))
+@settings(max_examples=25)
+def test_any_value_is_read_or_named(name: str, value: object, pick, tmp_path_factory: pytest.TempPathFactory):
+    """One value of a row replaced by anything: the row is read, or one line names its place."""
+    folder = tmp_path_factory.mktemp(name)
+    given_data = data.WRITERS[name](folder)
+    path = pick.choice([path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".csv")])
+    if path.suffix == ".csv":
+        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8"))))
+        rows[pick.randrange(1, len(rows))][pick.randrange(3)] = str(value).replace("\0", "")
+        buffer = io.StringIO()
+        csv.writer(buffer).writerows(rows)
+        path.write_text(buffer.getvalue(), encoding="utf-8", errors="replace")
+    else:
+        lines = path.suffix == ".jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
+        row = rows
+        while isinstance(row, (list, dict)) and row and not (isinstance(row, dict) and _is_row(row)):
+            row = pick.choice(list(row.values()) if isinstance(row, dict) else row)
+        assert isinstance(row, dict)
+        row[pick.choice(sorted(row))] = value
+        path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    benchmark = open_benchmark(name)
+    message = str(folder)
+    try:
+        items = benchmark.read(Reading(given_data, "m"))
+        if benchmark.scorer == "judge":
+            for item in items:
+                benchmark.questions(item, 0, folder)
+    except DeepGenError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert str(folder) in message
+
+
+def _is_row(values: dict) -> bool:
+    return any(name.lower() in ("prompt", "instruction", "tag") for name in values)

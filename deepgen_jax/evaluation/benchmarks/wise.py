@@ -54,7 +54,9 @@ class WISE(Benchmark):
 
     def read(self, reading: Reading) -> list[Item]:
         items = []
-        for path in find_files(reading.data, ["*.json", "data/*.json"], [".json"]):
+        paths = find_files(reading.data, ["*.json", "data/*.json"], [".json"])
+        # The repository also holds the prompts rewritten without their riddle.
+        for path in [path for path in paths if "rewrite" not in path.stem] or paths:
             for row in read_rows(path):
                 name, prompt = row.name("prompt_id"), row.text("Prompt")
                 facts = {"explanation": row.text("Explanation"), "subcategory": str(row.get("Subcategory"))}
