@@ -1,7 +1,7 @@
-"""Notices: things a person should know about that are no errors, such as a size that was rounded.
+"""Warnings for users: what is worth knowing but no error, such as a size that was rounded.
 
-Library code calls `notify`, an ordinary Python warning of category `DeepGenWarning`; the command line shows each
-different notice once, as ``deepgen: note: ...`` on stderr.
+Library code calls `warn_user`, which issues an ordinary Python warning of category `DeepGenWarning`; the command line
+shows each different one once, as ``deepgen: note: ...`` on stderr.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 
 
 class DeepGenWarning(UserWarning):
-    """Category of every notice, so that a program can silence or collect them with `warnings`."""
+    """Category of these warnings, so that a program can silence or collect them with `warnings`."""
 
 
 def warn_user(message: str, stacklevel: int = 2) -> None:
-    """Tells the caller about ``message``; ``stacklevel`` counts from the function that calls this one."""
+    """Warns with ``message``; ``stacklevel`` counts from the function that calls this one."""
     warnings.warn(message, DeepGenWarning, stacklevel=stacklevel + 1)
 
 
 @contextlib.contextmanager
 def collect_warnings(show: Callable[[str], None]) -> Iterator[None]:
-    """Within the block, hands each different notice to ``show`` once; other warnings go their usual way.
+    """Within the block, passes each different warning to ``show`` once; other warnings are shown as usual.
 
-    Pillow's warnings are dropped: what they tell of (broken metadata, large pictures) is either harmless or an error
-    with a message of our own.
+    Pillow's warnings are dropped: what they report (broken metadata, large pictures) is either harmless or an error
+    with a message from this package.
     """
     seen: set[str] = set()
     with warnings.catch_warnings():

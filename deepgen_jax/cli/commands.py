@@ -78,7 +78,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "compile": Subcommand(
         "deepgen_jax.cli.compile",
         "CompileCommand",
-        "tell memory and estimated speed of a run on a TPU pod or GPU cluster, without one",
+        "estimate memory and speed of a run on a TPU pod or GPU cluster, without one",
         (
             "deepgen compile sft --topology v6e:8x8",
             "deepgen compile grpo --topology h100:64 --program rollout --json report.json",
@@ -90,7 +90,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "inspect": Subcommand(
                 "deepgen_jax.cli.data",
                 "InspectCommand",
-                "tell what a configuration reads: counts, sizes, speed, pictures",
+                "show what a configuration reads: counts, sizes, speed, pictures",
                 (
                     "deepgen data inspect sft model=deepgen data.sources.pairs.path=/data/pairs.json",
                     "deepgen data inspect configs/mine.py --contact-sheet look.png --seconds 20",
@@ -190,7 +190,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "info": Subcommand(
         "deepgen_jax.cli.info",
         "InfoCommand",
-        "tell what a model folder or a training run holds",
+        "show what a model folder or a training run holds",
         ("deepgen info deepgen", "deepgen info runs/sft --json"),
     ),
     "export": Subcommand(

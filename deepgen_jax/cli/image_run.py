@@ -101,7 +101,7 @@ class ImageRun:
                 failed += new
                 cut_short = len(made) + len(new) < len(todo)
             unfinished = missing.difference(made)
-            finished = {file: told for file, told in metadata.items() if file not in unfinished}
+            finished = {file: values for file, values in metadata.items() if file not in unfinished}
             written = finish(finished) if finish else ()
         ready = len(requests) - len(missing)
         already = f" ({ready} there already)" if ready else ""

@@ -1,4 +1,4 @@
-"""``deepgen info``: what a model folder or a training run holds, told from its description alone."""
+"""``deepgen info``: what a model folder or a training run holds, from its description alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Tells what a model folder or a training run holds; the weights are not read."""
+    """Shows what a model folder or a training run holds; the weights are not read."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """Model folder, folder of a training run, or nano."""
@@ -40,8 +40,8 @@ class InfoCommand:
         """Prints; returns the exit status."""
         folder = locate(self.folder)
         if is_run(folder):
-            told = run_facts(folder)
-            print(json.dumps(told, indent=2) if self.json else "\n".join(run_lines(told)))
+            facts_of_run = run_facts(folder)
+            print(json.dumps(facts_of_run, indent=2) if self.json else "\n".join(run_lines(facts_of_run)))
             return 0
         manifest, scheduler = read_manifest(folder), read_scheduler(folder)
         if self.json:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``deepgen`` with the given words (by default those of the command line).
 
     Returns:
-      exit status: 0; 1 where some prompts of many failed; 2 for an error, told in one line on stderr; 130 and 143 after
+      exit status: 0; 1 where some prompts of many failed; 2 for an error, one line on stderr; 130 and 143 after
       Ctrl-C and SIGTERM.
     """
     # Before JAX starts: it leaves a quarter of a GPU unused otherwise. Both names at once it refuses.
@@ -182,7 +182,7 @@ def one_line(box: str) -> str:
         else:
             sections[-1].append(line)
     if "╭" not in text:
-        # A terminal without such characters: the title is not in the frame but a section of its own.
+        # A terminal without such characters: the title is not in the frame but a separate section.
         del sections[:1]
     problem = sections[0] if sections else []
     if problem and problem[0].strip().startswith("Missing from"):

@@ -38,7 +38,7 @@ from deepgen_jax.user_warnings import warn_user
 
 @dataclass
 class PromptArguments:
-    """The words after the command; a class of its own so that a command's first options can follow them in the help."""
+    """The words after the command; a separate class, so that a command's first options can follow them in the help."""
 
     model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None
     """Model folder, made by `deepgen convert`. Left out, or nano: the small model of the package."""
@@ -289,7 +289,7 @@ class SamplingCommand(PromptArguments):
 
 
 def open_model(folder: Path) -> tuple[DeepGenConfig, PromptCheck]:
-    """What can be told about a model folder without its weights: its config, and whether it can take a prompt.
+    """Config of a model folder and the check of its prompts; weights are not read.
 
     Raises:
       DeepGenError: no such folder, or no model folder.

@@ -138,7 +138,7 @@ def plan(
         try:
             planned = _requests(record, settings, check_prompt, where)
             for request in planned:
-                # Some file systems tell no case, so neither does this.
+                # Some file systems ignore case.
                 first = taken.setdefault(request.file.casefold(), where)
                 if first != where:
                     raise DeepGenError(f"its image {request.file} is also that of {first}; give it another id")
@@ -287,9 +287,9 @@ def _batch(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        mend = "use a smaller --batch-size" if size > 1 else "use a smaller --size or split the model with --mesh"
+        fix = "use a smaller --batch-size" if size > 1 else "use a smaller --size or split the model with --mesh"
         what = f"{size} images of {first.width}x{first.height} in a batch"
-        raise DeepGenError(f"out of memory for {what}; {mend}") from error
+        raise DeepGenError(f"out of memory for {what}; {fix}") from error
     if count_evaluations is not None and (evaluations := getattr(out, "evaluations", None)) is not None:
         count_evaluations(*evaluations)
     return [(request, image) for (request, _), image in zip(ready, out.images, strict=False)]

@@ -21,7 +21,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     A folder that cannot be written is no error: a notice says so and programs are compiled anew.
 
     Args:
-      folder: where; "off" for nowhere. By default ``$DEEPGEN_CACHE_DIR``, then what JAX itself has been told
+      folder: where; "off" for nowhere. By default ``$DEEPGEN_CACHE_DIR``, then JAX's own setting
         (``$JAX_COMPILATION_CACHE_DIR``), then ``~/.cache/deepgen-jax/xla``.
 
     Returns:

@@ -76,9 +76,9 @@ def write_grids(
         if not all(file in metadata for file in files):
             continue
         pictures = [load_image(folder / file) for file in files]
-        told = [metadata[file] for file in files]
-        digest = hashlib.sha256("".join(image["fingerprint"] for image in told).encode()).hexdigest()[:32]
+        shown = [metadata[file] for file in files]
+        digest = hashlib.sha256("".join(image["fingerprint"] for image in shown).encode()).hexdigest()[:32]
         sheet = tiled(pictures, math.ceil(math.sqrt(len(pictures))))
-        save_image(sheet, folder / name, {"file": name, "images": told, "fingerprint": digest})
+        save_image(sheet, folder / name, {"file": name, "images": shown, "fingerprint": digest})
         written.append(folder / name)
     return written

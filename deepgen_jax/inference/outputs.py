@@ -96,8 +96,8 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
     return {
         "file": request.file,
         **what,
-        "images": [_told(path) for path in request.images],
-        "model": _told(model.folder),
+        "images": [_path_text(path) for path in request.images],
+        "model": _path_text(model.folder),
         "deepgen_jax": deepgen_jax.__version__,
         "jax": version("jax"),
         "fingerprint": digest,
@@ -105,7 +105,7 @@ def describe(request: Request, settings: Settings, model: Model) -> dict[str, An
     }
 
 
-def _told(path: Path) -> str:
+def _path_text(path: Path) -> str:
     """The whole path as text, also where its bytes are no UTF-8."""
     return str(path.absolute()).encode("utf-8", "backslashreplace").decode()
 
