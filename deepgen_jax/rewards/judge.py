@@ -13,6 +13,9 @@ from deepgen_jax.rewards.base import Missing
 from deepgen_jax.rewards.client import Client, ClientConfig
 from deepgen_jax.rewards.image_codec import jpeg_data_url
 
+#: An unreadable reply that the server ended at ``max_tokens``.
+CUT_OFF = Missing("reply cut off at max_tokens")
+
 
 class Judge:
     """Asks ``/v1/chat/completions`` at temperature 0.
@@ -77,9 +80,13 @@ class Judge:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        return await self.client.post(
-            self.url, payload, lambda answer: read(_content(answer)), lambda result: not isinstance(result, Missing)
-        )
+
+        def parse(answer: Any) -> Any:
+            result = read(_content(answer))
+            cut_off = answer["choices"][0].get("finish_reason") == "length"
+            return CUT_OFF if cut_off and isinstance(result, Missing) else result
+
+        return await self.client.post(self.url, payload, parse, lambda result: not isinstance(result, Missing))
 
 
 def fill_template(template: str, prompt: str) -> str:

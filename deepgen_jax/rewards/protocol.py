@@ -17,6 +17,7 @@ fields of the prompt. "failures" is optional; ``permanent`` means that another t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ def read_answer(answer: Any, count: int) -> list[float | Missing]:
             if not isinstance(entry, dict) or "reason" not in entry:
                 raise ValueError("a failure has no reason")
             results.append(Missing(str(entry["reason"])[:200], entry.get("permanent") is True))
-        elif isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score):
+        elif isinstance(score, int | float) and not isinstance(score, bool) and abs(score) <= sys.float_info.max:
             results.append(float(score))
         else:
             raise ValueError("a score is no number")

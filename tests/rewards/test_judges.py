@@ -126,6 +126,18 @@ def test_reasons_of_unreadable_replies_are_counted_and_a_group_of_them_is_missin
     }
 
 
+def test_unreadable_reply_that_is_cut_off_has_its_own_reason():
+    def judge(number, body):
+        choice = {"message": {"content": ["Let me think", "Image 1"][number]}, "finish_reason": "length"}
+        return Reply(json.dumps({"choices": [choice]}), raw=True)
+
+    with JudgeServer(judge) as server:
+        options = {"both_orders": True, "client": {**FAST, "concurrency": 1}}
+        scores, _ = score("preference", [shade(10), shade(200)], server.url, **options)
+    assert scores.notes == {"reply cut off at max_tokens": 1}
+    assert np.isfinite(scores.values).all()
+
+
 def test_reply_in_parts():
     parts = [{"type": "reasoning", "data": 1}, {"type": "text", "text": "Image"}, {"type": "text", "text": " 2"}]
     body = json.dumps({"choices": [{"message": {"content": parts}}]})

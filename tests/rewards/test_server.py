@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import re
@@ -19,15 +20,18 @@ import zlib
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards import Missing, Reward, RewardConfig, RewardSample, Scores, make
 from deepgen_jax.rewards.image_codec import decode_png_base64, png_base64
-from deepgen_jax.rewards.protocol import read_answer, read_request, write_answer, write_request
+from deepgen_jax.rewards.protocol import parse_request, read_answer, read_request, write_answer, write_request
 from deepgen_jax.rewards.server import RewardServer
 from deepgen_jax.rewards.server_limits import Budget, Busy, ServerLimits
 
 LIMITS = ServerLimits(body_bytes=100_000, pixels=1000, samples=6, connections=4, request_seconds=2, score_seconds=2)
+FIELDS = st.sampled_from(["reward", "samples", "image", "prompt", "group", "metadata", "scores", "failures", "reason"])
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 
 
@@ -254,11 +258,40 @@ def test_protocol_round_trip():
 
 @pytest.mark.parametrize(
     "answer",
-    [{}, [], {"scores": [1]}, {"scores": [1, "2"]}, {"scores": [1, True]}, {"scores": [1, float("inf")]}],
+    [
+        {},
+        [],
+        {"scores": [1]},
+        {"scores": [1, "2"]},
+        {"scores": [1, True]},
+        {"scores": [1, float("inf")]},
+        {"scores": [1, 10**400]},
+    ],
 )
 def test_answer_of_another_form_is_unreadable(answer):
     with pytest.raises((ValueError, KeyError, TypeError)):
         read_answer(answer, 2)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(png_base64(IMAGE)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS | st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(json_values)
+def test_any_request_is_read_or_refused(value):
+    for request in (value, {"reward": "jpeg", "samples": value}, {"reward": "jpeg", "samples": [value]}):
+        with contextlib.suppress(DeepGenError):
+            assert parse_request(request, 1000, 6).pixels <= 1000
+
+
+@given(json_values)
+def test_any_answer_is_read_or_unreadable(value):
+    for answer in (value, {"scores": value}, {"scores": [value]}, {"scores": [None], "failures": {"0": value}}):
+        with contextlib.suppress(ValueError):
+            assert len(read_answer(answer, 1)) == 1
 
 
 def test_reasons_may_be_left_out():
