@@ -64,7 +64,7 @@ class Request:
 
     @property
     def compilable(self) -> Compilable:
-        """The program that is asked for.
+        """The requested program.
 
         Raises:
           DeepGenError: the configuration has none of that name.
@@ -112,7 +112,7 @@ class Job:
         return self._program.latency_hiding
 
     def compile(self, options: dict[str, Any]) -> Report:
-        """Compiles to the end.
+        """Runs the whole compilation.
 
         Raises:
           DeepGenError: the compiler fails for another reason than memory.

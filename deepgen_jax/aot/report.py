@@ -1,4 +1,4 @@
-"""What compiling one program for one mesh told: memory by kind, collectives, an estimated time; as a table and JSON."""
+"""Report of one compiled program: memory by kind, collectives and estimated time, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepgen_jax.aot.estimate import ASSUMPTIONS, Estimate
 from deepgen_jax.aot.topology import Topology
 from deepgen_jax.parallel.chips import GIB
 
-#: Kinds of memory in the order in which they are told.
+#: Kinds of memory in the order of the report.
 KINDS = (
     "trainable weights", "moving average", "frozen weights", "optimiser", "batch", "gradients",
     "activations and work space",
@@ -25,19 +25,19 @@ class Report:
     """One program on one mesh.
 
     Attributes:
-      command: that gives this report again.
+      command: that reproduces the report.
       program, unit, batch, micro_batch, summary: of :class:`deepgen_jax.parallel.abstract.AbstractProgram`.
       topology: what it was compiled for.
       mesh: axis -> size.
-      memory: kind -> bytes a device; empty where the compiler gave up before it knew.
-      needed: bytes a device in all.
-      flops: operations of the model in one run, over all devices.
-      estimate: None where it was not compiled to the end.
-      compile_seconds: that the compiler took.
+      memory: kind -> bytes a device.
+      needed: total bytes a device.
+      flops: operations of the model in one run, over all devices, recomputation not counted.
+      estimate: None if the compiler ran out of memory.
+      compile_seconds: spent tracing and compiling.
       trains: it ends in an optimiser step.
       latency_hiding: as for `deepgen_jax.parallel.jit_options`.
-      choice: mesh and rematerialisation, where several were tried.
-      advice: what would make it fit, where it does not.
+      choice: mesh and settings, in a search.
+      advice: changes that need less memory, if it does not fit.
     """
 
     command: str
@@ -64,21 +64,21 @@ class Report:
 
     @property
     def mfu(self) -> float | None:
-        """Operations of the model over what the devices could do in the estimated time."""
+        """Model FLOPs utilisation: operations of the model over the devices' peak in the estimated time."""
         if self.estimate is None:
             return None
         return self.flops / (self.topology.size * self.topology.chip.peak_flops * self.estimate.seconds)
 
     @property
     def bound(self) -> float | None:
-        """MFU if arithmetic, HBM and network each ran at full rate beside the others: no program is faster."""
+        """MFU if arithmetic, HBM and network overlapped perfectly, each at full rate: an upper bound."""
         if self.estimate is None:
             return None
         times = (self.estimate.arithmetic_seconds, self.estimate.memory_seconds, self.estimate.network_seconds)
         return self.flops / (self.topology.size * self.topology.chip.peak_flops * max(times))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in bytes, operations and seconds a device; with the assumptions."""
+        """All values, in bytes, operations and seconds a device, with the assumptions."""
         chip = self.topology.chip
         found: dict[str, Any] = {
             "command": self.command,
@@ -103,7 +103,7 @@ class Report:
         return found
 
     def table(self) -> str:
-        """What a person reads."""
+        """The report as text."""
         chip, mesh = self.topology.chip, ",".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
         lines = [f"{self.program} on {self.topology}, mesh {mesh or 'of one device'}"]
         lines += [*(f"  {line}" for line in self.summary), ""]
@@ -135,7 +135,7 @@ class Report:
             f"network {estimate.network_seconds:.3f} s",
             f"estimated {estimate.seconds:.3f} s a run, {self.batch / estimate.seconds:.1f} {self.unit} a second, "
             f"MFU {self.mfu:.3f} of {chip.peak_flops / 1e12:.0f} TFLOP/s",
-            f"bound: arithmetic, HBM and network side by side, each at full rate, give MFU {self.bound:.3f}",
+            f"bound: MFU if arithmetic, HBM and network overlapped perfectly {self.bound:.3f}",
             "assumed:",
             *(f"  {line}" for line in ASSUMPTIONS),
         ]
@@ -149,8 +149,8 @@ def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, f
 
     Args:
       memory: kind -> tree of shapes with shardings, see ``AbstractProgram.memory``.
-      work: what the program needs besides its arguments.
-      trains: gradients, as large as what trains, are part of it.
+      work: bytes of temporaries and outputs that alias no argument.
+      trains: the temporaries include gradients, as large as the trainable weights.
     """
     found = {kind: shard_bytes(tree) for kind, tree in memory.items()}
     if trains:

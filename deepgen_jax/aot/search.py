@@ -1,4 +1,4 @@
-"""Tries meshes and rematerialisation for a topology and a batch, and ranks those that fit by their estimated time."""
+"""Search over meshes and rematerialisation: compiles each choice and ranks those that fit by estimated time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat
 from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST
 
-#: What the backward pass computes again, most first. On GPUs "flash" is the same as "full".
+#: Rematerialisation, least memory first. On GPUs "flash" is the same as "full".
 REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
 
 
 def meshes(topology: Topology) -> Iterator[str]:
-    """Sensible meshes as text.
+    """Candidate meshes as text.
 
-    Weights are split over 8, 16 or all chips of a slice, or over the GPUs of a host, of four and of all; heads at most
-    over four neighbours. "data" is across slices.
+    Weights are split over 8, 16 or all chips of a slice, or over the GPUs of one, four or all hosts; heads over at most
+    four devices. "data" spans slices.
     """
     size, slices = topology.size // topology.slices, topology.slices
     usual = (GPUS_PER_HOST, 4 * GPUS_PER_HOST) if topology.gpu else (8, 16)
@@ -36,18 +36,17 @@ def meshes(topology: Topology) -> Iterator[str]:
 
 
 def search(request: Request, run: Callable[[Request], Report], say: Callable[[str], None]) -> list[Report]:
-    """All reports, best first: those that fit by estimated time, then the others by what they need.
+    """All reports, best first: those that fit by estimated time, then the others by memory.
 
-    Every mesh is tried with every rematerialisation, and the best choice with the language model whole on every device,
-    too.
+    Compiles every mesh with every rematerialisation, and the best choice again with ``gather_frozen``.
 
     Args:
-      request: its mesh, if it has one, is the only one that is tried.
+      request: only its mesh is tried, if it has one.
       run: compiles a request.
-      say: is told of every try.
+      say: prints a line about each attempt.
 
     Raises:
-      DeepGenError: no choice can be compiled at all.
+      DeepGenError: no choice can be compiled.
     """
     found: list[_Choice] = []
     problems: list[str] = []
@@ -64,7 +63,7 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
             return None
         report.choice = " ".join((mesh, *words)) if report.trains else mesh
         found.append(_Choice(report, mesh, settings))
-        time = f"{report.estimate.seconds:.3f} s" if report.estimate else "not compiled to the end"
+        time = f"{report.estimate.seconds:.3f} s" if report.estimate else "out of memory"
         say(f"{report.choice}: {report.needed / GIB:.1f} GiB, {'fits' if report.fits else 'does not fit'}, {time}")
         return report
 
@@ -76,7 +75,7 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
             if report is None or not report.trains:
                 break
     if not found:
-        raise DeepGenError(f"no mesh of {request.topology} takes this: {problems[0]}")
+        raise DeepGenError(f"no mesh of {request.topology} can be compiled: {problems[0]}")
     best = min(found, key=lambda choice: _rank(choice.report))
     split = best.report.program == "step" and best.report.mesh["fsdp"] > 1
     if split and best.report.fits and not getattr(request.config, "gather_frozen", True):
@@ -85,7 +84,7 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
 
 
 class _Choice(NamedTuple):
-    """What was compiled with which settings of the run."""
+    """A report with the settings of the run."""
 
     report: Report
     mesh: str
@@ -93,7 +92,7 @@ class _Choice(NamedTuple):
 
 
 def ranking(reports: list[Report]) -> str:
-    """A line a choice."""
+    """A table with one line for each choice."""
     lines = [f"{'choice':<48}{'GiB':>8}{'fits':>6}{'seconds':>10}{'MFU':>7}"]
     for report in reports:
         seconds = f"{report.estimate.seconds:.3f}" if report.estimate else "-"

@@ -1,4 +1,4 @@
-"""Devices that are not there: TPU slices and GPU clusters that programs can be compiled for, and what they can do."""
+"""TPU slices and GPU clusters that programs can be compiled for without the devices."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _TARGETS = {"h100": "h100_sxm.txtpb"}
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice, several slices or a cluster, by name.
+    """A TPU slice, several slices, or a GPU cluster.
 
     Attributes:
-      name: as it was asked for, such as "v6e:8x8" or "h100:64".
+      name: as on the command line, such as "v6e:8x8" or "h100:64".
       kind: one of :data:`KINDS`.
       shape: chips along each dimension of one slice; () for GPUs.
-      slices: joined by the data-centre network; 1 for GPUs.
-      size: devices in all.
+      slices: connected by the data-centre network; 1 for GPUs.
+      size: total number of devices.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Topology:
 
     @property
     def sort(self) -> str:
-        """What these devices are called."""
+        """Plural of a device, for messages."""
         return "GPUs" if self.gpu else "chips"
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """A topology of ``KIND:SHAPE`` (TPU) or ``KIND:NUMBER`` (GPU).
 
     Raises:
-      DeepGenError: an unknown kind, or a shape that it does not come in.
+      DeepGenError: unknown kind, or wrong shape.
     """
     kind, _, rest = text.strip().lower().partition(":")
     if kind not in KINDS:
@@ -88,7 +88,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
 
 
 def prepare(topology: Topology) -> None:
-    """Sets what JAX and the compilers' plugins read as they start; call it before JAX is imported.
+    """Sets environment variables that JAX and compiler plugins read on import; call it before JAX is imported.
 
     Raises:
       DeepGenError: the compiler for these devices is not installed.
@@ -97,10 +97,10 @@ def prepare(topology: Topology) -> None:
     if importlib.util.find_spec(plugin) is None:
         raise DeepGenError(f"compiling for {topology.name} needs {plugin}; run pip install 'deepgen-jax[{extra}]'")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # The compiler's warnings would stand between the lines of the report.
+    # Keep the compiler's warnings out of the report.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not topology.gpu:
-        # libtpu asks these of a TPU VM's metadata server when nobody tells it; any will do, none of it is compiled in.
+        # Otherwise libtpu queries the metadata server of a TPU VM. The values do not affect compilation.
         os.environ.update(
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
             TPU_ACCELERATOR_TYPE="v5litepod-16",
@@ -123,7 +123,7 @@ def compiler_versions(topology: Topology) -> str:
 
 
 def describe(topology: Topology) -> Sequence[Any]:
-    """The devices, for meshes; after :func:`prepare`.
+    """The devices of a topology; after :func:`prepare`.
 
     Raises:
       DeepGenError: the compiler does not know such a topology.

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompileCommand:
-    """Compiles a run's real programs with the real compiler of a TPU slice or GPU cluster, without either.
+    """Compiles the programs of a run for a TPU slice or GPU cluster, without the devices; estimates memory and time.
 
-    Needs the compiler's package alone: `pip install 'deepgen-jax[tpu]'` or `'deepgen-jax[cuda]'`, each in an
-    environment of its own. A compilation takes minutes on few cores and some GB of memory.
+    Needs only the compiler: `pip install 'deepgen-jax[tpu]'` or `'deepgen-jax[cuda]'`, in separate environments. A
+    compilation takes minutes and about 3 GB of memory.
     """
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
@@ -42,20 +42,20 @@ class CompileCommand:
     prompt_tokens: int = 100
     """Tokens of a prompt with its template."""
     largest_batch: bool = False
-    """Look for the largest batch that fits, with the same number of micro-batches."""
+    """Search for the largest batch that fits, in the same number of micro-batches."""
     search: bool = False
-    """Try meshes and rematerialisation (all of --mesh, or sensible ones) and rank them."""
+    """Compile several meshes (or --mesh) with each rematerialisation, and rank them."""
     json: Path | None = None
-    """Write everything there, too."""
+    """Also write the report to this file."""
 
     def run(self) -> int:
-        """Compiles and prints; 0 also where the program does not fit."""
+        """Compiles and prints; 0 also if the program does not fit."""
         from deepgen_jax.aot import topology as topologies
 
         if not self.topology:
             raise DeepGenError("--topology missing; name one, such as v6e:8x8 or h100:64")
         if self.largest_batch and (self.search or self.batch is not None):
-            raise DeepGenError("--largest-batch looks for a batch by itself; leave --batch and --search out")
+            raise DeepGenError("--largest-batch searches for a batch; leave --batch and --search out")
         if self.json is not None and not self.json.parent.is_dir():
             raise DeepGenError(f"--json {self.json}: there is no folder {self.json.parent}")
         topology = topologies.parse_topology(self.topology, self.slices)

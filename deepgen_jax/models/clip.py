@@ -1,4 +1,4 @@
-"""CLIP's text and image towers (Radford et al., 2021), whose features' cosine tells how well an image fits a text."""
+"""CLIP's text and image towers (Radford et al., 2021); the cosine of their features scores how an image fits a text."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class CLIPTowerConfig:
 class CLIPConfig:
     """Both towers; the defaults are ViT-L/14.
 
-    ``eos_token_id`` is where a text's features are read. 2 stands for the greatest token id of the text, as in
-    configurations that were written with a wrong id.
+    ``eos_token_id``: text features are read at this token; 2 means the largest token id of the text, as in older
+    configurations with a wrong id.
     """
 
     text: CLIPTowerConfig = field(default_factory=CLIPTowerConfig)
@@ -99,7 +99,7 @@ class CLIP(nn.Module):
     def text_features(self, input_ids: jax.Array) -> jax.Array:
         """Token ids [B, L] int32, each text closed by its end token and then padded -> [B, projection_dim].
 
-        Tokens attend to earlier ones alone, so that what stands behind the end token does not matter.
+        Attention is causal, so that tokens after the end token do not matter.
         """
         x = self.token_embedding(input_ids) + self.text_positions[: input_ids.shape[1]].astype(self.dtype)
         x, _ = self.text_layers(x)

@@ -1,8 +1,8 @@
 """Analytic floating-point operation counts of every part's forward pass.
 
-Products of matrices and convolutions count two operations a multiply-add; everything else (norms, activations,
-softmax) is left out. Attention counts all pairs of a query and a key, whether a mask hides them or not. All counts are
-of one sample; a training step's backward pass costs twice the forward pass.
+Matrix products and convolutions count two operations a multiply-add; norms, activations and softmax are left out.
+Attention counts all pairs of a query and a key, masked or not. All counts are of one sample; the backward pass of a
+training step costs twice the forward pass.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def training(
 ) -> int:
     """Forward and backward pass of one sample through language model, bridge and MMDiT.
 
-    A part that trains costs three forward passes; one that only hands gradients on, two; one before all that trains,
-    one. Adapters' own products and what is computed again to save memory are not counted.
+    A part that trains costs three forward passes; one that only propagates gradients, two; one before all trainable
+    parts, one. Products of adapters and recomputation are not counted.
 
     Args:
       config: the model.

@@ -1,7 +1,7 @@
-"""The Qwen2.5-VL language model, as far as DeepGen runs it: the selected hidden states, not the words.
+"""The Qwen2.5-VL language model up to the hidden states that DeepGen reads.
 
 With ``h_0`` the embeddings and ``h_i`` the output of i decoder layers, DeepGen reads ``h_{L-1}, h_{L-7}, ...``. The
-last decoder layer and the final norm never run, so they are no part of this module.
+last decoder layer, the final norm and the LM head are not part of this module.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, angles: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Hidden state [B, L, hidden] after this layer, as what goes on and as what may be read."""
+        """Hidden state [B, L, hidden] after this layer, as carry and as output of the scan."""
         cfg = self.config
 
         def linear(name: str, features: int, bias: bool = False) -> Linear:
@@ -94,7 +94,7 @@ class QwenText(nn.Module):
         Args:
           embeddings: [B, L, hidden] of left-padded prompts with think tokens at the end.
           positions: [3, B, L] int32 M-RoPE indices.
-          mask: [B, L] bool, True on real tokens. Pads are no keys, and attention gives zeros at pad queries.
+          mask: [B, L] bool, True on real tokens. Padding is not attended, and attention is zero at padded queries.
 
         Returns:
           [n, B, L, hidden], the selected hidden states, deepest first.

@@ -1,7 +1,7 @@
 """The Qwen2.5-VL vision tower: 14x14 patches, window attention, 2-D rotary positions, 2x2 merging.
 
-Attention windows are expressed as segment ids on the patches where they lie, so nothing is reordered: attention does
-not depend on the order of its tokens.
+Attention windows are segment ids of patches in raster order: unlike the reference implementation nothing is reordered,
+as attention does not depend on the order of tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from deepgen_jax.models.stack import Remat, rematerialised
 
 
 def patch_layout(grid_height: int, grid_width: int, config: VisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the patches of one image lie, in the tower's order (2x2 merge units in raster order).
+    """Positions of the patches of one image, in the tower's order (2x2 merge units in raster order).
 
     Args:
       grid_height, grid_width: patches down and across, multiples of ``spatial_merge_size``.
-      config: gives the merge size and the window.
+      config: merge size and window.
 
     Returns:
       rows, columns and window ids, each int32 [grid_height * grid_width]. Windows tile the image from its top left

@@ -1,4 +1,4 @@
-"""Flash attention on TPUs: the Pallas splash kernel of JAX, padded to its blocks, hidden keys in their own segment."""
+"""Flash attention on TPUs: JAX's Pallas splash kernel, with sequences padded to blocks and masked keys in segment 0."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from deepgen_jax.models.layers import FLASH_RESULTS
 
 #: Lanes of a TPU's registers, of which blocks are multiples.
 _LANES = 128
-#: Largest block: scores of one are 4 MiB of on-chip memory.
+#: Largest block: its scores take 4 MiB of on-chip memory.
 _LARGEST_BLOCK = 1024
-#: Keys, values, their gradients and the sums of these are 8 MiB for so many and heads of up to 128 channels.
+#: Number of keys whose keys, values, gradients and sums take 8 MiB with heads of up to 128 channels.
 _MOST_FUSED_KEYS = 2560
 
 
@@ -27,7 +27,7 @@ def splash_attention(
     causal: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """Scaled dot-product attention, as ``attention.attention``; the scores never leave the chip.
+    """Scaled dot-product attention, as ``attention.attention``; scores stay in on-chip memory.
 
     Args:
       query: [B, Q, H, D].
@@ -35,7 +35,7 @@ def splash_attention(
       key_mask: [B, K] bool, True where a key may be attended.
       segment_ids: [B, S] int32 for self-attention: tokens attend within their own segment.
       causal: query i attends keys 0..i.
-      interpret: run the kernel as ordinary operations, on any platform.
+      interpret: run the kernel in the interpreter, on any platform.
 
     Returns:
       [B, Q, H, D]; zeros at queries that have no key to attend.
@@ -53,9 +53,9 @@ def splash_attention(
     keys = key.shape[1]
     q_block, q_length = block_and_length(queries)
     k_block, k_length = block_and_length(keys)
-    # With all keys on the chip one kernel finds the gradients of keys, values and queries, and sums in float32.
+    # With all keys on chip, one kernel computes the gradients of keys, values and queries, summed in float32.
     fused = k_length <= _MOST_FUSED_KEYS
-    # Scores in smaller pieces leave room for that many keys in the 16 MiB that a kernel has on every chip.
+    # Scores in smaller blocks leave room for that many keys in the 16 MiB that a kernel has on every chip.
     halved = fused and k_length > k_block and k_block % (2 * _LANES) == 0
     blocks = BlockSizes(
         block_q=q_block, block_kv=k_block, block_kv_compute=k_block,
@@ -73,7 +73,7 @@ def splash_attention(
             interpret=interpret,
         )
 
-    # Segment 0 is what nothing attends: padding and hidden keys. Padded queries are cut off in the end.
+    # Segment 0 holds padding and masked keys. Padded queries are removed at the end.
     own = jnp.ones((batch, queries), jnp.int32) if segment_ids is None else segment_ids + 1
     seen = jnp.ones((batch, keys), jnp.int32) if segment_ids is None else segment_ids + 1
     if key_mask is not None:
@@ -90,13 +90,13 @@ def splash_attention(
     out = jax.vmap(kernel)(*operands).transpose(0, 2, 1, 3)[:, :queries].astype(query.dtype)
     if key_mask is None:
         return out
-    # The kernel averages over hidden keys where there is no other.
+    # For a query without keys the kernel averages over masked ones.
     any_key = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
     return jnp.where(any_key[..., None, None], out, 0)
 
 
 def block_and_length(length: int) -> tuple[int, int]:
-    """(block, padded length) for a sequence: large blocks, little padding."""
+    """(block, padded length) of a sequence: a trade-off between large blocks and little padding."""
     lanes = -(-length // _LANES)
     most = _LARGEST_BLOCK // _LANES
     while True:

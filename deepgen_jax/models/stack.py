@@ -13,17 +13,18 @@ from deepgen_jax.models.layers import FLASH_RESULTS, KEPT, LORA
 Remat = Literal["none", "dots", "flash", "full"]
 #: Collection of the joint attention's outputs, [layers, B, queries, D], for those who ask for it as mutable.
 ATTENTION_OUTPUTS = "attention_outputs"
-# Fused attention on GPUs, whose results are found by the operation, as they include statistics that have no name.
+# Primitive of fused attention on GPUs. Its results include softmax statistics that cannot be named, so the policy
+# matches the primitive, a private name of JAX; tests/models/test_attention.py fails where a release renames it.
 FLASH = "dot_product_attention_fwd_wrapper"
 
 
 def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
     """``layer`` with activations recomputed in the backward pass.
 
-    "none" keeps everything, "full" keeps only each layer's input, what is :func:`deepgen_jax.models.layers.kept`, and
-    on GPUs results of flash attention. "flash" keeps these on TPUs, too, where they take twice the memory, as heads of
-    64 channels are padded to 128. "dots" also keeps the results of products with weights (no batch dimensions), which
-    are the dearest to recompute.
+    "none" saves all activations. "full" saves the input of each layer, what is marked by
+    :func:`deepgen_jax.models.layers.kept`, and on GPUs the results of flash attention. "flash" saves these on TPUs,
+    too, where they take twice the memory, as heads of 64 channels are padded to 128. "dots" also saves the results of
+    products with weights (no batch dimensions), the most expensive to recompute.
     """
     if remat == "none":
         return layer
@@ -57,10 +58,10 @@ def scanned(body: Any, length: int, broadcast_inputs: int) -> Callable[..., Any]
 def scanned_groups(body: Any, groups: int, size: int, broadcast_inputs: int, *, init: bool) -> Callable[..., Any]:
     """The same for ``groups * size`` layers, with parameters stacked on two new first axes, [groups, size].
 
-    One loop runs through all layers, as one within another would copy the parameters of a group before it starts.
+    A single loop runs over all layers; a nested one would copy the parameters of each group.
 
     Args:
-      init: parameters are being made.
+      init: the module is being initialised.
     """
 
     def merged(tree: Any) -> Any:

@@ -31,7 +31,7 @@ def denormalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
 
 
 def sample_posterior(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> jax.Array:
-    """A draw from the posterior, not normalised, given standard normal ``noise`` of the same shape."""
+    """Sample of the posterior, not normalised; ``noise`` is standard normal of the same shape."""
     return mean + jnp.exp(0.5 * logvar) * noise
 
 
@@ -82,7 +82,7 @@ class GroupNorm(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two norm-SiLU-convolution steps beside a shortcut, which is a 1x1 convolution where the width changes."""
+    """Two norm-SiLU-convolution steps with a shortcut, a 1x1 convolution where the width changes."""
 
     features: int
     groups: int

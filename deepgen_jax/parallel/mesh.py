@@ -34,30 +34,28 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def usual_mesh(count: int, slices: int = 1, *, gpu: bool) -> str:
-    """What a mesh is where none is asked for: batches over all devices, weights over those that are well connected,
-    which are the GPUs of a host or 16 chips (two dimensions of a slice, or a ring).
+    """The default mesh: batches over all devices, weights over devices with fast links, which are the GPUs of a host or
+    16 chips (two dimensions of a slice, or a ring).
 
     Args:
-      count: devices.
-      slices: that they are in, as TPUs are.
-      gpu: whether they are GPUs.
+      count: number of devices.
+      slices: TPU slices that they are in.
+      gpu: they are GPUs.
     """
     fsdp = math.gcd(count // slices, GPUS_PER_HOST if gpu else 16)
     return f"data={count // fsdp},fsdp={fsdp}"
 
 
 def usual_mesh_of(devices: Sequence[jax.Device]) -> str:
-    """:func:`usual_mesh` over devices that are there."""
+    """:func:`usual_mesh` over existing devices."""
     return usual_mesh(len(devices), slices_of(devices), gpu=devices[0].platform == "gpu")
 
 
 def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over ``devices`` (all devices by default); None is a single device.
-
-    TPU slices that only the data-centre network joins are along "data".
+    """A mesh over ``devices``, all by default; None is a single device. "data" spans TPU slices.
 
     Raises:
-      DeepGenError: the sizes do not multiply to the number of devices, or "data" cannot join the slices.
+      DeepGenError: the sizes do not multiply to the number of devices, or "data" does not divide over the slices.
     """
     devices = list(devices if devices is not None else jax.devices())
     sizes = dict.fromkeys(AXES, 1) if spec is None else parse_mesh(spec)
@@ -72,7 +70,7 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
     if slices > 1:
         if sizes["data"] % slices:
             raise DeepGenError(
-                f"mesh {dict(sizes)}: data must be a multiple of the {slices} slices, which it joins; change its sizes"
+                f"mesh {dict(sizes)}: data must be a multiple of the {slices} slices, which it spans; change its sizes"
             )
         inner = (sizes["data"] // slices, *shape[1:])
         array = mesh_utils.create_hybrid_device_mesh(
@@ -86,13 +84,13 @@ def make_mesh(spec: str | None, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def slices_of(devices: Sequence[jax.Device]) -> int:
-    """Number of TPU slices that the devices are in; 1 of other devices."""
+    """Number of TPU slices that the devices are in; 1 for other devices."""
     tpu = devices[0].platform == "tpu"
     return len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
 
 
 def batch_size_multiple(mesh: Mesh) -> int:
-    """Global batches must be multiples of this to be split evenly."""
+    """Number of pieces that a global batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -121,13 +119,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch this host's devices hold: (index, number of parts).
+    """The part of a batch on this host's devices: (index, number of parts).
 
     Its rows need not be consecutive: the devices of a TPU host are a block of the slice, while the axes of the mesh run
-    along its dimensions. Hosts that a tensor axis joins hold the same part.
+    along its dimensions. Hosts along the tensor axis hold the same part.
 
     Raises:
-      DeepGenError: the parts of two hosts overlap, or are not of one size.
+      DeepGenError: the parts of two hosts overlap, or differ in size.
     """
     hosts = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.devices.shape[-1])
     rows = {int(host): frozenset(np.flatnonzero((hosts == host).any(axis=1)).tolist()) for host in np.unique(hosts)}
@@ -138,18 +136,18 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def to_global(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
-    """A batch over all hosts from this host's part of it (see :func:`host_share`), split along dimension ``axis``.
+    """A global batch from this host's part (see :func:`host_share`), split along dimension ``axis``.
 
-    Its rows go to this host's devices in the order of the mesh.
+    Rows go to this host's devices in the order of the mesh.
     """
     array = jax.make_array_from_process_local_data(batch_sharding(mesh, local.ndim, axis), local)
-    # A process of one CPU device starts a program once its inputs are copied, not in the order of the calls: those of
-    # several processes would then meet in different collectives.
+    # A process with one CPU device starts a program once its inputs are copied, not in the order of calls, so that the
+    # collectives of several processes could be matched wrongly.
     return jax.block_until_ready(array) if mesh.devices.flat[0].platform == "cpu" else array
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array on every host, wherever its pieces lie."""
+    """The whole array on every host."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

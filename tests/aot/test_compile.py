@@ -81,12 +81,12 @@ def assert_sound(report):
     assert report["fits"]
     kinds = [size for kind, size in report["memory"].items() if kind not in ("total", "limit")]
     assert report["memory"]["total"] == sum(kinds)
-    # What the model needs, and what is computed again.
+    # The model's operations, and recomputation.
     assert report["estimate"]["operations"] * 8 > 0.9 * report["model_flops"]
     assert 0 < report["mfu"] <= report["mfu_bound"] < 1
 
 
-def test_a_step_is_told_of(step):
+def test_report_of_a_step(step):
     assert_sound(step)
     assert step["estimate"]["collectives"]["all-gather"]["count"] > 0
     memory = step["memory"]
@@ -101,12 +101,12 @@ def test_a_step_is_told_of(step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [case["name"] for case in OTHERS])
-def test_every_program_is_told_of(name, reports):
+def test_report_of_every_program(name, reports):
     assert_sound(reports[name])
 
 
 @pytest.mark.slow
-def test_memory_is_of_the_kinds_that_a_program_has(reports):
+def test_memory_by_kind(reports):
     assert "optimiser" not in reports["inference"]["memory"]
     # What the others of a run use stays on the devices.
     for kind in ("trainable weights", "frozen weights", "optimiser"):
@@ -115,7 +115,7 @@ def test_memory_is_of_the_kinds_that_a_program_has(reports):
 
 
 @pytest.mark.slow
-def test_frozen_layers_that_lie_whole_are_not_sent(model):
+def test_gathered_layers_are_not_communicated(model):
     words = ["data.micro_batch=8", "accumulation=3", "remat=full", "trains=mmdit"]
     settings = {"split": words, "whole": [*words, "gather_frozen=true"]}
     reports = compiled([{**STEP, "name": name, "words": words} for name, words in settings.items()], model)
@@ -135,7 +135,7 @@ def test_twice_the_batch_is_twice_the_arithmetic_and_the_same_weights(reports):
     assert two["memory"]["activations and work space"] > one["memory"]["activations and work space"]
 
 
-def test_a_step_is_lowered_for_what_the_feed_gives(tmp_path, model):
+def test_a_step_is_lowered_for_the_batches_of_a_run(tmp_path, model):
     from deepgen_jax.parallel.mesh import make_mesh
     from deepgen_jax.training.abstract_run import abstract_micro_batches
     from deepgen_jax.training.step_batches import token_budget
@@ -199,7 +199,7 @@ def test_search_splits_weights_over_neighbours_and_hosts():
     assert compiling.Request(config, parse_topology("h100:64")).mesh_text == "data=8,fsdp=8"
 
 
-def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
+def test_search_ranks_what_fits_by_time_with_the_command_of_each(step):
     """Whole meshes need more; "dots" is faster and too large on the first."""
     topology = parse_topology("h100:8")
     config = config_files.load_config("tiny_sft")
@@ -230,7 +230,7 @@ def test_search_ranks_what_fits_by_time_and_tells_the_command_of_each(step):
     assert search.ranking(reports).splitlines()[4].split()[-3:] == ["no", "1.000", "0.000"]
 
 
-def test_what_does_not_fit_is_told_with_a_mend(model):
+def test_a_program_that_does_not_fit_comes_with_advice(model):
     words = [f"model={model}", *SIZES[:2], "remat=dots", "gather_frozen=true"]
     config = settings.apply(config_files.load_config("tiny_sft"), words)
     request = compiling.Request(config, parse_topology("h100:1"))
@@ -264,7 +264,7 @@ def test_bad_input_is_one_line(words, message, capsys):
 
 
 @pytest.mark.parametrize(("topology", "extra"), [("v6e:8x8", "[tpu]"), ("h100:8", "[cuda]")])
-def test_a_missing_compiler_is_told_with_what_to_install(topology, extra, capsys, monkeypatch):
+def test_a_missing_compiler_is_reported_with_what_to_install(topology, extra, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main(["compile", "sft", "--topology", topology]) == 2
@@ -291,7 +291,7 @@ def test_batches_that_do_not_divide_are_refused(model):
         compiling.Job(dataclasses.replace(request, batch=8, program="rollout"), jax.devices())
 
 
-def test_the_compilers_complaint_tells_what_is_needed():
+def test_memory_needed_is_read_from_the_compilers_error():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40.25G of 31.24G hbm. Exceeded by 9.01G."
     assert compiling.needed_bytes(message, 2**30) == 40.25 * 2**30
     message = (

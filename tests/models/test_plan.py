@@ -1,4 +1,4 @@
-"""Where tokens lie, in memory and on a mesh, changes nothing else."""
+"""Layout in memory and on a mesh changes no values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_values_and_gradients_stay():
 
 
 @pytest.mark.parametrize(("kernel", "pinned"), [("cudnn", 2), ("splash", 0), ("xla", 0), ("loop", 0)])
-def test_only_gpus_are_told_and_the_gradient_is_pinned_too(kernel, pinned):
+def test_tokens_are_row_major_on_gpus_alone_and_in_the_gradient_too(kernel, pinned):
     found = lowered(jax.grad(lambda x: jnp.sum(jnp.sin(Plan(kernel).token_rows(x)))))
     assert found.count("@LayoutConstraint") == pinned
 
 
 @pytest.mark.parametrize(("kernel", "pinned"), [("splash", 2), ("cudnn", 0), ("xla", 0), ("loop", 0)])
-def test_only_tpus_are_told_how_heads_lie(kernel, pinned):
+def test_heads_are_row_major_on_tpus_alone(kernel, pinned):
     def loss(x, told):
         heads = x.reshape(4, 6, 2, 4)
         return jnp.sum(jnp.sin(Plan(kernel).head_rows(heads) if told else heads) ** 2)
@@ -63,7 +63,7 @@ print("equal")
 """
 
 
-def test_on_a_mesh_every_device_pins_its_own_samples():
+def test_on_a_mesh_every_device_constrains_its_own_samples():
     assert runs.printed(MESHES, devices=2) == "equal"
 
 

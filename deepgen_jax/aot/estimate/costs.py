@@ -1,7 +1,7 @@
-"""What each instruction of a compiled program costs: operations, bytes of HBM, bytes over links.
+"""Cost of each instruction of a compiled program: operations, bytes of HBM traffic, bytes over links.
 
-Operations are those of matrix products, convolutions and fused attention; everything else is counted by the memory that
-it moves. A fusion moves its operands and results once; an operand of which it only reads slices counts as the slices.
+Operations are those of matrix products, convolutions and fused attention; all else costs memory traffic alone. A fusion
+reads its operands and writes its results once; of an operand that it slices, only the slices count.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
-# Neither compute nor move anything.
+# No computation, no traffic.
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "add-dependency", "opt-barrier", "domain", "get-dimension-size",
 ))  # fmt: skip
-# Which piece of a collective a fusion holds; -1 is told of the one that begins it.
+# Index of the piece of a collective in a fusion; -1 for the piece that starts it.
 _PIECE = r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"'
 _ENDS = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
 _GPU_LIBRARY = r'custom_call_target="(__cublas|__cudnn)'
@@ -30,16 +30,16 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def collective_kind(instruction: Instruction) -> str | None:
-    """Which collective an instruction is, or begins; None for any other, and for the end of one."""
+    """The collective that an instruction is or starts; None for others, including those that end one."""
     base = instruction.opcode.removesuffix("-start")
     return base if base in COLLECTIVES else None
 
 
 def piece_of(module: Module, instruction: Instruction) -> tuple[str, str] | None:
-    """("start", "done" or "middle", channel) of a fusion that holds a part of a collective; None for any other.
+    """("start", "done" or "middle", channel) of a fusion that contains a piece of a collective; None for others.
 
-    Where nothing else moves data beside the products (TPU v5e), the compiler cuts a collective in pieces and puts each
-    into a fusion with other work. All name the same channel.
+    On TPU v5e, which has no other unit for communication, the compiler splits a collective into pieces and fuses each
+    with computation. The pieces share a channel.
     """
     if instruction.opcode != "fusion":
         return None
@@ -52,10 +52,10 @@ def piece_of(module: Module, instruction: Instruction) -> tuple[str, str] | None
 
 
 def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
-    """(kind, bytes that a device puts in, slices of a group) of a collective between TPU slices, where it begins.
+    """(kind, operand bytes of a device, slices of a group) of a ``send`` that starts a collective between TPU slices.
 
-    The compiler does within slices what it can; what is left goes from device to host to the data-centre network, as a
-    ``send`` and a ``recv`` that name the collective, such as ``ALL_REDUCE`` over ``{1,2}x{0:255}``.
+    The compiler does the part within slices with other collectives; the rest goes through hosts and the data-centre
+    network, as a ``send`` and a ``recv`` that name the collective, such as ``ALL_REDUCE`` over ``{1,2}x{0:255}``.
     """
     if instruction.opcode != "send":
         return None
@@ -67,7 +67,7 @@ def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
 
 
 def _count_slices(text: str) -> int:
-    """How many slices ``1,2`` or ``1:4`` names; two where it says something else."""
+    """Number of slices in ``1,2`` or ``1:4``; two for another form."""
     count = 0
     for part in text.split(","):
         first, _, last = part.partition(":")
@@ -76,17 +76,17 @@ def _count_slices(text: str) -> int:
 
 
 def is_copy(instruction: Instruction) -> bool:
-    """Whether an instruction begins to move data within a device beside what follows it."""
+    """Whether an instruction starts an asynchronous copy within a device."""
     return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start", "async-start")
 
 
 def collectives_of(module: Module, instruction: Instruction, computation: Computation) -> Iterator[
     tuple[str, Instruction, int]
 ]:  # fmt: skip
-    """(kind, collective, bytes of its operands on a device) of an instruction and of what it holds.
+    """(kind, collective, operand bytes on a device) of an instruction and of the computations in it.
 
-    A TPU program reduces and scatters in a fusion named so around an all-reduce. Of one that runs in pieces within
-    the fusions of other work, only the fusion that begins it counts; see :func:`piece_of`.
+    A reduce-scatter of a TPU program is an all-reduce in a fusion named ``all-reduce-scatter``. Of a collective in
+    pieces (:func:`piece_of`) only the fusion that starts it counts.
     """
     kind = collective_kind(instruction)
     if kind:
@@ -101,11 +101,11 @@ def collectives_of(module: Module, instruction: Instruction, computation: Comput
 
 
 def wire_bytes(kind: str, operand: int, members: int) -> float:
-    """Bytes that a device sends in a collective of ``members`` devices, by the algorithm that sends least.
+    """Bytes that a device sends in a collective of ``members`` devices, with the optimal algorithm.
 
     Args:
       kind: of the collective.
-      operand: bytes that a device puts in.
+      operand: operand bytes of a device.
       members: devices of a group.
     """
     share = (members - 1) / members if members > 1 else 0.0
@@ -125,7 +125,7 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         return 0
     operands = computation.arrays(instruction)
     if is_copy(instruction):
-        # The results name source and target; between HBM and the chip the data pass HBM once.
+        # Results are source and target; a copy between HBM and on-chip memory passes HBM once.
         arrays = [array for array in instruction.results if array.shape]
         moved = min((array.bytes for array in arrays), default=0)
         return moved if any(not array.in_hbm for array in arrays) else 2 * moved
@@ -141,29 +141,29 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
     if opcode == "fusion":
         body = module.computations[instruction.called()[0]]
         if piece := piece_of(module, instruction):
-            return _beside_a_piece(module, body, operands, instruction, piece[0])
+            return _fused_traffic(module, body, operands, instruction, piece[0])
         reads = _fusion_reads(module, body, [_hbm(arrays) for arrays in operands])
         return sum(reads) + _fusion_writes(module, body, instruction.results)
     return written + sum(_hbm(arrays) for arrays in operands)
 
 
 def _without_scratch(instruction: Instruction) -> tuple[Array, ...]:
-    """Results but the scratch memory that XLA hands to GPU libraries as their last one: set aside, hardly touched."""
+    """Results without the scratch memory of GPU libraries, the last one, which is reserved but hardly used."""
     results = instruction.results
     if len(results) > 1 and instruction.attribute(_GPU_LIBRARY) and results[-1].dtype in ("s8", "u8"):
         return results[:-1]
     return results
 
 
-def _beside_a_piece(
+def _fused_traffic(
     module: Module, body: Computation, operands: list[tuple[Array, ...]], fusion: Instruction, part: str
 ) -> int:
-    """Traffic of a fusion that holds a piece of a collective; what it gathers is written once, where it begins."""
+    """Traffic of a fusion with a piece of a collective, whose result is written once, by the piece that starts it."""
     if part == "start":
         return _hbm(fusion.results[1:2])
     if part == "done":
         return 0
-    # Source, target and flags of the collective pass through; the rest is another fusion's work.
+    # Source, target and flags of the collective pass through; the rest is the fused computation.
     piece = next(one for one in body.instructions if one.attribute(_PIECE) is not None)
     used = {name for one in body.instructions if one not in (piece, body.root) for name in one.operands}
     own = {one.number for one in body.instructions if one.opcode == "parameter" and one.name in used}
@@ -175,7 +175,7 @@ def _beside_a_piece(
 
 
 def _fusion_reads(module: Module, body: Computation, whole: list[int]) -> Iterator[int]:
-    """Bytes read of each operand, which has so many in HBM as a whole; less where the fusion reads a part alone."""
+    """Bytes read of each operand, of which ``whole`` are in HBM; less if the fusion only reads slices."""
     users: dict[str, list[Instruction]] = {}
     for inner in body.instructions:
         for name in inner.operands:
@@ -189,20 +189,20 @@ def _fusion_reads(module: Module, body: Computation, whole: list[int]) -> Iterat
 
 
 def _read_by(module: Module, use: Instruction, name: str, whole: int) -> int:
-    """Bytes that an instruction of a fusion reads of one of its operands, all of which are ``whole``."""
+    """Bytes that an instruction of a fusion reads of operand ``name``, of ``whole`` bytes."""
     if use.opcode in ("dynamic-slice", "gather", "slice") and use.operands[0] == name:
         return use.bytes
     if use.opcode == "dynamic-update-slice" and use.operands[0] == name:
-        return 0  # the rest of the array stays where it is
+        return 0  # updated in place
     if use.opcode == "fusion":
-        # TPU programs put what a product reads into a fusion of its own within that of the product.
+        # TPU programs nest the fusion of a product's operand in the fusion of the product.
         given = [whole if operand == name else 0 for operand in use.operands]
         return sum(_fusion_reads(module, module.computations[use.called()[0]], given))
     return whole
 
 
 def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
-    """(user, name under which it knows the value) of a value, views of it followed."""
+    """(user, operand name) of the users of a value, through bitcasts."""
     found = []
     for use in users.get(start.name, []):
         if use.opcode == "bitcast":
@@ -242,7 +242,7 @@ def _operand_bytes(computation: Computation, instruction: Instruction) -> int:
 
 
 def operations(module: Module, computation: Computation, instruction: Instruction) -> tuple[int, int]:
-    """(operations, of these in float32 at full precision) of an instruction and of what it holds."""
+    """(operations, of these in float32 at full precision) of an instruction and of the computations in it."""
     total = exact = 0
     where = [(computation, instruction)]
     if instruction.opcode in ("fusion", "async-start") or instruction.opcode.endswith("-start"):
@@ -278,7 +278,7 @@ def _operations(computation: Computation, one: Instruction) -> int:
 
 
 def _fused_attention(one: Instruction, backward: bool) -> int:
-    """Two products forward; the scores again and four products backward."""
+    """Two products forward; five backward, with the scores recomputed."""
     text = one.attribute(r'"intermediate_tensor_shape":\s*\{"element_type":\s*"\w+",\s*"dimensions":\s*(\[[^\]]*\])')
     scores = math.prod(int(size) for size in json.loads(text or "[]"))
     width = int((one.attribute(r"operand_layout_constraints=\{\w+\[([\d,]+)\]") or "0").split(",")[-1])
@@ -286,9 +286,9 @@ def _fused_attention(one: Instruction, backward: bool) -> int:
 
 
 def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
-    """Two products forward; backward four for keys and values and three for queries, or five for all of them at once.
+    """Two products forward; backward four for keys and values and three for queries, or five in the fused kernel.
 
-    Queries and keys are the first floating arguments, [batch, heads, length, width], without the batch where it is one.
+    Queries and keys are the first floating-point operands, [batch, heads, length, width]; a batch of one is dropped.
     """
     arrays = [array for given in computation.arrays(one) for array in given]
     shapes = [array.shape for array in arrays if len(array.shape) >= 3 and array.dtype in ("bf16", "f32")]
@@ -301,7 +301,7 @@ def _splash(computation: Computation, one: Instruction, kernel: str) -> int:
 
 
 def _convolution(computation: Computation, one: Instruction) -> int:
-    """Multiply-adds that meet no padding; TPU programs write products of matrices as convolutions, too."""
+    """Multiply-adds outside of padding; matrix products of TPU programs are convolutions, too."""
     labels = one.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
     if labels is None:
         return 0
@@ -325,7 +325,7 @@ def _convolution(computation: Computation, one: Instruction) -> int:
 
 
 def _valid_pairs(outs: int, size: int, stride: int, low: int, spread: int, length: int, dilated: int) -> int:
-    """Pairs of an output position and a place of the window that meet an element of the image."""
+    """Number of (output position, window position) pairs that read an element of the image, not padding."""
     if size == 1 and low == 0 and dilated == 1:
         return outs
     reach = (length - 1) * dilated + 1
@@ -353,7 +353,7 @@ def _window(text: str) -> dict[str, list[int]]:
 
 
 def _is_exact(computation: Computation, one: Instruction) -> bool:
-    """Whether a product takes float32 operands at full precision."""
+    """Whether a product is computed in float32 at full precision."""
     sizes = [computation.by_name[name].results for name in one.operands[:2] if name in computation.by_name]
     wide = any(arrays and arrays[0].dtype == "f32" for arrays in sizes)
     return wide and re.search(r"operand_precision[\"=:\s]*[\[{]\"?(?:highest|HIGHEST)", one.attributes) is not None

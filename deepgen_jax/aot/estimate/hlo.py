@@ -30,7 +30,7 @@ _OPERAND = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 
 @dataclass(frozen=True)
 class Array:
-    """An array of a result: element type, sizes, and whether it lies in HBM (TPU programs also use on-chip memory)."""
+    """An array of a result: element type, shape, and whether it is in HBM; TPU programs also use on-chip memory."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,11 +48,11 @@ class Instruction:
     Attributes:
       name: unique in the module.
       opcode: such as "fusion" or "all-gather-start".
-      results: its arrays, those of a tuple one after the other.
+      results: its arrays, tuples flattened.
       operands: names of instructions of the same computation.
       attributes: the rest of its line.
       root: it is the computation's result.
-      number: of a parameter, which of the computation's, and of an integer constant its value; -1 of all else.
+      number: index of a parameter, value of an integer constant, otherwise -1.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of all results, wherever they lie."""
+        """Of all results, in any memory."""
         return sum(array.bytes for array in self.results)
 
     def attribute(self, pattern: str) -> str | None:
@@ -74,7 +74,7 @@ class Instruction:
         return found[1] if found else None
 
     def called(self) -> tuple[str, ...]:
-        """Computations that it runs: a loop's body, what a fusion holds, the branches of a conditional."""
+        """Computations that it runs: the body of a loop, of a fusion, the branches of a conditional."""
         names = re.findall(r"\b(?:calls|to_apply|body|called_computations=\{)=?%?([\w.\-]+)", self.attributes)
         for branches in re.findall(r"branch_computations=\{([^}]*)\}", self.attributes):
             names += _NAME.findall(branches)
@@ -110,15 +110,15 @@ class Computation:
 
 @dataclass
 class Module:
-    """A module: its computations by name, and which one it starts with."""
+    """A module: its computations by name, and the entry computation."""
 
     entry: str
     computations: dict[str, Computation]
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, int]]:
-        """Every instruction that runs, with how often: loops are followed, fusions are one instruction.
+        """Every instruction with the number of times it runs; a fusion is one instruction.
 
-        A loop whose number of turns is not known counts once, and all branches of a conditional count.
+        A loop without a known trip count counts once, and all branches of a conditional count.
         """
         yield from self._executed(self.entry, 1)
 
@@ -139,7 +139,7 @@ class Module:
         return trip_count(self, computation, loop)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-        """What a fusion, or an asynchronous start, holds, at any depth."""
+        """Instructions in the computations of a fusion or asynchronous start, at any depth."""
         for called in instruction.called():
             computation = self.computations[called]
             for inner in computation.instructions:
@@ -250,9 +250,9 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def device_groups(attributes: str) -> np.ndarray | None:
-    """Devices that talk to each other, [groups, members], as places in the mesh; None where all do, or none are named.
+    """Device groups of a collective, [groups, members], as positions in the mesh; None for all devices.
 
-    Understands ``{{0,1},{2,3}}``, ``[2,4]<=[2,2,2]T(0,2,1)`` and ``mesh['a'=2,'b'=4], device_ids=([8]) {'a'}``, and the
+    Parses ``{{0,1},{2,3}}``, ``[2,4]<=[2,2,2]T(0,2,1)`` and ``mesh['a'=2,'b'=4], device_ids=([8]) {'a'}``, and the
     ``source_target_pairs`` of permutations.
     """
     found = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes)
@@ -281,7 +281,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """``[4,2]T(1,0)``: the numbers from 0 on in that shape, transposed, in one row."""
+    """``[4,2]T(1,0)``: an iota of that shape, transposed and flattened."""
     sizes, _, order = text.partition("T")
     shape = _numbers(sizes.strip("[]"))
     numbers = np.arange(math.prod(shape)).reshape(shape)

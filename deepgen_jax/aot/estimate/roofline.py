@@ -1,8 +1,8 @@
-"""How long a compiled program takes at the rates that vendors state, in the order in which its instructions stand.
+"""Roofline estimate of a compiled program's time, from the vendors' rates and the order of its instructions.
 
-An instruction takes the longer of its arithmetic at the peak rate and its traffic at HBM's full bandwidth; instructions
-follow one another. A collective, or a copy within the device, that begins and ends apart runs beside what stands
-between; collectives share one link, and copies one copier, in turn. What is left out is told by :data:`ASSUMPTIONS`.
+An instruction takes the longer of its arithmetic at peak rate and its traffic at full HBM bandwidth, one after another.
+Asynchronous collectives and copies overlap with the instructions between their start and end; collectives share one
+link and copies one engine, first come, first served. :data:`ASSUMPTIONS` lists what is not modelled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from deepgen_jax.parallel.chips import GPUS_PER_HOST
 ASSUMPTIONS = (
     "products at the chip's peak bfloat16 rate (float32 at full precision: 1/6 of it on TPUs, 1/15 on GPUs), HBM at "
     "its full bandwidth; the longer of the two for each instruction, one instruction after another",
-    "collectives at full link bandwidth, in turn, beside whatever the compiler scheduled between their start and end",
+    "collectives at full link bandwidth, one at a time, overlapped with what the compiler scheduled between start "
+    "and end",
     "left out: launches, latency of collectives, others' traffic on the network, arithmetic of vectors, and the time "
     "of data loading, encoders, checkpoints and the host",
 )
@@ -42,8 +43,8 @@ class Traffic:
     """Collectives of one kind in one run.
 
     Attributes:
-      count: how many run.
-      bytes: that a device sends.
+      count: number of collectives.
+      bytes: sent by a device.
       seconds: at full bandwidth.
     """
 
@@ -57,12 +58,12 @@ class Estimate:
     """One run of a program on one device.
 
     Attributes:
-      operations: of products, what is computed again included.
-      exact: of these, in float32 at full precision.
+      operations: of products, recomputation included.
+      exact: of these, in full-precision float32.
       memory: bytes read from and written to HBM.
       arithmetic_seconds, memory_seconds, device_seconds, network_seconds: of the arithmetic alone, the traffic alone,
         the longer of the two for each instruction, all collectives one after another.
-      seconds: in the compiler's order, collectives beside what they run beside.
+      seconds: in the compiler's order, collectives overlapped.
       collectives: kind -> traffic.
       links: "ici", "dcn", "nvlink" or "infiniband" -> traffic.
     """
@@ -120,7 +121,7 @@ class Network:
         if kind in ("collective-permute", "collective-broadcast"):
             inside, outside = float(operand), float(operand)
         elif kind in ("all-to-all", "ragged-all-to-all"):
-            # Every pair has a piece of its own, so that hosts have nothing to share.
+            # Each pair of devices exchanges different data.
             inside, outside = operand * (near - 1) / len(group), operand * (len(group) - near) / len(group)
         else:
             inside = turns * whole * (near - 1) / near
@@ -174,11 +175,11 @@ class _Walk:
 
     def _run(self, computation: Computation) -> Estimate:
         total, link, copier, far = Estimate(), 0.0, 0.0, 0.0
-        # When what was started ends, by the name of the newest instruction that stands for it; and what waits for its
-        # operands: TPUs start the program of a collective before they hand it its operands in an update.
+        # End times of asynchronous operations by the name of their latest instruction; and durations of those that wait
+        # for operands: on TPUs the program of a collective starts before an update passes its operands.
         pending: dict[str, float] = {}
         waiting: dict[str, float] = {}
-        # When what other slices send is there, by the name under which both ends know it.
+        # Arrival times of data from other slices, by the rendezvous of send and recv.
         arriving: dict[str | None, float] = {}
         for one in computation.instructions:
             if one.opcode in ("while", "call", "conditional"):
