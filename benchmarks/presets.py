@@ -24,11 +24,11 @@ from deepgen_jax.config import (
     VisionConfig,
 )
 from deepgen_jax.data.tokens import PromptTokenizer
-from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.parallel import rules
+from deepgen_jax.stores.merged_params import part_dtypes
 
 _TOKENS: dict[str, Any] = {
     "pad_token_id": 0,

@@ -12,17 +12,19 @@ import numpy as np
 
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import require_space
+from deepgen_jax.models.lora import folded
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.stores.run_folder import is_run
 
 from .conversion import DTYPES
 from .files import Spec, TensorWriter, TorchWriter, parse_size
 from .folders import Contents, write_arrays, write_manifest
-from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
+from .leaves import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import Weight
 from .progress import progress_bar
 from .release import ReleaseWriter, hparams_json
-from .staging import require_space, staged
+from .staging import staged
 from .stored import Reader, Stored, StoredLeaf, StoredModel, open_folder
 from .transforms import to_source
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, to_dict
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import require_space
 from deepgen_jax.stores.checksums import checksums
 from deepgen_jax.stores.model_folder import FORMAT, VERSION
 
 from .files import write_json
 from .leaves import Leaf
 from .progress import progress_bar
-from .staging import require_space
 from .writer import write_tree
 
 #: Files of a tokenizer; the others in a model's folder are not its business.

@@ -80,11 +80,3 @@ def slice_index(weight: Weight, rows: slice | None) -> Index:
         return weight.index
     axis = weight.transform.row_axis
     return (*weight.index, *(rows if i == axis else slice(None) for i in range(len(weight.target_shape))))
-
-
-def folded(value: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    """``value + scale * a @ b`` in float32."""
-    update = a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False)
-    update *= np.float32(scale)
-    update += value
-    return update

@@ -17,10 +17,11 @@ import numpy as np
 
 from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models.lora import folded
 from deepgen_jax.user_warnings import warn_user
 
 from .keys import AVERAGE_LEFT_OUT, Role, average_of, parse_key, unused_reason
-from .leaves import Leaf, Piece, chunk_shape, folded, row_blocks, slice_index
+from .leaves import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
 from .sources import BFLOAT16, WEIGHT_DTYPES, Source
 from .transforms import Transform, to_target

@@ -251,7 +251,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             raise zipfile.BadZipFile(f"the table has a strange entry {info.filename!a}")
     if len({info.filename.lower() for info in infos}) < len(infos):
         raise zipfile.BadZipFile("the table has an entry twice")
-    if infos and min(info.header_offset for info in infos):
+    if infos and all(info.header_offset for info in infos):
         raise zipfile.BadZipFile("it does not begin with its first member")
     return {info.filename: info for info in infos}
 

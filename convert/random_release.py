@@ -20,6 +20,7 @@ from deepgen_jax.config import (
     VisionConfig,
 )
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import require_space
 
 from .conversion import DTYPES
 from .files import Spec, parse_size, write_json
@@ -28,7 +29,7 @@ from .leaves import BLOCK_BYTES
 from .names import Weight, weights
 from .progress import progress_bar
 from .release import ReleaseWriter
-from .staging import require_space, staged
+from .staging import staged
 
 #: The pattern by which Qwen2's tokenizer splits text into words.
 WORDS = (

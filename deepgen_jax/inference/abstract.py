@@ -14,10 +14,10 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.guidance import Condition
-from deepgen_jax.inference.loading import part_dtypes
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import abstract_params, make_network
 from deepgen_jax.parallel.abstract import AbstractProgram, Tree, abstract_array, abstract_tree
+from deepgen_jax.stores.merged_params import part_dtypes
 
 
 def abstract_weights(config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike) -> Tree:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Tree = Mapping[str, Any]
 
@@ -27,6 +28,23 @@ def scaled(lora: Tree, scale: float | jax.Array) -> dict[str, Any]:
     return {name: scaled(child, scale) for name, child in lora.items()}
 
 
+def folded(weight: Any, a: Any, b: Any, scale: float) -> Any:
+    """``weight + scale * a @ b`` in float32, of numpy arrays, which stay on the host, or of jax arrays.
+
+    Args:
+      weight: [..., in, out].
+      a, b: [..., in, rank] and [..., rank, out].
+      scale: alpha / rank.
+    """
+    if isinstance(weight, np.ndarray):
+        update = a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False)
+        update *= np.float32(scale)  # in place: the weight may be large
+        update += weight
+        return update
+    a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+    return jnp.asarray(weight, jnp.float32) + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def merged(params: Tree, lora: Tree, scale: float) -> dict[str, Any]:
     """``params`` with every adapter folded into its weight in float32; adapted weights come out float32.
 
@@ -39,9 +57,7 @@ def merged(params: Tree, lora: Tree, scale: float) -> dict[str, Any]:
             raise KeyError(f"adapter at {name!r}, but the parameters have {sorted(params)}")
         if is_adapter(child):
             weight = "embedding" if "embedding" in params[name] else "kernel"
-            a, b = (jnp.asarray(child[k], jnp.float32) for k in ("a", "b"))
-            update = scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-            out[name] = {**params[name], weight: jnp.asarray(params[name][weight], jnp.float32) + update}
+            out[name] = {**params[name], weight: folded(params[name][weight], child["a"], child["b"], scale)}
         else:
             out[name] = merged(params[name], child, scale)
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -13,12 +12,11 @@ from jax.sharding import Mesh
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.loading import part_dtypes
-from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.lineage import starting_point_of
+from deepgen_jax.stores.merged_params import load_merged, part_dtypes, read_adapters
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
 
@@ -81,16 +79,8 @@ def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:
     """
     config = model_folder.read_manifest(folder).config
     compute, everywhere = jnp.dtype(dtype), replicated(mesh)
-    adapters = _adapters(folder)
-    params: Tree = {}
-    for part in _ENCODERS:
-        wanted = part_dtypes(config, compute)[part]
-        # Adapters are folded in at full precision before the weights are rounded.
-        read = jnp.float32 if adapters and part == "vision" else wanted
-        params |= model_folder.load_params(folder, (part,), read, everywhere)
-    if adapters:
-        folded = lora.merged(params["vision"], jax.device_put(adapters["vision"], everywhere), adapters["scale"])
-        params["vision"] = jax.tree.map(lambda x: x.astype(compute), folded)
+    dtypes = {part: dtype for part, dtype in part_dtypes(config, compute).items() if part in _ENCODERS}
+    params = load_merged(folder, dtypes, everywhere, read_adapters(folder, mesh, ("vision",)))
     return make_network(config, mesh, compute), params
 
 

@@ -15,16 +15,14 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import DeepGenConfig, LoRAConfig, SchedulerConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.loading import ADAPTED_PARTS, part_dtypes
-from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.abstract import abstract_tree
-from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.random_keys import Training
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.checkpoint import load_weights, stored_weights
 from deepgen_jax.stores.lineage import ADAPTED, Saved, adapter_scale, starting_point_of
+from deepgen_jax.stores.merged_params import Adapters, load_merged, merge, part_dtypes, read_adapters
 from deepgen_jax.training.inputs import sample_keys
 from deepgen_jax.training.partition import Tree, init_lora, join, split
 from deepgen_jax.training.run_config import RunConfig
@@ -70,23 +68,20 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     adapted = _adapted_parts(run)
     config = _with_adapters(manifest.config, run)
     inherited = starting_point_of(run).inherited
-    adapters = _read_adapters(folder, manifest, inherited, mesh)
+    adapters = _read_adapters(folder, inherited, mesh)
     going_on = {part: adapters.pop(part) for part in adapted if part in adapters}
     for found in going_on.values():
         _check_adapters(found, config)
 
     shardings = rules.shardings(abstract_params(config), mesh)
-    params: Tree = {}
-    for part, wanted in _dtypes(run, config).items():
-        read = jnp.float32 if part in adapters else wanted
-        params |= model_folder.load_params(folder, (part,), read, shardings)
-        if part in inherited:
-            params[part] = {**params[part], **_read_part(inherited[part], part, read, shardings[part])}
-        if part in adapters:
-            params[part] = _merged(params[part], adapters[part].tree, adapters[part].scale, wanted, shardings[part])
+
+    def earlier(part: str, dtype: DTypeLike) -> Tree:
+        return _read_part(inherited[part], part, dtype, shardings[part]) if part in inherited else {}
+
+    params = load_merged(folder, _dtypes(run, config), shardings, adapters, earlier)
     trainable, frozen = split(params, run.trains)
     trained = {part: found.tree for part, found in going_on.items()}
-    trained |= {part: _fresh_adapters(frozen[part], part, run, mesh) for part in adapted if part not in going_on}
+    trained |= {part: _new_adapters(frozen[part], part, run, mesh) for part in adapted if part not in going_on}
     return Weights(
         config,
         model_folder.read_scheduler(folder),
@@ -142,33 +137,20 @@ def current_params(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: 
     params = jax.jit(cast)(trained["params"])
     out = join(weights.frozen, params)
     for part, adapters in trained["lora"].items():
-        out[part] = _merged(out[part], adapters, weights.lora_scale, dtype, layout[part])
+        out[part] = merge(out[part], adapters, weights.lora_scale, dtype, layout[part])
     return out
 
 
-class _Adapters(NamedTuple):
-    """One part's adapters in float32, alpha / rank, and where they are from."""
-
-    tree: Tree
-    scale: float
-    where: Path
-
-
-def _read_adapters(
-    folder: Path, manifest: model_folder.Manifest, inherited: Mapping[str, Saved], mesh: Mesh
-) -> dict[str, _Adapters]:
+def _read_adapters(folder: Path, inherited: Mapping[str, Saved], mesh: Mesh) -> dict[str, Adapters]:
     """Adapters by part: the model folder's, and in their place those of earlier runs."""
-    found: dict[str, _Adapters] = {}
-    if manifest.config.lora is not None:
-        kept = model_folder.load_lora(folder, ADAPTED_PARTS, jnp.float32, replicated(mesh)) or {}
-        found |= {part: _Adapters(tree, manifest.config.lora.scale, folder) for part, tree in kept.items()}
+    found = read_adapters(folder, mesh)
     for name, part in ADAPTED.items():
         if name in inherited:
             run, step = inherited[name]
             stored = {part: stored_weights(run, step)["lora"][part]}
             wanted = _laid_out(stored, jnp.float32, rules.shardings(stored, mesh))
             tree = load_weights(run, step, {"lora": wanted})["lora"]
-            found[part] = _Adapters(tree[part], adapter_scale(run), run)
+            found[part] = Adapters(tree[part], adapter_scale(run), run)
     return found
 
 
@@ -184,7 +166,7 @@ def _laid_out(stored: Tree, dtype: Any, shardings: Mapping[str, Any]) -> Tree:
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where), stored, chosen)
 
 
-def _check_adapters(adapters: _Adapters, config: DeepGenConfig) -> None:
+def _check_adapters(adapters: Adapters, config: DeepGenConfig) -> None:
     assert config.lora is not None
     leaf = jax.tree.leaves(adapters.tree)[0]
     rank, scale = min(leaf.shape[-2:]), adapters.scale
@@ -195,15 +177,7 @@ def _check_adapters(adapters: _Adapters, config: DeepGenConfig) -> None:
         )
 
 
-def _merged(base: Tree, adapters: Tree, scale: float, dtype: Any, shardings: Any) -> Tree:
-    fold = jax.jit(
-        lambda base, low: jax.tree.map(lambda x: x.astype(dtype), lora.merged(base, low, scale)),
-        out_shardings=shardings,
-    )
-    return fold(base, adapters)
-
-
-def _fresh_adapters(params: Tree, part: str, run: RunConfig, mesh: Mesh) -> Tree:
+def _new_adapters(params: Tree, part: str, run: RunConfig, mesh: Mesh) -> Tree:
     stream = jnp.array([[Training.ADAPTERS, list(ADAPTED.values()).index(part)]], jnp.uint32)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 

@@ -355,7 +355,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch, release: Path, refuse: Callable[..., str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
-    assert "its disk has 0.0 GB free" in refuse(diffusers=release)
+    assert "its disk has 1.0 MB free" in refuse(diffusers=release)
 
 
 def test_a_checkpoint_of_part_of_the_mmdit_is_told_of(
