@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import read_text
-
-_MAX_CELL = 2**24
+from deepgen_jax.inference import prompt_rows
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,14 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
       DeepGenError: the file cannot be read, has another suffix, or holds something else than rows.
     """
-    readers = {".json": _json, ".jsonl": _json_lines, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DeepGenError(f"{path} has the suffix {path.suffix!r}; expected {', '.join(readers)}")
-    rows = list(reader(path))
-    if not rows:
-        raise DeepGenError(f"{path} holds no rows; check the file")
+    suffixes = (".json", ".jsonl", ".csv")
+    if path.suffix.lower() not in suffixes:
+        raise DeepGenError(f"{path} has the suffix {path.suffix!r}; expected {', '.join(suffixes)}")
+    rows: list[Row] = []
+    for number, row in enumerate(prompt_rows.read_rows(path, any_columns=True), 1):
+        if row.error is not None:
+            raise DeepGenError(f"{path}, row {number}: {row.error}; download the file again")
+        rows.append(Row(row.fields, path, number, row.key))
     return rows
 
 
@@ -149,35 +147,3 @@ def find_files(data: Path, names: Sequence[str], suffixes: Sequence[str]) -> lis
         if found := sorted(path for path in data.glob(name) if path.is_file()):
             return found
     raise DeepGenError(f"--data {data} holds none of {', '.join(names)}; give the benchmark's file or its folder")
-
-
-def _json(path: Path) -> Iterator[Row]:
-    yield from objects(read_json(path), path)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    number = 0
-    # Split at line feeds alone: str.splitlines would also cut at U+2028 inside a prompt.
-    for line, text in enumerate(read_text(path).split("\n"), 1):
-        if not text.strip():
-            continue
-        number += 1
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DeepGenError(f"{path}, line {line} is not JSON ({error}); download it again") from None
-        if not isinstance(value, dict):
-            raise DeepGenError(f"{path}, row {number}: {text[:40]!r} is no object; check the file")
-        yield Row(value, path, number)
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(_MAX_CELL)
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for number, fields in enumerate(reader, 1):
-            if None in fields or None in fields.values():
-                raise DeepGenError(f"{path}, row {number} has not as many cells as the header; check the quotes")
-            yield Row(fields, path, number)
-    except csv.Error as error:
-        raise DeepGenError(f"{path}, line {reader.line_num} is not CSV ({error}); check the quotes") from None

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, any_columns: bool = False) -> list[Row]:
     """All rows of a prompt file or folder, the bad ones with their error.
+
+    Args:
+      path: of the file or folder.
+      any_columns: CSV files need no column with a prompt, and their cells keep the spaces around them.
 
     Raises:
       DeepGenError: the file as a whole cannot be read: missing, of another type, not UTF-8, damaged, or empty.
@@ -98,7 +103,7 @@ def read_rows(path: Path) -> list[Row]:
         ".txt": _text,
         ".jsonl": _json_lines,
         ".json": _json,
-        ".csv": _csv,
+        ".csv": partial(_csv, any_columns=any_columns),
         ".parquet": _parquet,
     }
     reader = readers.get(path.suffix.lower())
@@ -191,7 +196,7 @@ def _json(path: Path) -> Iterator[Row]:
         raise DeepGenError(f"{path} holds {shown(value)}, expected a list of objects or texts")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path, any_columns: bool) -> Iterator[Row]:
     data = _bytes(path)
     try:
         text = data.decode("utf-8")
@@ -213,12 +218,13 @@ def _csv(path: Path) -> Iterator[Row]:
             return
         if cells is None:
             return
-        cells = [cell.strip() for cell in cells]
+        if not any_columns:
+            cells = [cell.strip() for cell in cells]
         if any(cells) and not header:
-            header = cells
+            header = [cell.strip() for cell in cells]
             if len(set(header)) != len(header):
                 raise DeepGenError(f"{path}:{start}: the header names a column twice")
-            if not {name.casefold() for name in header} & set(PROMPT_COLUMNS):
+            if not any_columns and not {name.casefold() for name in header} & set(PROMPT_COLUMNS):
                 _check_header(path, start, header)
         elif any(cells):
             if len(cells) != len(header):

@@ -186,9 +186,9 @@ def test_a_missing_column_is_named_with_file_and_row(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("geneval", "{", "line 1 is not JSON"),
-        ("geneval", "[1]\n", r"row 1: '\[1\]' is no object"),
-        ("geneval", "", "holds no rows"),
+        ("geneval", "{", "row 1: not JSON"),
+        ("geneval", "[1]\n", r"row 1: \[1\] is not an object"),
+        ("geneval", "", "holds no prompts"),
         ("geneval", '{"tag": "a", "include": 3, "prompt": "x"}\n', "'include' is no list"),
         ("geneval", '{"tag": "a", "include": [], "prompt": ""}\n', "'prompt' is ''"),
         ("corebench", '{"ID": "../x", "Prompt": "x"}\n', "cannot be a file name"),
