@@ -12,6 +12,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.rewards.base import Missing
 from deepgen_jax.rewards.client import Client, ClientConfig
 from deepgen_jax.rewards.image_codec import jpeg_data_url
+from deepgen_jax.user_warnings import warn_user
 
 #: An unreadable reply that the server ended at ``max_tokens``.
 CUT_OFF = Missing("reply cut off at max_tokens")
@@ -53,6 +54,7 @@ class Judge:
         self.url, self.model = f"{base}/v1/chat/completions", model
         self.max_tokens, self.quality = max_tokens, quality
         self.client = Client(client)
+        self._warned = False
 
     def data_url(self, image: np.ndarray) -> str:
         """An image, uint8 [H, W, 3], as it is sent."""
@@ -82,9 +84,17 @@ class Judge:
         }
 
         def parse(answer: Any) -> Any:
-            result = read(_content(answer))
-            cut_off = answer["choices"][0].get("finish_reason") == "length"
-            return CUT_OFF if cut_off and isinstance(result, Missing) else result
+            reply = _content(answer)
+            result = read(reply)
+            if not isinstance(result, Missing):
+                return result
+            if answer["choices"][0].get("finish_reason") == "length":
+                result = CUT_OFF
+            if not self._warned:
+                self._warned = True
+                start = " ".join(reply[:500].split())[:120]
+                warn_user(f"{self.model}: {result.reason}, first in {start!r}; later ones are counted in the log")
+            return result
 
         return await self.client.post(self.url, payload, parse, lambda result: not isinstance(result, Missing))
 

@@ -14,6 +14,7 @@ from support.judge_server import JudgeServer, Reply
 
 from deepgen_jax.rewards import Missing, RewardConfig, RewardSample, make
 from deepgen_jax.rewards.replies import single_answer
+from deepgen_jax.user_warnings import DeepGenWarning
 
 FAST = {"tries": 2, "backoff_seconds": 0.01, "read_seconds": 2.0}
 
@@ -114,8 +115,12 @@ def test_wording_of_the_judge_does_not_matter(wording):
 
 def test_reasons_of_unreadable_replies_are_counted_and_a_group_of_them_is_missing():
     replies = ["", "<think>hm", "Image 1 is better. Image 2 is better.", "hm"]
-    with JudgeServer(lambda number, body: Reply(replies[number % 4])) as server:
+    with (
+        JudgeServer(lambda number, body: Reply(replies[number % 4])) as server,
+        pytest.warns(DeepGenWarning, match="UnifiedReward-Think: .*, first in '") as warned,
+    ):
         scores, _ = score("preference", [shade(level) for level in (10, 50, 90, 130, 170)], server.url)
+    assert len(warned) == 1
     assert np.isnan(scores.values).all()
     assert scores.notes.total() == 10
     assert set(scores.notes) == {
