@@ -136,8 +136,7 @@ class EvalCommand(EvalArguments):
         first = self.processes.join()
         with self.processes.peer_watch():
             folder = RunFolder(out)
-            if first:
-                folder.write(self._description(benchmark, model, name, settings, items), items)
+            folder.check(self.benchmark)
             # Every process: hosts need not share a disk.
             benchmark.prepare(items, reading, out)
             requests, failures = plan_images(benchmark, items, settings, check_prompt, out)
@@ -153,11 +152,13 @@ class EvalCommand(EvalArguments):
                 run.follow(requests, into_folder=True)
                 return None
             sheets = benchmark.sheets(items)
+            description = self._description(benchmark, model, name, settings, items)
             result = run.fill_folder(
                 OutputFolder(out, folder.records),
                 requests,
                 failures,
                 overwrite=self.overwrite,
+                begin=lambda: folder.write(description, items),
                 finish=lambda finished: write_grids(out, sheets, finished),
                 derived="grid" if sheets else "",
             )
@@ -172,7 +173,12 @@ class EvalCommand(EvalArguments):
 
     @property
     def _out(self) -> Path:
-        return self.out or Path(f"{self.benchmark}-{self._name}")
+        return self.out or Path(f"{self._benchmark_name}-{self._name}")
+
+    @property
+    def _benchmark_name(self) -> str:
+        """As part of a file name; of file.py:Class the class."""
+        return self.benchmark.rpartition(":")[2].lower()
 
     def _check(self, benchmark: Benchmark) -> None:
         for name, least in (("limit", 1), ("num_images", 1), ("steps", 1), ("batch_size", 1), ("seed", 0), ("size", 1)):
@@ -185,15 +191,14 @@ class EvalCommand(EvalArguments):
             raise DeepGenError(f"--guidance is {self.guidance}; use 0 or more")
         if self.num_images is not None and self.num_images > benchmark.images:
             raise DeepGenError(f"--num-images is {self.num_images}; {benchmark.title} takes at most {benchmark.images}")
-        for word in (self.name or "",):
-            if "/" in word or word.startswith("."):
-                raise DeepGenError(f"--name {word!r} cannot be the name of a folder; use letters, digits, - and _")
+        if self.name is not None and ("/" in self.name or self.name.startswith(".") or not self.name.strip()):
+            raise DeepGenError(f"--name {self.name!r} cannot be the name of a folder; use letters, digits, - and _")
 
     def _data(self, benchmark: Benchmark) -> Path:
         """The data asked for, or rows of our own for the package's model."""
         if self.data is not None:
             return self.data
-        own = sorted(SAMPLES.glob(f"{self.benchmark}.*"))
+        own = sorted(SAMPLES.glob(f"{self._benchmark_name}.*"))
         if own and self.model in (None, NANO):
             warn_user(f"no --data is given: {own[0].name} of the package is used, a few rows in the format of "
                       f"{benchmark.title}")  # fmt: skip
@@ -300,9 +305,11 @@ class ScoreCommand(ScoreArguments):
         elif benchmark.scorer == "exact":
             scores = scoring.score_exactly(benchmark, items, self.folder)
         elif self.judge is None or not self.judge_model:
+            official = benchmark.official(self.folder, items)
+            other = f"; its official scorer: {official[0]}" if official else ""
             raise DeepGenError(
-                f"{benchmark.title} is scored by a judge: give its server with --judge URL and --judge-model NAME; the "
-                f"official scorer: {benchmark.official(self.folder, items)[0]}"
+                f"{benchmark.title} is scored by a judge: give its server with --judge URL and --judge-model "
+                f"NAME{other}"
             )
         else:
             client = {"concurrency": self.concurrency, "api_key_variable": self.api_key_variable}

@@ -68,6 +68,7 @@ class ImageRun:
         *,
         overwrite: bool = False,
         keep_others: bool = False,
+        begin: Callable[[], None] | None = None,
         finish: Finish | None = None,
         derived: str = "",
     ) -> FolderResult:
@@ -78,6 +79,7 @@ class ImageRun:
           requests: all images that it is to hold.
           failures: records that cannot be used, reported at the end with those that fail here.
           overwrite, keep_others: see `OutputFolder.missing`.
+          begin: called once the folder is held, before anything is made.
           finish: called at the end with the metadata of finished images, the folder still held.
           derived: what ``finish`` writes, in the singular.
         """
@@ -86,6 +88,8 @@ class ImageRun:
             warn_user(f"{counted(failed, 'line')} cannot be used; the others go on and a list follows at the end")
         model = Model.of(self.folder, resolved_dtype(self.dtype))
         with output, Stop(graceful=True) as stop:
+            if begin is not None:
+                begin()
             metadata = {request.file: describe(request, self.settings, model) for request in requests}
             missing = set(output.missing(metadata.values(), overwrite, keep_others=keep_others))
             todo = self._missing(requests, missing)

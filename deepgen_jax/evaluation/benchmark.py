@@ -110,7 +110,7 @@ class Benchmark(abc.ABC):
       task: "generate" or "edit".
       images: images a prompt.
       scorer: who scores.
-      protocol: version of questions and aggregation, said beside every figure.
+      protocol: version of questions and aggregation, shown with every figure.
       repository, licence: of the official inputs.
       inputs: what --data takes, for help and messages.
       splits: names for --split.
@@ -171,19 +171,19 @@ class Benchmark(abc.ABC):
 
     def questions(self, item: Item, number: int, out: Path) -> list[Question]:
         """What the judge is asked about image ``number`` of an item."""
-        raise NotImplementedError(f"{type(self).__name__} has no questions")
+        raise DeepGenError(f"{type(self).__name__} has no questions for a judge; implement questions() and score()")
 
     def score(self, item: Item, number: int, answers: Answers) -> ImageScore | None:
         """An image's score; None where answers that it needs are missing."""
-        raise NotImplementedError(f"{type(self).__name__} has no scores")
+        raise DeepGenError(f"{type(self).__name__} has no scores from answers; implement score()")
 
     def score_pixels(self, item: Item, image: np.ndarray) -> ImageScore | None:
         """An image's score by exact code; ``image`` is uint8 [H, W, 3]."""
-        raise NotImplementedError(f"{type(self).__name__} is not scored exactly")
+        raise DeepGenError(f"{type(self).__name__} is not scored by code here; implement score_pixels()")
 
     def measures(self, groups: Sequence[str]) -> list[Measure]:
         """The benchmark's figures over the groups that have data, the main one first."""
-        raise NotImplementedError(f"{type(self).__name__} has no figures")
+        raise DeepGenError(f"{type(self).__name__} has no figures; implement measures()")
 
 
 def check_distinct(items: Sequence[Item]) -> None:

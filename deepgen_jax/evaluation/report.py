@@ -49,6 +49,7 @@ class RunReport:
         """Images to show: the worst and the best by score, or the first ones; each with its prompt and score."""
         files = {file: item for item in self.items for file in item.files if (self.folder / file).is_file()}
         if not self.scores or not self.scores.images:
+            first: dict[str, tuple[Item, str, float | None]]
             first = {item.key: (item, file, None) for file, item in reversed(files.items())}
             return {"first": list(first.values())[: -UNSCORED - 1 : -1]}
         ordered = sorted((score, file) for file, score in self.scores.images.items() if file in files)

@@ -35,16 +35,20 @@ class RunFolder:
         """The folder of our records."""
         return self.path / RECORDS
 
+    def check(self, benchmark: str) -> None:
+        """Raises a DeepGenError where the folder holds a run of another benchmark."""
+        if (self.records / _RUN).exists():
+            before = self.read().get("benchmark")
+            if before != benchmark:
+                raise DeepGenError(f"{self.path} holds images of {before}; choose another --out")
+
     def write(self, run: Mapping[str, Any], items: Sequence[Item]) -> None:
         """Writes the description of a run and its prompts.
 
         Raises:
           DeepGenError: the folder holds a run of another benchmark, or cannot be written.
         """
-        if (self.records / _RUN).exists():
-            before = self.read().get("benchmark")
-            if before != run["benchmark"]:
-                raise DeepGenError(f"{self.path} holds images of {before}; choose another --out")
+        self.check(run["benchmark"])
         try:
             self.records.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -339,13 +339,17 @@ class Eleventh(Benchmark):
 """
 
 
-def test_an_eleventh_benchmark_is_one_file(tmp_path: Path, pipe: FakePipeline):
+def test_an_eleventh_benchmark_is_one_file(tmp_path: Path, pipe: FakePipeline, capsys: pytest.CaptureFixture):
     (tmp_path / "eleventh.py").write_text(PLUGIN)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     words = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
     words = [str(tmp_path / "model"), *words, "--size", "64"]
     assert main(["eval", f"{tmp_path}/eleventh.py:Eleventh", *words]) == 0
     assert tree(tmp_path / "out") == {"1.png", "2.png"}
+    assert main(["eval", f"{tmp_path}/eleventh.py:Eleventh"]) == 2
+    assert "give the inputs of Eleventh with --data: a .jsonl" in capsys.readouterr().err
+    assert main(["eval", "score", str(tmp_path / "out")]) == 2
+    assert "Eleventh is scored by a judge: give its server" in capsys.readouterr().err
 
 
 JSON_VALUES = st.recursive(
