@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath
+from deepgen_jax.files import LocalPath, replacing, write_error
 
 if TYPE_CHECKING:
     from deepgen_jax.data.data_config import DataConfig
@@ -155,7 +155,7 @@ class WorldCommand:
     out: Path
     """File to write, one JSON object a line: prompt, and truth, by which the reward `world` scores pictures."""
     prompts: int = 2000
-    """How many."""
+    """Number of prompts."""
     seed: int = 1
     """Of the world; supervised training uses seed 0."""
     skills: Annotated[str, arg(help_behavior_hint="(default: all of text to image)")] = ""
@@ -165,6 +165,8 @@ class WorldCommand:
 
     def run(self) -> int:
         """Writes; returns the exit status."""
+        from tqdm import tqdm
+
         from deepgen_jax.nano.reward import TRUTH
         from deepgen_jax.nano.samples import make_sample
         from deepgen_jax.nano.world.truth import PICTURE_SKILLS
@@ -176,16 +178,16 @@ class WorldCommand:
             raise DeepGenError(f"--prompts is {self.prompts} and --seed {self.seed}; use 1 and 0 or more")
         if self.out.exists() and not self.overwrite:
             raise DeepGenError(f"{self.out} exists; choose another --out or use --overwrite")
-        samples = [
-            make_sample("train", skills[i % len(skills)], seed=self.seed, index=i) for i in range(self.prompts)
-        ]
-        records = [{"prompt": sample.text, TRUTH: sample.truth.to_json()} for sample in samples]
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
-            self.out.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise DeepGenError(f"{self.out} cannot be written: {error.strerror or error}") from error
+            raise write_error(self.out.parent, error) from error
+        numbers = tqdm(range(self.prompts), desc="prompts", disable=None, leave=False)
+        with replacing(self.out) as partial, partial.open("w", encoding="utf-8") as file:
+            for number in numbers:
+                sample = make_sample("train", skills[number % len(skills)], seed=self.seed, index=number)
+                record = {"prompt": sample.text, TRUTH: sample.truth.to_json()}
+                file.write(f"{json.dumps(record, ensure_ascii=False)}\n")
         print(f"wrote {self.out}")
         return 0
 

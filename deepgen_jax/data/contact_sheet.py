@@ -1,4 +1,4 @@
-"""A PNG that shows what batches hold: references and targets of a few samples of each, with their texts."""
+"""A PNG of batches: references and targets of a few samples of each, with their texts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deepgen_jax.data.reader import Batch
+from deepgen_jax.files import replacing, write_error
 
 _HEIGHT, _MARGIN, _FONT_SIZE, _LINES = 192, 8, 13, 4
 # Faces that hold Chinese besides Latin, as the usual systems name their files.
@@ -26,6 +27,9 @@ def write_contact_sheet(path: Path, batches: Sequence[tuple[Batch, Sequence[str]
     Args:
       path: of the PNG.
       batches: with the texts of their first samples.
+
+    Raises:
+      DeepGenError: it cannot be written.
     """
     font = _font()
     rows = [_row(batch, texts, font) for batch, texts in batches]
@@ -35,8 +39,12 @@ def write_contact_sheet(path: Path, batches: Sequence[tuple[Batch, Sequence[str]
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path, "PNG")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path.parent, error) from error
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def _row(batch: Batch, texts: Sequence[str], font: ImageFont.FreeTypeFont) -> Image.Image:

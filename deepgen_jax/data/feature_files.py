@@ -39,7 +39,7 @@ class FeatureManifest:
       source: name of the source; task: its task.
       samples: planned, those included that turned out to be bad.
       shard_size: planned samples of a shard.
-      origin: digest of the data and the choice of buckets.
+      data_digest: of the data and the choice of buckets; "origin" in the file.
       weights: digest of the encoders' weights.
       vae, vision: configurations of the encoders.
       image_size, transform: as in `DataConfig`.
@@ -50,7 +50,7 @@ class FeatureManifest:
     task: str
     samples: int
     shard_size: int
-    origin: str
+    data_digest: str
     weights: str
     vae: dict[str, Any]
     vision: dict[str, Any]
@@ -65,7 +65,9 @@ class FeatureManifest:
 
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1)
+        values = dataclasses.asdict(self)
+        values["origin"] = values.pop("data_digest")
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=1)
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> FeatureManifest:
@@ -81,7 +83,7 @@ class FeatureManifest:
                 raise ValueError(f"format is {kind!r}")
             if version != VERSION:
                 raise DeepGenError(f"{where} is of version {version}, expected {VERSION}; cache the features again")
-            return cls(**values)
+            return cls(data_digest=values.pop("origin"), **values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DeepGenError(f"{where} is no manifest of cached features ({error}); cache them again") from None
 

@@ -41,6 +41,18 @@ class Index:
     def __len__(self) -> int:
         return self.meta["rows"]
 
+    def check(self) -> None:
+        """Raises ``ValueError``, or what reading raises (``OSError``, ``EOFError``), unless all files fit together."""
+        rows = len(self)
+        shapes = {"status": (rows,), "lengths": (rows,), "offsets": (rows + 1,), "sizes": (rows, *self.sizes.shape[1:])}
+        for name, shape in shapes.items():
+            if self._load(name).shape != shape:
+                raise ValueError(f"{name}.npy does not have {rows} rows")
+        if self._offsets[-1] != (self.folder / "rows.bin").stat().st_size:
+            raise ValueError("rows.bin has another size")
+        if not {"reasons", "counts", "examples", "notes", "digest"} <= self.meta.keys():
+            raise ValueError("meta.json lacks a field")
+
     def row(self, number: int) -> Row:
         """The row of a sample, for its source to read."""
         start, end = self._offsets[number : number + 2]

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from deepgen_jax.data.sources import BadSample, Source, open_source
 from deepgen_jax.data.sources.base import bad_row_at
 from deepgen_jax.data.storage import FileInfo, cache_folder, is_remote
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import remove, write_error
 from deepgen_jax.user_warnings import warn_user
 
 T = TypeVar("T")
@@ -58,11 +58,12 @@ def open_indices(config: DataConfig, prompts: PromptEncoder) -> list[Index]:
 def _open(config: DataConfig, opened: Source, prompts: PromptEncoder, files: Sequence[FileInfo]) -> Index:
     source = opened.config
     folder = cache_folder(config.cache_dir) / "index" / f"{source.name}-{_fingerprint(config, source, prompts, files)}"
-    if not (folder / "meta.json").is_file():
+    index = _load(folder)
+    if index is None:
         _build(config, opened, prompts, files, folder)
+        index = Index(folder)
         if left_out := ", ".join(f"{count} {reason}" for reason, count in opened.passed_over.items() if count):
             warn_user(f"source {source.name}: passed over in its folders: {left_out}")
-    index = Index(folder)
     for reason, count in index.meta["counts"].items():
         if reason in _DAMAGED:
             # Each counts as one bad sample, however many it holds.
@@ -76,6 +77,20 @@ def _open(config: DataConfig, opened: Source, prompts: PromptEncoder, files: Seq
             f"source {source.name}: {bad} of {len(index)} samples are bad ({reasons}; such as {first}), more than "
             f"max_bad_share {config.max_bad_share:g} allows; fix the data, or raise data.max_bad_share"
         )
+    return index
+
+
+def _load(folder: Path) -> Index | None:
+    """The index in a folder; None where there is none. One that is damaged is removed with a notice."""
+    if not folder.is_dir():
+        return None
+    try:
+        index = Index(folder)
+        index.check()
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        warn_user(f"the index {folder} is damaged ({error}); it is built again")
+        remove(folder)
+        return None
     return index
 
 
@@ -107,8 +122,11 @@ def _build(config: DataConfig, source: Source, prompts: PromptEncoder, files: Se
         # Another process may have been faster with the same result.
         with contextlib.suppress(OSError):
             os.rename(temporary, folder)
+    except OSError as error:
+        # Reading errors are of other types by now.
+        raise write_error(folder, error, temporary) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 class _Pools:

@@ -48,7 +48,7 @@ R = TypeVar("R")
 _READ_AHEAD, _ENCODED_AHEAD = 2, 1
 
 _DIFFERENCES = {
-    "origin": "other data, or other settings that choose samples and sizes",
+    "data_digest": "other data, or other settings that choose samples and sizes",
     "weights": "the weights of another model",
     "vae": "another VAE",
     "vision": "another vision tower",
@@ -117,7 +117,7 @@ def cache_features(
                 task=source.task,
                 samples=sum(len(part) for _, part in rows),
                 shard_size=shard_size,
-                origin=_origin(plan, number),
+                data_digest=_data_digest(plan, number),
                 weights=weights,
                 **encoder_configs(config),
                 image_size=data.image_size,
@@ -301,7 +301,7 @@ def _ahead(items: Iterator[T], count: int) -> Iterator[T]:
     yield from ahead
 
 
-def _origin(plan: Plan, number: int) -> str:
+def _data_digest(plan: Plan, number: int) -> str:
     digest = hashlib.sha256(plan.indices[number].folder.name.encode())
     for bucket, rows in plan.rows_by_bucket(number):
         digest.update(f"{bucket} ".encode())

@@ -229,3 +229,33 @@ def test_an_empty_source(tmp_path: Path, prompts: PromptEncoder):
     source = SourceConfig("s", "webdataset", str(tmp_path))
     with pytest.raises(DeepGenError, match=r"holds no \.tar file"):
         open_index(config(source, tmp_path), source, prompts)
+
+
+@pytest.mark.parametrize("name", ["meta.json", "rows.bin", "status.npy", "lengths.npy", "sizes.npy", "offsets.npy"])
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
+def test_a_damaged_index_is_built_again(tmp_path: Path, prompts: PromptEncoder, name: str, how: str):
+    source = config_source(write_json(tmp_path, t2i_samples(6)))
+    first = open_index(config(source, tmp_path), source, prompts)
+    rows, digest = [first.row(n) for n in range(6)], first.meta["digest"]
+    path = first.folder / name
+    data = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(data[: len(data) - 3] if how == "cut" else b"")
+    with pytest.warns(DeepGenWarning, match="is damaged .*; it is built again"):
+        again = open_index(config(source, tmp_path), source, prompts)
+    assert ([again.row(n) for n in range(6)], again.meta["digest"]) == (rows, digest)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch):
+    import errno
+
+    source = config_source(write_json(tmp_path, t2i_samples(6)))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deepgen_jax.data.index.np.save", full)
+    with pytest.raises(DeepGenError, match="cannot be written: its disk is full"):
+        open_index(config(source, tmp_path), source, prompts)
+    assert not list((tmp_path / "cache" / "index").iterdir())
