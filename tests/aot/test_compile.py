@@ -157,6 +157,53 @@ def test_a_step_is_lowered_for_the_batches_of_a_run(tmp_path, model):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
 
+class _EnoughSeen(Exception):
+    pass
+
+
+def test_rollout_and_update_are_lowered_for_what_a_run_passes(tmp_path, model, monkeypatch):
+    from deepgen_jax.parallel.mesh import make_mesh
+    from deepgen_jax.rl import experience
+    from deepgen_jax.rl.grpo import GRPOStage
+    from deepgen_jax.training.abstract_run import AbstractRun
+
+    runs.write_data(tmp_path)
+    path = runs.write_grpo_config(tmp_path, model, {"jpeg": 1.0}, 'RewardConfig("jpeg")')
+    config, mesh = config_files.load_config(str(path)), make_mesh(None)
+    stage = GRPOStage(config, mesh)
+    passed = {}
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(lambda tree: tree, tree))
+
+    def rollout(network, settings, variables, noise, condition, sigmas, eta, keys, scale, run=experience.rollout):
+        passed["rollout"] = shapes((variables, noise, condition, sigmas, keys))
+        passed["length"] = condition.sequence.shape[1]
+        return run(network, settings, variables, noise, condition, sigmas, eta, keys, scale)
+
+    def update(*arguments):
+        passed["update"] = shapes(arguments)
+        raise _EnoughSeen
+
+    monkeypatch.setattr(experience, "rollout", rollout)
+    stage._programs = stage._programs._replace(update=update)
+    with pytest.raises(_EnoughSeen):
+        stage.step()
+    stage.close()
+    sizes = stage._weights.config
+    prompt_tokens = passed["length"] - sizes.bridge.num_queries
+    run = AbstractRun(config, sizes, mesh, prompt_tokens)
+    lowered = {name: GRPOStage.abstract_programs[name].make(run).arguments for name in ("rollout", "update")}
+    assert shapes(lowered["rollout"]) == passed["rollout"]
+    *before, auxiliary, keys, part = shapes(lowered["update"])
+    *before_of_run, auxiliary_of_run, keys_of_run, part_of_run = passed["update"]
+    assert (before, keys, part) == (before_of_run, keys_of_run, part_of_run)
+    # Texts of the auxiliary batch are as long as its captions; all else is checked above for stage 2.
+    assert {task: x._replace(text=None) for task, x in auxiliary.items()} == {
+        task: x._replace(text=None) for task, x in auxiliary_of_run.items()
+    }
+
+
 def test_the_largest_that_fits_is_found_with_few_tries():
     for most in (0, 1, 2, 5, 8, 23, 256):
         tried = []
