@@ -1,6 +1,6 @@
 """Stage 1 on a tiny model and a dozen drawn pictures, after `tiny_vae.py`.
 
-90 s of CPU time, most of it for compiling: about a minute on two cores, less when the programs are cached.
+90 s of CPU time, most of it for compiling; much less when the programs are cached.
 """
 
 from deepgen_jax.configs.tiny_vae import MIXTURE, SOURCES

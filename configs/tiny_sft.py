@@ -1,6 +1,6 @@
 """Stage 2 on a tiny model and a dozen drawn pictures, after `tiny_pretrain.py`.
 
-145 s of CPU time, most of it for compiling: a minute and a half on two cores, less when the programs are cached.
+145 s of CPU time, most of it for compiling; much less when the programs are cached.
 `benchmarks/overfit.py` trains longer, until the model reproduces the pictures.
 """
 

@@ -1,6 +1,6 @@
 """The autoencoder of a tiny model on a dozen drawn pictures, before `tiny_pretrain.py`.
 
-95 s of CPU time: about a minute on two cores.
+95 s of CPU time.
 """
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
