@@ -1,4 +1,7 @@
-"""Stage 3 on a tiny model, continuing from `tiny_sft.py`: rewards red images and small JPEG files."""
+"""Stage 3 on a tiny model, continuing from `tiny_sft.py`: rewards red images and small JPEG files.
+
+115 s of CPU time, most of it for compiling; much less when the programs are cached.
+"""
 
 from deepgen_jax.configs.tiny_vae import SOURCES
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig
