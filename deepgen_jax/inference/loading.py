@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.parallel import rules
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores import model_folder
@@ -35,6 +34,9 @@ def load_model(folder: Path, dtype: DTypeLike, mesh: Mesh | str | None) -> Loade
     if not isinstance(mesh, Mesh):
         mesh = make_mesh(mesh)
     tokenizer = PromptTokenizer(folder / "tokenizer", config)
-    shardings = rules.shardings(abstract_params(config), mesh)
-    params = load_merged(folder, part_dtypes(config, compute), shardings, read_adapters(folder, mesh))
+    dtypes = part_dtypes(config, compute)
+    # The shapes that are stored: tracing the model's initialisers for them takes longer than reading a small model.
+    stored = model_folder.stored_tree(folder)
+    shardings = rules.shardings({part: stored[part] for part in dtypes if part in stored}, mesh)
+    params = load_merged(folder, dtypes, shardings, read_adapters(folder, mesh))
     return config, model_folder.read_scheduler(folder), params, tokenizer, mesh, compute
