@@ -206,12 +206,31 @@ def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
             _check_size(folder / file, size)
     arrays = {file: value for file, value in manifest.checksums.items() if file.startswith(f"{name}/")}
     checksums.verify(folder, arrays, "copy the model folder again or convert the model again")
+    # Parts are read one by one, and each asks for the tree, which takes Orbax a while to read.
+    state = _state(folder / name / "_METADATA")
+    if state is None or state not in _trees:
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
+        except (ValueError, KeyError, OSError, AttributeError) as error:
+            raise DeepGenError(f"{folder / name} is damaged ({first_line(error)}); convert the model again") from error
+        tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+        _trees.clear()
+        _trees[state] = tree
+    return jax.tree.map(lambda leaf: leaf, _trees[state])
+
+
+# The tree read last, by the state of its file.
+_trees: dict[tuple[str, int, int, int] | None, dict[str, Any]] = {}
+
+
+def _state(path: Path) -> tuple[str, int, int, int] | None:
+    """Path, size, time of the last change and inode of a file; None where there is none."""
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
-    except (ValueError, KeyError, OSError, AttributeError) as error:
-        raise DeepGenError(f"{folder / name} is damaged ({first_line(error)}); convert the model again") from error
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+        status = path.stat()
+    except OSError:
+        return None
+    return str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -25,6 +25,8 @@ def test_a_replica_that_dies_loses_no_request(monkeypatch):
 
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Cores may be shared: the node can take long to start.
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
