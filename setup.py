@@ -88,6 +88,7 @@ setup(
     # The embedded model adds to the registries as any other package does.
     entry_points={
         "console_scripts": ["deepgen = deepgen_jax.cli.main:main"],
+        "deepgen_jax.benchmarks": ["nano = deepgen_jax.nano.benchmark:NanoBenchmark"],
         "deepgen_jax.data_sources": ["synthetic = deepgen_jax.nano.source:Synthetic"],
         "deepgen_jax.rewards": ["world = deepgen_jax.nano.reward:WorldReward"],
     },

@@ -14,11 +14,10 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 import deepgen_jax
 from deepgen_jax.cli.image_run import ImageRun, resolved_dtype
 from deepgen_jax.cli.processes import ProcessOptions
-from deepgen_jax.cli.registered import BENCHMARKS
 from deepgen_jax.cli.sampling import open_model
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
-from deepgen_jax.evaluation.registry import open_benchmark
+from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
 from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_images, run_settings
 from deepgen_jax.files import LocalPath
 from deepgen_jax.inference.batch import Settings

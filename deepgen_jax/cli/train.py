@@ -73,7 +73,6 @@ class TrainCommand:
 
         evaluator = None
         if config.eval.every:
-            from deepgen_jax.cli import registered  # noqa: F401
             from deepgen_jax.evaluation.in_training import InTraining
 
             evaluator = InTraining(config.eval, Path(config.out), average=config.ema_decay is not None)

@@ -13,7 +13,6 @@ from support import runs
 from support.fake_pipeline import FakePipeline
 from support.judge_server import JudgeServer, Reply
 
-from deepgen_jax.cli import registered  # noqa: F401
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
