@@ -1,7 +1,7 @@
 """The JSON configurations of releases, parsed to ours.
 
 Every option of a file is read, checked against the one supported value, or listed as harmless; anything else is an
-error, since nobody has shown that it may be ignored.
+error, since ignoring it could change results.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _text_config(text: Options, top: Options) -> TextConfig:
         rms_norm_eps=text.take("rms_norm_eps", float),
         rope_theta=theta,
         mrope_sections=sections,
-        # Where nothing is said, the weights tell: they are untied if there is an lm_head.
+        # Where the file says nothing, an lm_head among the weights means untied embeddings.
         tie_word_embeddings=top.take("tie_word_embeddings", bool, text.take("tie_word_embeddings", bool, True)),
         max_position_embeddings=text.take("max_position_embeddings", int, defaults.max_position_embeddings),
         pad_token_id=top.take("pad_token_id", int, text.take("pad_token_id", int, defaults.pad_token_id)),
@@ -196,7 +196,7 @@ def scheduler_config(values: Mapping[str, Any], where: str) -> SchedulerConfig:
 def bridge_config(
     shapes: Mapping[str, Shape], connector: Mapping[str, Any], where: str, hidden_size: int
 ) -> BridgeConfig:
-    """The bridge's sizes, from the shapes of its tensors and, where no tensor tells, from ``connector``.
+    """The bridge's sizes, from the shapes of its tensors and, for the rest, from ``connector``.
 
     Args:
       shapes: canonical key -> shape of the bridge's tensors; may be empty.

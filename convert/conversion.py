@@ -14,19 +14,19 @@ import deepgen_jax
 from deepgen_jax.errors import DeepGenError
 
 from . import configs
-from .folders import Contents, write_arrays, write_manifest
+from .folder_writer import Contents, write_arrays, write_manifest
 from .hparams import parse_hparams
-from .opening import Release, lora_config, open_bases, open_release
+from .output import staged
 from .plan import Plan, make_plan
+from .release_inputs import Release, lora_config, open_bases, open_release
 from .sources import BFLOAT16
-from .staging import staged
 
 DTYPES = {"bfloat16": BFLOAT16, "float32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, for people.
+    """Summary of a conversion.
 
     Attributes:
       folder: the new model folder.
@@ -96,7 +96,7 @@ def convert(
       ema: take the checkpoint's moving average of the weights; what it does not cover is taken as trained. Without it
         the trained weights are taken, unless the checkpoint has nothing but an average.
       overwrite: replace ``out``.
-      seed: of a fresh bridge.
+      seed: of a newly initialised bridge.
 
     Raises:
       DeepGenError: anything is wrong with the sources; ``out`` is then as it was.

@@ -76,7 +76,7 @@ class DeepGenConnector(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None, **_: Any) -> DeepGenConnector:
-        """Reads ``config.json`` and ``*.safetensors`` of a folder; sizes that only the tensors tell come from them."""
+        """Reads ``config.json`` and ``*.safetensors`` of a folder; some sizes come from the tensors."""
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = {name: value for name, value in json.load(file).items() if not name.startswith("_")}
         state: dict[str, torch.Tensor] = {}

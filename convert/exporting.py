@@ -18,14 +18,14 @@ from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.stores.run_folder import is_run
 
 from .conversion import DTYPES
-from .files import Spec, TensorWriter, TorchWriter, parse_size
-from .folders import Contents, write_arrays, write_manifest
-from .leaves import Leaf, Piece, chunk_shape, row_blocks, slice_index
+from .folder_writer import Contents, write_arrays, write_manifest
+from .lazy_params import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import Weight
+from .output import staged
 from .progress import progress_bar
 from .release import ReleaseWriter, hparams_json
-from .staging import staged
-from .stored import Reader, Stored, StoredLeaf, StoredModel, open_folder
+from .stored_params import Reader, Stored, StoredLeaf, StoredModel, open_folder
+from .tensor_files import Spec, TensorWriter, TorchWriter, parse_size
 from .transforms import to_source
 
 Format = Literal["model", "diffusers", "pth"]
@@ -83,7 +83,7 @@ def export(
     given = {"step": step, "ema": ema, "keep-lora": keep_lora, "model": model, "start": start}
     sources: list[dict[str, Any]] = []
     if is_run(folder):
-        from .runs import open_run
+        from .trained_model import open_run
 
         base = None if model is None else locate(model)
         earlier = None if start is None else Path(start)

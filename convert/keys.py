@@ -39,7 +39,7 @@ _ANY_ADAPTER = re.compile(
     r"\.lora_(embedding_)?([AB]|up|down|mid|magnitude_vector)(\.|$)|\.(hada|lokr)_\w+$|lora.*\.alpha$"
 )
 
-#: Tensors that releases may hold and that carry no information of their own.
+#: Tensors of releases that can be recomputed.
 _KNOWN_UNUSED = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (

@@ -21,7 +21,7 @@ from deepgen_jax.models.lora import folded
 from deepgen_jax.user_warnings import warn_user
 
 from .keys import AVERAGE_LEFT_OUT, Role, average_of, parse_key, unused_reason
-from .leaves import Leaf, Piece, chunk_shape, row_blocks, slice_index
+from .lazy_params import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
 from .sources import BFLOAT16, WEIGHT_DTYPES, Source
 from .transforms import Transform, to_target
@@ -120,12 +120,12 @@ def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) 
                 adapter = inventory.adapters.setdefault(key.name, Adapter())
                 adapter.names.add(key.adapter)
                 setattr(adapter, key.role.value, ref)
-        _tell_of_parts(source, {name for name, role in found if role is Role.WEIGHT}, inventory)
+        _warn_of_partial_parts(source, {name for name, role in found if role is Role.WEIGHT}, inventory)
     return inventory
 
 
-def _tell_of_parts(source: Source, names: set[str], inventory: Inventory) -> None:
-    """Says where a source holds a part of the model, but not all that earlier ones hold of it."""
+def _warn_of_partial_parts(source: Source, names: set[str], inventory: Inventory) -> None:
+    """Warns where a source holds some tensors of a part, and the rest comes from an earlier source."""
     for part in sorted({name.partition(".")[0] for name in names}):
         rest = [ref for name, ref in inventory.weights.items() if name.startswith(f"{part}.") and name not in names]
         if rest:
@@ -358,7 +358,7 @@ def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def all_finite(tensor: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite. For 16-bit floats the exponent's bits tell, without a cast."""
+    """Whether no element is NaN or infinite. For 16-bit floats the exponent is tested, without a cast."""
     exponents = {BFLOAT16: 0x7F80, np.dtype(np.float16): 0x7C00}.get(tensor.dtype)
     if exponents is None:
         # The sum of finite float32 numbers may overflow, so a finite sum proves it and anything else is looked at.

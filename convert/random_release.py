@@ -23,13 +23,13 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import require_space
 
 from .conversion import DTYPES
-from .files import Spec, parse_size, write_json
-from .fresh import keyed_rng
-from .leaves import BLOCK_BYTES
+from .initial_bridge import keyed_rng
+from .lazy_params import BLOCK_BYTES
 from .names import Weight, weights
+from .output import staged
 from .progress import progress_bar
 from .release import ReleaseWriter
-from .staging import staged
+from .tensor_files import Spec, parse_size, write_json
 
 #: The pattern by which Qwen2's tokenizer splits text into words.
 WORDS = (

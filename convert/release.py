@@ -20,8 +20,8 @@ from deepgen_jax.config import (
     VisionConfig,
 )
 
-from .files import SafetensorsWriter, Spec, write_json
 from .names import LM_HEAD, MMDIT, TEXT, VAE, VISION
+from .tensor_files import SafetensorsWriter, Spec, write_json
 
 #: (prefix of canonical keys, folder, prefix there); the first that fits counts.
 _PLACES = (

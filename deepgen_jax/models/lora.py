@@ -1,4 +1,4 @@
-"""Low-rank adapters as a tree of their own beside the base weights.
+"""Low-rank adapters as a separate tree beside the base weights.
 
 A LoRA tree has the paths of the parameter tree; where an adapted layer has ``{"kernel", ...}`` or ``{"embedding"}``,
 it has ``{"a" [..., in, rank], "b" [..., rank, out]}``. The update of the weight is ``scale * a @ b``.

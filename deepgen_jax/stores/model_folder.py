@@ -27,7 +27,7 @@ FORMAT, VERSION = "deepgen-jax", 1
 #: nothing computes with, kept so that an export is complete.
 PARTS = ("text", "vision", "bridge", "mmdit", "vae")
 
-#: Where the package keeps models of its own, and the one it has.
+#: Folder of the models that the package contains, and the name of the one.
 PACKAGED, NANO = Path(__file__).parents[1] / "weights", "nano"
 
 
@@ -76,7 +76,7 @@ def locate(model: str | os.PathLike[str] | None) -> Path:
         asked = "no model is named" if model is None else "there is no folder nano"
         raise DeepGenError(
             f"{asked}, and this package lacks its weights of nano; install it again, or name a MODEL folder, made by "
-            "deepgen convert or trained as docs/nano.md tells"
+            "deepgen convert or trained as in docs/nano.md"
         )
     return PACKAGED / NANO
 

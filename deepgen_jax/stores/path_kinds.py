@@ -17,7 +17,7 @@ ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 
 class Folder(Enum):
-    """Folders that can be told apart by their configurations."""
+    """Kinds of folders, recognised by their configurations."""
 
     QWEN = "a Qwen2.5-VL folder"
     SD3 = "a diffusers SD3.5 folder (transformer/, vae/, scheduler/)"
@@ -29,7 +29,7 @@ class Folder(Enum):
 
 
 def folder_kind(path: Path) -> Folder | None:
-    """What a folder is, or None where its configurations do not tell."""
+    """What a folder is, or None where its configurations do not say."""
     config = _settings(path / "config.json")
     kind = config.get("format")
     if kind in ("deepgen-jax", "deepgen-jax-run"):

@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """Reads the weights straight to their devices and dtypes.
 
-    What earlier runs trained replaces the model folder's; `deepgen_jax.stores.lineage` tells what comes from where.
+    What earlier runs trained replaces the model folder's; `deepgen_jax.stores.lineage` says what comes from where.
     Adapters are merged, except those that go on training.
 
     Raises:

@@ -36,7 +36,7 @@ def release(data_dir: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def read_flat() -> Callable[..., Flat]:
     """``read_flat(folder, "params")`` -> every stored array by path, the unused ones too."""
-    from deepgen_jax.convert.stored import flatten
+    from deepgen_jax.convert.stored_params import flatten
     from deepgen_jax.stores.model_folder import PARTS, load_lora, load_params
 
     def read(folder: Path, name: str = "params") -> Flat:

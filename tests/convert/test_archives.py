@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deepgen_jax.convert import convert, zipparts
-from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.checkpoints import open_checkpoint
 from deepgen_jax.convert.zipparts import JoinedFile, find_parts
 from deepgen_jax.errors import DeepGenError
 

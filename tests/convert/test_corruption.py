@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from deepgen_jax.convert import convert, pth
-from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.checkpoints import open_checkpoint
 from deepgen_jax.convert.sources import WEIGHT_DTYPES, SafetensorsFile, Source
 from deepgen_jax.errors import DeepGenError
 

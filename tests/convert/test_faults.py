@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from deepgen_jax.convert import convert
-from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.checkpoints import open_checkpoint
 from deepgen_jax.convert.sources import WEIGHT_DTYPES
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.model_folder import read_manifest

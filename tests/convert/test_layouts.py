@@ -267,7 +267,7 @@ def test_large_tensors_are_converted_in_blocks(
     monkeypatch: pytest.MonkeyPatch, data_dir: Path, bases: dict[str, Path], folders: Callable[[str], Path],
     tmp_path: Path, read_flat: Callable[..., Flat],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("deepgen_jax.convert.leaves.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("deepgen_jax.convert.lazy_params.BLOCK_BYTES", 1000)
     convert(out=tmp_path / "m", checkpoint=data_dir / "deepgen_sft.pth", **bases)
     expected = read_flat(folders("sft"))
     ours = read_flat(tmp_path / "m")

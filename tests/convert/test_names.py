@@ -14,7 +14,7 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.convert.keys import Key, Role, parse_key, unused_reason
 from deepgen_jax.convert.names import weights
 from deepgen_jax.convert.random_release import tiny_config
-from deepgen_jax.convert.stored import flatten
+from deepgen_jax.convert.stored_params import flatten
 from deepgen_jax.convert.transforms import Transform, target_shape, to_source, to_target
 from deepgen_jax.models.deepgen import abstract_params
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.checkpoints import open_checkpoint
 from deepgen_jax.convert.pth import TorchFile
 from deepgen_jax.errors import DeepGenError
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deepgen_jax.convert import convert
-from deepgen_jax.convert.detect import open_checkpoint
+from deepgen_jax.convert.checkpoints import open_checkpoint
 from deepgen_jax.convert.keys import is_adapter, parse_key
 from deepgen_jax.convert.sources import open_safetensors
 from deepgen_jax.errors import DeepGenError

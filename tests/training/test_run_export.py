@@ -248,12 +248,12 @@ def test_another_model_is_refused(first: Run, tmp_path: Path) -> None:
 def test_an_interrupted_export_leaves_nothing(
     first: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deepgen_jax.convert import stored
+    from deepgen_jax.convert import stored_params
 
     def fail(batch: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stored, "_read", fail)
+    monkeypatch.setattr(stored_params, "_read", fail)
     (tmp_path / "place").mkdir()
     for format in ("model", "diffusers", "pth"):
         with pytest.raises(KeyboardInterrupt):

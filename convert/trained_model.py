@@ -13,7 +13,7 @@ from deepgen_jax.stores.lineage import ADAPTED, Saved, StartingPoint, adapter_sc
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import checkpoint_folder, newest_step, read_run
 
-from .stored import Stored, StoredModel, TreePath, Update, located, open_folder, pairs
+from .stored_params import Stored, StoredModel, TreePath, Update, located, open_folder, pairs
 
 
 class TrainedModel(NamedTuple):
@@ -89,8 +89,8 @@ def _by_checkpoint(trained: dict[str, Saved], here: Saved, kind: str) -> list[tu
 
 def _require(at: Saved, name: str, run: Path, origin: StartingPoint) -> None:
     if not at.run.is_dir():
-        mend = "give --start FOLDER, its place now" if at.run == origin.start else "put it back"
-        raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {mend}")
+        fix = "give --start FOLDER, its place now" if at.run == origin.start else "put it back"
+        raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {fix}")
 
 
 def _check_shapes(leaves: dict[TreePath, Stored], base: StoredModel, run: Path) -> None:
@@ -109,7 +109,7 @@ def _common_adapters(updates: dict[TreePath, Update]) -> LoRAConfig:
         raise DeepGenError("model folders and releases have no adapters on the MMDiT; leave out --keep-lora")
     kinds = {(update.a.shape[-1], update.scale) for update in updates.values()}
     if len(kinds) > 1:
-        told = ", ".join(f"rank {rank} with scale {scale:g}" for rank, scale in sorted(kinds))
-        raise DeepGenError(f"adapters of several kinds cannot be kept ({told}); leave out --keep-lora")
+        listed = ", ".join(f"rank {rank} with scale {scale:g}" for rank, scale in sorted(kinds))
+        raise DeepGenError(f"adapters of several kinds cannot be kept ({listed}); leave out --keep-lora")
     rank, scale = kinds.pop()
     return LoRAConfig(rank, scale * rank)

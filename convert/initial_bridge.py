@@ -1,4 +1,4 @@
-"""A bridge that has not been trained yet, as the source of its initial weights."""
+"""Initial weights of an untrained bridge, as a source of a conversion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def keyed_rng(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
 
-class FreshBridge(Source):
+class InitialBridge(Source):
     """Initial weights of think tokens, projectors and connector, as at the start of stage 1.
 
     Think tokens are drawn from N(0, 1/sqrt(hidden)), the output projectors (projector_2, projector_3) are zero, norms

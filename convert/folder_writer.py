@@ -14,10 +14,10 @@ from deepgen_jax.files import require_space
 from deepgen_jax.stores.checksums import checksums
 from deepgen_jax.stores.model_folder import FORMAT, VERSION
 
-from .files import write_json
-from .leaves import Leaf
+from .lazy_params import Leaf
+from .orbax_writer import write_tree
 from .progress import progress_bar
-from .writer import write_tree
+from .tensor_files import write_json
 
 #: Files of a tokenizer; the others in a model's folder are not its business.
 TOKENIZER_FILES = (

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from .leaves import Leaf, Piece
+from .lazy_params import Leaf, Piece
 
 #: Bytes buffered before a data file of the checkpoint is written out.
 _DATA_FILE_BYTES = 256 * 2**20
@@ -91,7 +91,7 @@ def nested(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def write_tree(folder: Path, leaves: Sequence[Leaf], progress: Callable[[int], None]) -> None:
-    """Writes ``leaves`` to the new checkpoint ``folder``; ``progress`` is told the bytes of each piece written."""
+    """Writes ``leaves`` to the new checkpoint ``folder``; ``progress`` is called with the bytes of each piece."""
     handler = _StreamingHandler(progress)
     registry = ocp.type_handlers.create_type_handler_registry(
         (Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -1,4 +1,4 @@
-"""Opens the releases that a conversion starts from, and makes out the model's configuration."""
+"""Opens the inputs of a conversion and infers the model's configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.path_kinds import Folder, require_folder
 
 from . import configs
-from .detect import open_checkpoint
-from .fresh import FreshBridge
+from .checkpoints import open_checkpoint
 from .hparams import HParams, parse_hparams
+from .initial_bridge import InitialBridge
 from .names import MMDIT, VAE
 from .plan import Inventory, take_inventory
 from .sources import Source, open_safetensors
@@ -32,7 +32,7 @@ class Release:
     """Open sources and parsed configurations of one conversion.
 
     Attributes:
-      sources: what provenance tells of, in the order in which later ones supersede earlier ones.
+      sources: all of them, for the provenance; later ones supersede earlier ones.
       inventory: their tensors.
       config: sizes; whether word embeddings are tied is as the source says.
       scheduler: the sampling schedule.
@@ -59,7 +59,7 @@ def open_bases(
     seed: int,
     stack: contextlib.ExitStack,
 ) -> Release:
-    """The two base models and, on top, a stage checkpoint or a fresh bridge.
+    """The two base models and, on top, a stage checkpoint or a newly initialised bridge.
 
     Files stay open until ``stack`` closes them. ``ema``: take the checkpoint's moving average.
 
@@ -80,7 +80,7 @@ def open_bases(
     hparams = hparams or HParams()
     config, scheduler = _configure(qwen, sd3, inventory, hparams, hparams.connector, hparams.where, qwen)
     if checkpoint is None:
-        sources.append((FreshBridge(config, seed), ""))
+        sources.append((InitialBridge(config, seed), ""))
         inventory = take_inventory(sources)
     return Release([source for source, _ in sources], inventory, config, scheduler, qwen, hparams)
 
@@ -151,7 +151,7 @@ def _configure(
 
 
 def _token_id(folder: Path, token: str) -> int | None:
-    """The id of a special token, or None where the tokenizer's files do not tell."""
+    """The id of a special token, or None where the tokenizer's files lack it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

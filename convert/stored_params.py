@@ -1,4 +1,4 @@
-"""A model as Orbax checkpoints hold it, in one place or in several: what it consists of first, then arrays in order."""
+"""Parameters stored in Orbax checkpoints: their shapes first, then the arrays, streamed in order."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from deepgen_jax.errors import DeepGenError, first_line
 from deepgen_jax.stores.model_folder import read_manifest, read_scheduler, stored_tree
 
 from .names import Weight, weights
+from .orbax_writer import nested
 from .transforms import Shape
-from .writer import nested
 
 #: Arrays are read together up to about this many bytes.
 _BATCH_BYTES = 256 * 2**20
@@ -148,7 +148,7 @@ def pairs(leaves: Mapping[TreePath, Stored], scale: float) -> dict[TreePath, Upd
 class Reader:
     """Reads arrays in batches, in the order announced; one batch is held at a time.
 
-    Reading happens in a thread of its own, because the caller may be part of Orbax, which does not read while it
+    A separate thread reads, because the caller may be part of Orbax, which does not read while it
     writes.
     """
 

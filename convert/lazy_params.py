@@ -1,4 +1,4 @@
-"""Leaves of a parameter tree whose values are made piece by piece, only when they are written."""
+"""Leaves of a parameter tree whose values are computed piece by piece while they are written."""
 
 from __future__ import annotations
 
