@@ -95,4 +95,6 @@ def is_adapter(name: str) -> bool:
 
 def unused_reason(name: str) -> str | None:
     """Why a canonical key may be left out, or None if it may not."""
+    if average_of(name) is not None:
+        return AVERAGE_LEFT_OUT
     return next((reason for pattern, reason in _KNOWN_UNUSED if pattern.search(name)), None)

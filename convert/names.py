@@ -240,7 +240,7 @@ def _expand(
 
 
 def text_weights(config: TextConfig, stride: int, *, lm_head: bool) -> Iterator[Weight]:
-    """The language model; ``stride`` is ``BridgeConfig.selection_stride``, ``lm_head``: its weights are not the embedding's."""
+    """The language model; ``stride`` is ``BridgeConfig.selection_stride``, ``lm_head``: the head has its own weights."""
     sizes = {
         "D": config.hidden_size,
         "KV": config.num_kv_heads * config.head_dim,

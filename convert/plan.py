@@ -20,7 +20,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.lora import folded
 from deepgen_jax.user_warnings import warn_user
 
-from .keys import AVERAGE_LEFT_OUT, Role, average_of, parse_key, unused_reason
+from .keys import Role, average_of, parse_key, unused_reason
 from .lazy_params import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
 from .sources import BFLOAT16, WEIGHT_DTYPES, Source
@@ -92,14 +92,11 @@ def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) 
     for source, prefix in sources:
         found: dict[tuple[str, Role], str] = {}
         inventory.unused.update({f"{name} of {source.label}": reason for name, reason in source.ignored.items()})
-        averages = {raw: of for raw in source.tensors if (of := average_of(raw)) is not None}
-        covered = {parse_key(of, prefix) for of in averages.values()} if ema else set()
+        averages = {raw: of for raw in source.tensors if ema and (of := average_of(raw)) is not None}
+        covered = {parse_key(of, prefix) for of in averages.values()}
         inventory.averages += len(covered)
         for raw in source.tensors:
             key = parse_key(averages.get(raw, raw), prefix)
-            if raw in averages and not ema:
-                inventory.unused[f"{raw} of {source.label}"] = AVERAGE_LEFT_OUT
-                continue
             if raw not in averages and key in covered:
                 inventory.unused[f"{raw} of {source.label}"] = "the moving average is taken in its place"
                 continue
