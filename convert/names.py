@@ -240,7 +240,7 @@ def _expand(
 
 
 def text_weights(config: TextConfig, stride: int, *, lm_head: bool) -> Iterator[Weight]:
-    """The language model; ``stride`` is ``BridgeConfig.selection_stride``, ``lm_head``: the head has its own weights."""
+    """The language model; ``stride`` as in ``BridgeConfig``, ``lm_head``: the head is not the embedding."""
     sizes = {
         "D": config.hidden_size,
         "KV": config.num_kv_heads * config.head_dim,
