@@ -30,6 +30,8 @@ MAX_SIDE = 1024
 _WORDS = {"yes": 1, "no": 0}
 #: Characters of the longest list of numbers that is read.
 _LONGEST = 4096
+#: Characters of a reply that the log keeps.
+_LOGGED = 400
 #: Reasons of `RequestFailed` that, where nothing was answered yet, mean that no question will be.
 _HOPELESS = ("connection error", "HTTP 400", "HTTP 401", "HTTP 403", "HTTP 404", "HTTP 405")
 
@@ -114,17 +116,17 @@ async def _ask(
         # A judge at temperature 0 would give the same reply to the same question.
         again = f"\nAn earlier reply could not be read ({reason}); keep to this form." if reason else ""
         try:
-            values = await judge.ask(text + again, urls, lambda reply: read_answer(reply, question))
+            read = await judge.ask(text + again, urls, lambda reply: _read(reply, question))
         except RequestFailed as failure:
             if str(failure) in _HOPELESS and not result.answers:
                 raise DeepGenError(f"the judge at {judge.url} gives no answer ({failure}); check --judge") from None
             result.missing[str(failure)] += 1
             return
-        if not isinstance(values, Missing):
-            result.answers[place] = values
-            cache.put(key, {"question": question.name, "image": question.images[-1].name, "values": values})
+        if not isinstance(read, Missing):
+            result.answers[place] = read["values"]
+            cache.put(key, {"question": question.name, "image": question.images[-1].name, "judge": judge.model, **read})
             return
-        reason = values.reason
+        reason = read.reason
         result.unreadable[reason] += 1
     result.missing[reason] += 1
 
@@ -157,6 +159,12 @@ def read_answer(reply: str, question: Question) -> list[int] | Missing:
     if len(values) != question.count:
         return Missing("wrong number of values")
     return values if _fits(values, question) else Missing("value out of range")
+
+
+def _read(reply: str, question: Question) -> dict[str, Any] | Missing:
+    """As `read_answer`, with the end of the reply for the log."""
+    values = read_answer(reply, question)
+    return values if isinstance(values, Missing) else {"values": values, "reply": reply[-_LOGGED:]}
 
 
 def _fits(values: Any, question: Question) -> bool:
