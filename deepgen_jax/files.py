@@ -141,6 +141,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file or folder is a lock or half written, so that a folder with nothing else counts as empty."""
+    return path.name == LOCK_FILE or path.name.startswith(PARTIAL_PREFIX)
+
+
 def remove_partials(folder: Path) -> None:
     """Removes what a killed process left half written directly in ``folder``; call it while the folder is locked."""
     for path in folder.glob(f"{PARTIAL_PREFIX}*"):

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.files import write_error
 
 
 class LineWriter:
@@ -38,7 +39,15 @@ class LineWriter:
             raise self._error(error) from error
 
     def close(self) -> None:
-        self._file.close()
+        """Writes what a full disk has held back; the file is closed in any case.
+
+        Raises:
+          DeepGenError: it cannot be written.
+        """
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._error(error) from error
 
     def __enter__(self) -> LineWriter:
         return self
@@ -49,7 +58,7 @@ class LineWriter:
         self.close()
 
     def _error(self, error: OSError) -> DeepGenError:
-        return DeepGenError(f"{self.path} cannot be written: {error.strerror or error}")
+        return write_error(self.path, error)
 
 
 def plain(value: Any) -> Any:

@@ -165,7 +165,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
             before, now = _setting(earlier["config"], name), _setting(values["config"], name)
             if of(before) != of(now):
                 raise DeepGenError(f"{run} was begun with {name}={before}, not {now}; restore it, or give another out")
-    elif run.is_dir() and any(path.name != files.LOCK_FILE for path in run.iterdir()):
+    elif run.is_dir() and not all(files.is_own(path) for path in run.iterdir()):
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
     origin = starting_point_of(config) if saved else newest_starting_point(config)
     values["origin"] = origin.to_json()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.curves import (
     Curves,
@@ -82,9 +83,10 @@ def plot_runs(
     figure = draw(runs, choose_panels(runs, metrics), smooth)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=DPI)
     except OSError as error:
-        raise DeepGenError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise files.write_error(out, error, out.parent) from error
+    with files.replacing(out) as partial:
+        figure.savefig(partial, dpi=DPI, format=out.suffix.lower().removeprefix("."))
     return out
 
 

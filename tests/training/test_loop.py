@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepgen_jax import files
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
@@ -191,6 +192,15 @@ def test_a_folder_with_something_else_is_refused(config, tmp_path):
     (tmp_path / "run" / "letter.txt").write_text("dear")
     with pytest.raises(DeepGenError, match="holds something else than a training run"):
         loop.describe(Path(config.out), config)
+
+
+def test_a_folder_that_a_killed_launch_left_is_empty(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / files.LOCK_FILE).write_text("{}")
+    (folder / f"{files.PARTIAL_PREFIX}1-ab").write_text("{")
+    loop.describe(folder, config)
+    assert read_run(folder)["kind"] == "supervised"
 
 
 def test_samples_need_their_reference_images(config, run):
