@@ -27,6 +27,9 @@ from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
 from deepgen_jax.stores.checksums import unverified
 from deepgen_jax.user_warnings import collect_warnings
 
+#: Longest error message; --debug shows all of it.
+_MOST_LETTERS = 800
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``deepgen`` with the given words (by default those of the command line).
@@ -89,6 +92,9 @@ def _stopped(status: int, alone: bool) -> int:
 def _failed(error: Exception, message: str, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    elif len(message) > _MOST_LETTERS:
+        # What was given is part of the message, however long it is; the fix is at its end.
+        message = f"{message[: _MOST_LETTERS // 2]} ... {message[-_MOST_LETTERS // 2 :]}"
     _say(f"error: {message}")
     return 2
 

@@ -234,3 +234,11 @@ def test_what_the_package_lists():
     assert {"DeepGenPipeline", "DeepGenError", "flow", "rl", "rewards", "evaluation", "__version__"} <= set(names)
     for name in names:
         getattr(deepgen_jax, name)
+
+
+def test_long_words_are_cut_in_errors(capsys: pytest.CaptureFixture):
+    assert main(["generate", "a", "b", "x" * 5000]) == 2
+    message = capsys.readouterr().err
+    assert len(message) < 900
+    assert message.startswith("deepgen: error: Unrecognized options: xxx")
+    assert message.endswith("put a text of several words in quotes; see deepgen generate --help\n")
