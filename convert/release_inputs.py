@@ -155,8 +155,13 @@ def _token_id(folder: Path, token: str) -> int | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    added = configs.read_json(path).get("added_tokens") or []
-    return next((entry["id"] for entry in added if entry.get("content") == token), None)
+    added = configs.read_json(path).get("added_tokens", [])
+    if not isinstance(added, list) or not all(isinstance(entry, dict) for entry in added):
+        raise DeepGenError(f"{path}: added_tokens is no list of tokens; download the tokenizer again")
+    found = next((entry.get("id") for entry in added if entry.get("content") == token), None)
+    if found is not None and type(found) is not int:
+        raise DeepGenError(f"{path}: the id of {token} is {found!r}; download the tokenizer again")
+    return found
 
 
 def lora_config(release: Release, alpha: float | None) -> LoRAConfig | None:
