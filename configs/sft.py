@@ -1,7 +1,7 @@
 """Stage 2, joint supervised fine-tuning: bridge, DiT and adapters on the VLM learn; Tables 8 and 9 of the paper.
 
-The data sets are those of Table 8 that are public; put them under one folder as the paths say, or give paths of your
-own (`data.sources.NAME.path=...`). The paper's in-house generation, editing and poster data are not public.
+The data sets are the public ones of Table 8. Put them under `data/` as the paths say, or set other paths
+(`data.sources.NAME.path=...`). The paper's in-house generation, editing and poster data are not public.
 """
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig

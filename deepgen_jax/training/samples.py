@@ -1,4 +1,4 @@
-"""Pictures made during training: always the same prompts, references and noise, so that they can be compared."""
+"""Pictures made during training from fixed prompts, references and noise, so that they can be compared."""
 
 from __future__ import annotations
 

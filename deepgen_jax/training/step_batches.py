@@ -42,7 +42,7 @@ from deepgen_jax.training.weights import Weights
 
 
 class StepBatch(NamedTuple):
-    """All that one optimiser step learns from.
+    """The data of one optimiser step.
 
     Attributes:
       micro_batches: task -> its micro-batches, stacked on a leading axis.
@@ -66,7 +66,7 @@ class StepBatch(NamedTuple):
 class StepBatches:
     """Iterates over the batches of optimiser steps, made from a loader's batches.
 
-    The VAE and the vision tower run here, one program a bucket; everything is padded so that the training step sees
+    The VAE and the vision tower run here, one program for each bucket; everything is padded so that the training step sees
     few shapes: targets to the largest bucket, references to whole images, prompts to the longest of the step.
     """
 
@@ -138,7 +138,7 @@ class StepBatches:
         )
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, float]:
-        """Tokens and operations over all hosts, taking the others' prompts to be like this host's."""
+        """Tokens and operations over all hosts, assuming that their prompts are like this host's."""
         tokens, operations = 0, 0.0
         samples = self._loader.plan.config.micro_batch
         for batch in batches:
@@ -151,7 +151,7 @@ class StepBatches:
 
 
 def token_budget(config: DeepGenConfig, target: int, references: int) -> TokenBudget:
-    """What micro-batches are padded to.
+    """The sizes that micro-batches are padded to.
 
     Args:
       config: of the model.
@@ -167,7 +167,7 @@ def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) 
     """A loader of this host's share of the batches.
 
     Args:
-      run: what the loader is for; cached features must be of its encoders.
+      run: the run that reads; cached features must come from its encoders.
       data: what is read.
       weights: of the run.
       mesh: batches are split over it.
@@ -218,7 +218,7 @@ def widen(batch: Mapping[str, np.ndarray], length: int, config: DeepGenConfig) -
 
 
 def _features(batch: Batch, share: Any) -> Features | None:
-    """Cached features of a batch, if that is what it holds."""
+    """Cached features of a batch; None where it holds pictures."""
     stored = batch.get("features")
     if stored is None:
         return None
