@@ -66,8 +66,8 @@ class StepBatch(NamedTuple):
 class StepBatches:
     """Iterates over the batches of optimiser steps, made from a loader's batches.
 
-    The VAE and the vision tower run here, one program for each bucket; everything is padded so that the training step sees
-    few shapes: targets to the largest bucket, references to whole images, prompts to the longest of the step.
+    The VAE and the vision tower run here, one program for each bucket; everything is padded so that the training step
+    sees few shapes: targets to the largest bucket, references to whole images, prompts to the longest of the step.
     """
 
     def __init__(
