@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import VAEConfig
 from deepgen_jax.models.attention import attention
-from deepgen_jax.models.layers import Linear, precision_of
+from deepgen_jax.models.layers import Linear, parameter, precision_of
 from deepgen_jax.models.plan import Plan
 
 _EPS = 1e-6
@@ -47,8 +47,8 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -68,8 +68,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
 
         def group_mean(y: jax.Array) -> jax.Array:
             per_channel = jnp.mean(y, axis=(1, 2))
