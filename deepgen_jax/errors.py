@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -30,7 +32,9 @@ def first_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether the host or a device had no room, however the error was wrapped; XLA says it in a RuntimeError."""
     while error is not None:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        # TensorStore gives a full disk the same status.
+        exhausted = "RESOURCE_EXHAUSTED" in str(error) and os.strerror(errno.ENOSPC) not in str(error)
+        if isinstance(error, MemoryError) or exhausted:
             return True
         error = error.__cause__ or error.__context__
     return False

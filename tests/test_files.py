@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepgen_jax import files
-from deepgen_jax.errors import DeepGenError
+from deepgen_jax.errors import DeepGenError, is_out_of_memory
 
 _HOLD = """
 import sys, time
@@ -129,6 +129,8 @@ def test_disk_full_is_found_in_wrapped_errors():
     outer = RuntimeError("saving failed")
     outer.__cause__ = wrapped
     assert files.is_disk_full(outer)
+    assert not is_out_of_memory(outer)
+    assert is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert not files.is_disk_full(MemoryError("RESOURCE_EXHAUSTED: out of memory"))
 
 
