@@ -9,6 +9,15 @@ from typing import Any
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.options import Options
 
+#: Fields of `DeepGenConfig` that calls of the model default to, by type.
+CALL_DEFAULTS: Mapping[str, type] = {
+    "guidance_scale": float,
+    "num_inference_steps": int,
+    "sampler": str,
+    "image_size": int,
+    "max_guidance_scale": float,
+}
+
 
 @dataclass(frozen=True)
 class HParams:
@@ -18,7 +27,7 @@ class HParams:
       connector: sizes of the connector and ``num_queries``.
       lora_rank, lora_alpha: of the adapters.
       max_prompt_tokens: longest prompt.
-      guidance_scale: of classifier-free guidance.
+      call_defaults: the model's own values of `CALL_DEFAULTS`, as far as the file has them.
       where: name of the file for messages.
     """
 
@@ -26,7 +35,7 @@ class HParams:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     max_prompt_tokens: int = DeepGenConfig.max_prompt_tokens
-    guidance_scale: float = DeepGenConfig.guidance_scale
+    call_defaults: Mapping[str, Any] = field(default_factory=dict)
     where: str = "the defaults"
 
 
@@ -46,7 +55,9 @@ def parse_hparams(values: Mapping[str, Any], where: str) -> HParams:
         lora_rank=options.take("lora_rank", int, None),
         lora_alpha=options.take("lora_alpha", float, None),
         max_prompt_tokens=options.take("max_length", int, DeepGenConfig.max_prompt_tokens),
-        guidance_scale=options.take("guidance_scale", float, DeepGenConfig.guidance_scale),
+        call_defaults={
+            name: value for name, kind in CALL_DEFAULTS.items() if (value := options.take(name, kind, None)) is not None
+        },
         where=where,
     )
     # Settings of the training run.

@@ -20,6 +20,7 @@ from deepgen_jax.config import (
     VisionConfig,
 )
 
+from .hparams import CALL_DEFAULTS
 from .names import LM_HEAD, MMDIT, TEXT, VAE, VISION
 from .tensor_files import SafetensorsWriter, Spec, write_json
 
@@ -212,8 +213,9 @@ def hparams_json(config: DeepGenConfig) -> dict[str, Any]:
     """What no checkpoint stores, as ``--hparams`` reads it."""
     connector = connector_json(config.bridge)
     values = {"num_queries": connector.pop("num_queries"), "max_length": config.max_prompt_tokens}
-    if config.guidance_scale != DeepGenConfig.guidance_scale:
-        values["guidance_scale"] = config.guidance_scale
+    for name in CALL_DEFAULTS:
+        if (value := getattr(config, name)) != getattr(DeepGenConfig, name):
+            values[name] = value
     if config.lora is not None:
         values |= {"lora_rank": config.lora.rank, "lora_alpha": config.lora.alpha}
     return {**values, "connector": connector}

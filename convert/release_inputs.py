@@ -145,7 +145,7 @@ def _configure(
         mmdit=parse(diffusion / "transformer" / "config.json", configs.mmdit_config),
         vae=parse(diffusion / "vae" / "config.json", configs.vae_config),
         max_prompt_tokens=hparams.max_prompt_tokens,
-        guidance_scale=hparams.guidance_scale,
+        **hparams.call_defaults,
     )
     return config, parse(diffusion / "scheduler" / "scheduler_config.json", configs.scheduler_config)
 
