@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -17,6 +18,9 @@ from PIL import Image
 if TYPE_CHECKING:
     from deepgen_jax import DeepGenPipeline
 
+# libtpu, which tests of `deepgen compile` use, would be tried as a backend and print errors where there is no TPU.
+if importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_cuda12_plugin"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs are compiled once for all tests and their processes, and for later runs.
 _PROGRAMS = os.path.join(tempfile.gettempdir(), f"deepgen-jax-tests-{os.getuid()}", "xla")
 os.environ.setdefault("DEEPGEN_CACHE_DIR", _PROGRAMS)
