@@ -343,3 +343,15 @@ def test_fields_are_settable_on_the_command_line():
     words = ["kind=arrow", "path=/data", "fields.text=title", "fields.image=photo", "split=test"]
     source = settings.apply(run, [f"data.sources.{name}.{word}" for word in words]).data.sources[0]
     assert source == SourceConfig(name, "arrow", "/data", fields={"text": "title", "image": "photo"}, split="test")
+
+
+def test_all_sources_can_be_given_as_json():
+    from deepgen_jax import settings
+    from deepgen_jax.training import config_files
+
+    words = [
+        'data.sources=[{"name": "photos", "kind": "arrow", "path": "/data", "fields": {"text": "title"}}]',
+        "data.mixture.cycle=t2i",
+    ]
+    sources = settings.apply(config_files.load_config("tiny_pretrain"), words).data.sources
+    assert sources == (SourceConfig("photos", "arrow", "/data", fields={"text": "title"}),)
