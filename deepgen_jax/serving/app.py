@@ -103,10 +103,7 @@ async def _images(request: Request, kind: Kind) -> Response:
     config, metrics = service.config, service.metrics
     start = time.monotonic()
     with service.upload():
-        if kind == "edit":
-            body = await bodies.read_edit(request, config.max_body, config.max_images)
-        else:
-            body = bodies.Body(await bodies.read_json(request, config.max_body))
+        body = await _body(request, kind, config)
         parameters = parse(kind, body.fields, engine.info, config, service.names)
         jobs = await asyncio.to_thread(plan, engine, parameters, body if kind == "edit" else None, config)
     metrics.observe_phase("read", time.monotonic() - start)
@@ -128,6 +125,17 @@ async def _images(request: Request, kind: Kind) -> Response:
         return JSONResponse(await answer.collect(batcher, gone, config.deadline))
     finally:
         gone.cancel()
+
+
+async def _body(request: Request, kind: Kind, config: ServeConfig) -> bodies.Body:
+    try:
+        async with asyncio.timeout(config.upload_seconds):
+            if kind == "edit":
+                return await bodies.read_edit(request, config.max_body, config.max_images)
+            return bodies.Body(await bodies.read_json(request, config.max_body))
+    except TimeoutError:
+        message = f"The body did not arrive within {config.upload_seconds:g} s; send it at once"
+        raise APIError(408, message, "upload_timeout", headers={"Connection": "close"}) from None
 
 
 async def _disconnected(request: Request) -> None:

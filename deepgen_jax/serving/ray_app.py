@@ -59,7 +59,6 @@ def build(arguments: Arguments) -> serve.Application:
         return asgi_app(arguments)
 
     deployment = serve.deployment(
-        serve.ingress(builder)(),
         name="deepgen",
         max_ongoing_requests=arguments.max_queue,
         autoscaling_config={
@@ -75,4 +74,4 @@ def build(arguments: Arguments) -> serve.Application:
         },
         graceful_shutdown_timeout_s=300,
     )
-    return deployment.bind()
+    return deployment(serve.ingress(builder)()).bind()

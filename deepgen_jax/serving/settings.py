@@ -18,6 +18,7 @@ class ServeConfig:
       max_queue: images that may wait, generation and edits each; more get status 429.
       deadline: seconds after which a request that has not begun gets status 504.
       max_body: largest request body in bytes.
+      upload_seconds: time in which a request body must arrive, else status 408.
       max_uploads: request bodies that are read at the same time; more get status 429.
       max_pixels: largest result in pixels; None for four times the area of the model's default size.
       max_image_pixels: largest picture that is decoded, in pixels.
@@ -33,6 +34,7 @@ class ServeConfig:
     max_queue: int = 64
     deadline: float = 300.0
     max_body: int = 64 * 10**6
+    upload_seconds: float = 60.0
     max_uploads: int = 32
     max_pixels: int | None = None
     max_image_pixels: int = 32 * 10**6
@@ -54,5 +56,6 @@ class ServeConfig:
             raise DeepGenError(f"max_pixels is {self.max_pixels}; use 1 or more")
         if not 0 <= self.batch_window <= 10:
             raise DeepGenError(f"batch_window is {self.batch_window} s; use 0 to 10")
-        if not self.deadline > 0:
-            raise DeepGenError(f"deadline is {self.deadline} s; use more than 0")
+        for name in ("deadline", "upload_seconds"):
+            if not getattr(self, name) > 0:
+                raise DeepGenError(f"{name} is {getattr(self, name)} s; use more than 0")

@@ -210,6 +210,16 @@ def test_too_many_uploads_at_once(start):
         assert client.post(GENERATE, json=FOX).status_code == 200
 
 
+def test_a_body_that_does_not_arrive(start):
+    service = start(FakeEngine(), upload_seconds=0.3)
+    address = tuple(httpx.URL(service.url).netloc.decode().split(":"))
+    with socket.create_connection(address) as raw:
+        raw.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert raw.recv(100).startswith(b"HTTP/1.1 408")
+    assert service.service._uploads == 0
+    assert service.metric('deepgen_failures_total{code="upload_timeout"}') == 1
+
+
 def test_keys(start, tmp_path):
     path = tmp_path / "keys.txt"
     path.write_text("# team one\nsecret-1\n\nsecret-2\n")
