@@ -61,7 +61,7 @@ class Run:
     def train_on(self, step: int) -> Run:
         """Other weights at a later step."""
         state = self.state._replace(trainable=moved(self.state.trainable, step), step=jnp.int32(step))
-        with Checkpoints(self.folder) as checkpoints:
+        with Checkpoints(self.folder, self.config.checkpoints.keep_last) as checkpoints:
             checkpoints.save(step, state, {"stage": {}, "skipped": 0})
         return dataclasses.replace(self, state=state)
 
