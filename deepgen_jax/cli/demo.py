@@ -62,7 +62,7 @@ class DemoCommand:
         with self._service() as (url, model):
             key = None if self.api_key_file is None else _first_line(self.api_key_file)
             page = Demo(ServiceClient(url, key), history, model).build()
-            # Gradio takes a port, not a socket; this one tells a port in use, and finds a free one.
+            # Gradio takes a port, not a socket; a socket reports a port in use and finds a free one.
             with listen(self.host, self.port) as listener:
                 where = address(listener)
                 port = listener.getsockname()[1]

@@ -129,7 +129,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Finding:
-    """What JAX computes on; in a process of its own, because a device that others hold can block for ever."""
+    """What JAX computes on; asked in another process, because a device that is held elsewhere can block forever."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=_JAX_SECONDS, check=False
@@ -225,7 +225,7 @@ def storage(url: str) -> Finding:
         files, path = fsspec.core.url_to_fs(url)
         count = len(files.ls(path))
     except Exception as error:
-        # Each file system raises types of its own, for missing packages, keys and networks alike.
+        # Each file system raises its own types, for missing packages, keys and networks alike.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return Finding("storage", "failed", f"{url} cannot be listed ({reason})", {"url": url})
     return Finding("storage", "ok", f"{url}: {count} entries", {"url": url, "entries": count})

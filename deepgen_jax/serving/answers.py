@@ -20,7 +20,7 @@ from deepgen_jax.serving.jobs import Checked, Job
 from deepgen_jax.serving.metrics import Metrics
 from deepgen_jax.serving.parameters import Parameters
 
-#: A comment is sent on a silent stream after so many seconds, so that proxies keep it open.
+#: Seconds of silence on a stream before a comment is sent, so that proxies keep it open.
 _KEEP_ALIVE_SECONDS = 10.0
 
 
@@ -159,7 +159,7 @@ def _overdue() -> APIError:
 
 
 def event_stream(answer: Answer, batcher: Batcher, deadline: float) -> Response:
-    """The answer as ``text/event-stream``; an error after the start is an event of its own."""
+    """The answer as ``text/event-stream``; an error after the start is sent as an event."""
     return _EventStream(answer, batcher, deadline)
 
 

@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from deepgen_jax.serving.errors import APIError, invalid
 from deepgen_jax.serving.pictures import read_data_url
 
-#: Of a body that is too large, up to this many times the limit is read and dropped, for at most so many seconds: the
-#: client then gets the answer instead of a broken connection.
+#: A body that is too large is drained up to this many times the limit and this many seconds: the client then gets the
+#: answer instead of a broken connection.
 _DRAIN_TIMES, _DRAIN_SECONDS = 4, 5.0
 #: Longest text field of a form in bytes.
 _MAX_FIELD = 256 * 1024

@@ -46,7 +46,7 @@ def address(listener: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn without signals of its own; `stop` ends it once what was accepted is answered."""
+    """uvicorn without its signal handlers; `stop` ends it once what was accepted is answered."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(
