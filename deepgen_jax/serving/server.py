@@ -62,7 +62,8 @@ class Server(uvicorn.Server):
     def stop(self, at_once: bool = False) -> None:
         """Accepts no more connections and returns from `run` when the open requests are answered, or ``at_once``."""
         self.should_exit = True
-        self.force_exit = self.force_exit or at_once
+        if at_once:
+            self.force_exit = True
 
 
 def serve_until_signal(server: Server, listener: socket.socket) -> int:
