@@ -17,7 +17,7 @@ from pathlib import Path
 from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError
 
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 #: The folder of a run that lists the checksums of its checkpoints, a file by each process that wrote one. A list inside
 #: a checkpoint would be written while that may be removed.
 LISTS = "checksums"
