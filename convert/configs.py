@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepgen_jax import files
+from deepgen_jax import strict_json
 from deepgen_jax.config import BridgeConfig, MMDiTConfig, SchedulerConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.schedule import parse_config
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise DeepGenError(f"{path} is missing; download it again")
-    values = files.read_json(path, "download it again")
+    values = strict_json.read_json(path, "download it again")
     if not isinstance(values, dict):
         raise DeepGenError(f"{path} is not a JSON object; download it again")
     return values

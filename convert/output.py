@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepgen_jax import files
+from deepgen_jax import files, locks
 from deepgen_jax.errors import DeepGenError
 
 
@@ -33,7 +33,7 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         raise DeepGenError(f"{out.parent} cannot be written to ({error.strerror}); choose another --out") from None
     try:
-        with _terminated_as_exception(), files.locked_output(out), files.replacing(out) as partial:
+        with _terminated_as_exception(), locks.locked_output(out), files.replacing(out) as partial:
             yield partial
     except BaseException:
         for parent in made:

@@ -20,7 +20,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from deepgen_jax.errors import DeepGenError, first_line
-from deepgen_jax.files import open_regular, parse_json, read_json
+from deepgen_jax.files import open_regular
+from deepgen_jax.strict_json import parse_json, read_json
 
 from .transforms import Shape, row_count
 

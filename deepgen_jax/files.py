@@ -1,101 +1,29 @@
-"""Files and folders on disk: local paths, atomic writes, checks of inputs, free space, and the lock of a folder.
+"""Files and folders on disk: atomic writes, checks of inputs, and free space.
 
-Every file or folder that this package leaves on disk is written by :func:`replacing`, and every folder that one
-process may write at a time is held with :func:`locked`. Importing this module is light.
+Every file or folder that this package leaves on disk is written by :func:`replacing`. Importing this module is light.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import hashlib
-import json
-import math
 import os
-import re
 import secrets
 import shutil
-import socket
 import stat
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, get_args, get_type_hints
+from typing import BinaryIO
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.user_warnings import warn_user
 
 #: Prefix of names under which files and folders are written before they are renamed.
 PARTIAL_PREFIX = ".deepgen-partial-"
-#: Name of the lock file inside a locked folder.
+#: Name of the lock file inside a locked folder; see `deepgen_jax.locks`.
 LOCK_FILE = ".deepgen-lock"
 #: Bytes left free on a disk beside what is written.
 _SPARE_BYTES = 64 * 2**20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-#: Largest JSON file that is read; tokenizers have 12 MB, indexes of weights less.
-MAX_JSON_BYTES = 64 * 2**20
-_MAX_DIGITS = 400
-
-# Descriptors of the locks that this process holds.
-_held: set[int] = set()
-
-
-#: Type of a configuration's field that holds a local path, for :func:`refuse_urls`.
-LocalPath = Annotated[str, "local path"]
-
-# Also "gs:/bucket", which pathlib makes of "gs://bucket".
-_URL = re.compile(r"\s*([A-Za-z][\w+.-]+(?:::[\w+.-]+)*):/+")
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL, such as ``gs://bucket/name``; ``./gs:/name`` is a local path."""
-    return _URL.match(os.fspath(path)) is not None
-
-
-def refuse_url(path: str | os.PathLike[str], where: str) -> None:
-    """Raises a DeepGenError where a local path is expected and ``path`` is a URL.
-
-    Args:
-      path: as the user gave it.
-      where: begins the message, such as "--out" or "samples.images".
-    """
-    if is_url(path):
-        url = os.fspath(path)
-        if "://" not in url:
-            url = url.replace(":/", ":///" if url.startswith("file") else "://", 1)
-        raise DeepGenError(f"{where} is the URL {url}, but must be a local path; copy it to a disk or mount the store")
-
-
-def refuse_urls(settings: Any, name: Callable[[str], str] = str) -> None:
-    """:func:`refuse_url` for every field of type `Path` or `LocalPath` of a dataclass and of those inside it.
-
-    Args:
-      settings: a dataclass instance.
-      name: what to call a field in the message, from its dotted name.
-    """
-    _refuse_urls(settings, "", name)
-
-
-def _refuse_urls(settings: Any, prefix: str, name: Callable[[str], str]) -> None:
-    hints = get_type_hints(type(settings), include_extras=True)
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        values = value if isinstance(value, tuple | list) else (value,)
-        for one in values:
-            if dataclasses.is_dataclass(one) and not isinstance(one, type):
-                _refuse_urls(one, f"{prefix}{field.name}.", name)
-            elif isinstance(one, str | os.PathLike) and is_path_type(hints[field.name]):
-                refuse_url(one, name(f"{prefix}{field.name}"))
-
-
-def is_path_type(hint: Any) -> bool:
-    """Whether a type hint is, or contains, `Path` or `LocalPath`."""
-    if "local path" in getattr(hint, "__metadata__", ()) or (isinstance(hint, type) and issubclass(hint, Path)):
-        return True
-    return any(is_path_type(inner) for inner in get_args(hint))
 
 
 @contextlib.contextmanager
@@ -205,67 +133,6 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         raise DeepGenError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
 
 
-def read_json(path: Path, fix: str = "write it again", max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """Value of a JSON file; see :func:`open_regular`.
-
-    Args:
-      path: the file.
-      fix: ends the message.
-      max_bytes: largest size accepted; parsed JSON can take 30 times as much memory.
-
-    Raises:
-      DeepGenError: also where it is no JSON; see :func:`parse_json`.
-    """
-    return parse_json(read_text(path, max_bytes), str(path), fix)
-
-
-def parse_json(text: str | bytes, where: str, fix: str = "write it again") -> Any:
-    """Value of a JSON text, as the standard has it (RFC 8259), which is more than Python asks for.
-
-    Raises:
-      DeepGenError: it is no JSON, an object has a name twice, it is nested too deeply, or it holds NaN, an infinite
-        number, or half of a surrogate pair, which is no text.
-    """
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_distinct, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
-        )
-        if "\\ud" in (text if isinstance(text, str) else text.decode("utf-8", "replace")).lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except RecursionError:
-        raise DeepGenError(f"{where} cannot be read (it is nested too deeply); {fix}") from None
-    except UnicodeEncodeError:
-        raise DeepGenError(f"{where} cannot be read (half of a surrogate pair in a text); {fix}") from None
-    except ValueError as error:
-        raise DeepGenError(f"{where} cannot be read ({error}); {fix}") from None
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is too large")
-    return value
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"{digits[:20]}... is too large")
-    return int(digits)
-
-
 def _check_regular(path: Path, status: os.stat_result, max_bytes: int | None) -> None:
     kinds = {
         stat.S_IFDIR: "a folder",
@@ -279,49 +146,6 @@ def _check_regular(path: Path, status: os.stat_result, max_bytes: int | None) ->
         raise DeepGenError(f"{path} is {kind}, not a regular file; give a file on disk")
     if max_bytes is not None and status.st_size > max_bytes:
         raise DeepGenError(f"{path} has {size(status.st_size)}; at most {size(max_bytes)} can be read")
-
-
-@contextlib.contextmanager
-def locked(
-    folder: Path, fix: str = "wait until it ends, or choose another folder", *, wait: bool = False
-) -> Iterator[None]:
-    """Holds ``folder`` for this process within the block.
-
-    The folder is made where it is missing, and removed again if it is empty at the end.
-
-    The system releases the lock when the process ends, however it ends. One process of a multi-process run, the one
-    that writes, holds it for all. A file system without locks is reported once and not locked.
-
-    Args:
-      folder: to hold.
-      fix: ends the message where another process holds it.
-      wait: wait until the folder is free.
-
-    Raises:
-      DeepGenError: another process, or another thread of this one, holds the folder, or it cannot be written.
-    """
-    new = not folder.exists()
-    try:
-        with _holding(folder, folder / LOCK_FILE, fix, wait):
-            yield
-    finally:
-        if new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked_output(
-    path: Path, fix: str = "wait until it ends, or choose another --out", *, wait: bool = False
-) -> Iterator[None]:
-    """As :func:`locked`, for a file or folder that is made as a whole: the lock file is beside it.
-
-    Raises:
-      DeepGenError: another process makes it, or its folder is missing or cannot be written.
-    """
-    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    with _holding(path, path.with_name(f".{name}.deepgen-lock"), fix, wait):
-        yield
 
 
 def require_space(path: Path, needed: int, fix: str = "free some space or choose another --out") -> None:
@@ -419,99 +243,3 @@ def _rename(partial: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     remove(old)
-
-
-@contextlib.contextmanager
-def _holding(what: Path, lock: Path, fix: str, wait: bool) -> Iterator[None]:
-    descriptor = _acquire(what, lock, fix, wait)
-    if descriptor is None:
-        yield
-        return
-    _held.add(descriptor)
-    try:
-        yield
-    finally:
-        _held.discard(descriptor)
-        # Removed while it is held: whoever opened it meanwhile sees that its name is gone and opens a new one.
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _acquire(what: Path, lock: Path, fix: str, wait: bool) -> int | None:
-    """A descriptor of the locked file; None where the system or the file system has no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        warn_user(f"this system has no file locks; make sure that no other process writes to {what}", stacklevel=4)
-        return None
-    while True:
-        try:
-            if lock.parent == what:
-                # Again each time: whoever held it last removes the folder that it left empty.
-                what.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError as error:
-            if lock.parent == what and what.parent.is_dir():
-                continue
-            raise write_error(what, error, lock) from error
-        except OSError as error:
-            raise write_error(what, error, lock) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if _is_named(descriptor, lock):
-                _sign(descriptor)
-                return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise DeepGenError(f"{what} is in use by {holder}; {fix}") from None
-        except OSError as error:
-            os.close(descriptor)
-            warn_user(
-                f"{what} cannot be locked ({error.strerror or error}); make sure that no other process writes to it",
-                stacklevel=4,
-            )
-            return None
-
-
-def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sign(descriptor: int) -> None:
-    """Writes who holds the lock; on a full disk the lock holds without it."""
-    holder = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join(sys.argv)[:200],
-    }
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-
-
-def _holder(descriptor: int) -> str:
-    """Describes the holder of a lock from its file."""
-    try:
-        values = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {values['pid']} on {values['host']} since {values['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _forget_locks() -> None:
-    """In a forked child: its copies of the descriptors would keep the locks after the parent's death."""
-    for descriptor in _held:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)

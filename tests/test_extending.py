@@ -79,7 +79,7 @@ def test_a_benchmark(folder, capsys):
 
 def test_entry_points_name_what_the_registries_read():
     from deepgen_jax.data.source_kinds import SOURCE_KINDS
-    from deepgen_jax.evaluation.registry import BENCHMARKS
+    from deepgen_jax.evaluation.benchmark_kinds import BENCHMARKS
     from deepgen_jax.flow.samplers import SAMPLERS
     from deepgen_jax.rewards.registry import REWARD_KINDS
 

@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepgen_jax import files
+from deepgen_jax import files, locks, strict_json
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from deepgen_jax import files
-with files.locked(Path(sys.argv[1])):
+from deepgen_jax import locks
+with locks.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -96,7 +96,7 @@ def test_permissions(tmp_path):
 def test_a_name_of_the_longest_length(tmp_path):
     path = tmp_path / ("n" * 255)
     files.write_text(path, "text")
-    with files.locked_output(path):
+    with locks.locked_output(path):
         assert path.read_text() == "text"
 
 
@@ -165,12 +165,12 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path):
     process = _holder(folder)
     try:
         message = rf"{folder} is in use by process {process.pid} on .* since .*; stop it"
-        with pytest.raises(DeepGenError, match=message), files.locked(folder, "stop it"):
+        with pytest.raises(DeepGenError, match=message), locks.locked(folder, "stop it"):
             pass
     finally:
         process.kill()
         process.wait()
-    with files.locked(folder):
+    with locks.locked(folder):
         assert (folder / files.LOCK_FILE).exists()
     assert not list(folder.iterdir())
 
@@ -180,12 +180,12 @@ def test_a_lock_holds_between_threads(tmp_path):
 
     def other():
         try:
-            with files.locked(tmp_path):
+            with locks.locked(tmp_path):
                 pass
         except DeepGenError as error:
             refused.append(str(error))
 
-    with files.locked(tmp_path):
+    with locks.locked(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -200,11 +200,11 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
         """
         import multiprocessing, os, sys, time
         from pathlib import Path
-        from deepgen_jax import files
+        from deepgen_jax import files, locks
         def work():
             print(os.getpid(), flush=True)
             time.sleep(60)
-        with files.locked(Path(sys.argv[1])):
+        with locks.locked(Path(sys.argv[1])):
             multiprocessing.get_context("fork").Process(target=work).start()
             time.sleep(60)
         """
@@ -215,7 +215,7 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
         process.kill()
         process.wait()
         os.kill(child, 0)  # lives
-        with files.locked(tmp_path):
+        with locks.locked(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -223,7 +223,7 @@ def test_forked_children_do_not_keep_a_lock(tmp_path):
 
 def _count(folder, counter):
     for _ in range(20):
-        with files.locked(folder, wait=True):
+        with locks.locked(folder, wait=True):
             value = int(counter.read_text())
             time.sleep(0.001)
             counter.write_text(str(value + 1))
@@ -243,7 +243,7 @@ def test_waiting_writers_take_turns(tmp_path):
 
 def test_a_damaged_lock_file_does_not_matter(tmp_path):
     (tmp_path / files.LOCK_FILE).write_bytes(b"\xff\0{")
-    with files.locked(tmp_path), pytest.raises(DeepGenError, match="in use by process"), files.locked(tmp_path):
+    with locks.locked(tmp_path), pytest.raises(DeepGenError, match="in use by process"), locks.locked(tmp_path):
         pass
 
 
@@ -264,8 +264,8 @@ def test_partials_of_killed_processes_are_removed(tmp_path):
     )
 )  # fmt: skip
 def test_json_is_read_back(value: object) -> None:
-    assert files.parse_json(json.dumps(value), "x.json") == value
-    assert files.parse_json(json.dumps(value, ensure_ascii=False), "x.json") == value
+    assert strict_json.parse_json(json.dumps(value), "x.json") == value
+    assert strict_json.parse_json(json.dumps(value, ensure_ascii=False), "x.json") == value
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_json_is_read_back(value: object) -> None:
 def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DeepGenError, match=r"x\.json cannot be read \(.*\); write it again") as caught:
-        files.read_json(tmp_path / "x.json")
+        strict_json.read_json(tmp_path / "x.json")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -284,4 +284,4 @@ def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
 def test_large_json_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[" + "1," * 1000 + "1]")
     with pytest.raises(DeepGenError, match=r"at most 1\.0 kB can be read"):
-        files.read_json(tmp_path / "x.json", max_bytes=1000)
+        strict_json.read_json(tmp_path / "x.json", max_bytes=1000)

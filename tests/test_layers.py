@@ -12,7 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Packages and modules of ``deepgen_jax`` from the ground up; those of one row may import each other.
 LAYERS = (
-    ("errors", "user_warnings", "files", "terminal", "config", "options", "random_keys", "registry", "settings"),
+    (
+        "errors", "user_warnings", "files", "local_paths", "locks", "strict_json", "terminal", "config", "options",
+        "random_keys", "registry", "settings",
+    ),
     ("parallel",),
     ("models",),
     ("flow",),

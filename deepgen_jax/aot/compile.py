@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from deepgen_jax.aot.estimate import Estimate, estimate
-from deepgen_jax.aot.report import Report, account, shard_bytes
+from deepgen_jax.aot.program_report import Report, account, shard_bytes
 from deepgen_jax.aot.topology import Topology, compiler_versions
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError

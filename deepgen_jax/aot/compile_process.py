@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from deepgen_jax.aot.compile import Job, Request
-from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.program_report import Report
 from deepgen_jax.aot.topology import describe
 from deepgen_jax.errors import DeepGenError
 

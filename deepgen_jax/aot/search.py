@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from deepgen_jax.aot.compile import Request
-from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.program_report import Report
 from deepgen_jax.aot.topology import Topology
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat

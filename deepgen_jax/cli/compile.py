@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from deepgen_jax.errors import DeepGenError
 
 if TYPE_CHECKING:
-    from deepgen_jax.aot.report import Report
+    from deepgen_jax.aot.program_report import Report
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath, replacing, write_error
+from deepgen_jax.files import replacing, write_error
+from deepgen_jax.local_paths import LocalPath
 
 if TYPE_CHECKING:
     from deepgen_jax.data.data_config import DataConfig

@@ -17,14 +17,14 @@ from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.cli.sampling import open_model
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
-from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
+from deepgen_jax.evaluation.benchmark_kinds import BENCHMARKS, open_benchmark
 from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, plan_images, run_settings
-from deepgen_jax.files import LocalPath
 from deepgen_jax.inference.batch import Settings
 from deepgen_jax.inference.grids import write_grids
 from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import Model, OutputFolder
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.local_paths import LocalPath
 from deepgen_jax.stores.model_folder import NANO, locate
 from deepgen_jax.user_warnings import warn_user
 

@@ -20,7 +20,7 @@ from deepgen_jax.data.transforms import UNIT
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.run import RunFolder
 from deepgen_jax.evaluation.scoring import score_exactly, write_scores
-from deepgen_jax.files import LocalPath
+from deepgen_jax.local_paths import LocalPath
 from deepgen_jax.stores.model_folder import NANO, locate
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from deepgen_jax import __version__
 from deepgen_jax.cli.commands import COMMANDS, Group, Subcommand
 from deepgen_jax.cli.stopping import Terminated, raise_for
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
-from deepgen_jax.files import refuse_urls
+from deepgen_jax.local_paths import refuse_urls
 from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
 from deepgen_jax.stores.checksums import unverified
 from deepgen_jax.user_warnings import collect_warnings

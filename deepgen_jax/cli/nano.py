@@ -79,7 +79,7 @@ class ReportCommand:
         """Writes and prints the paths; returns the exit status."""
         # No accelerator is needed.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from deepgen_jax.nano.report import read_scores, write_report
+        from deepgen_jax.nano.training_report import read_scores, write_report
 
         columns = {}
         for word in self.scores:

@@ -23,7 +23,6 @@ from deepgen_jax.cli.stopping import Stop
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath, refuse_url
 from deepgen_jax.inference.acceleration import Acceleration, interval_of
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
 from deepgen_jax.inference.defaults import resolve_sampling
@@ -32,6 +31,7 @@ from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, check_name, describe, save_image
 from deepgen_jax.inference.prompts import MAX_IMAGES, MAX_STEPS, Record, parse_size, read_prompts
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.local_paths import LocalPath, refuse_url
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.user_warnings import warn_user
 

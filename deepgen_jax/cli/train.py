@@ -13,7 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from deepgen_jax.cli.processes import ProcessOptions
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath
+from deepgen_jax.local_paths import LocalPath
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from deepgen_jax.data.images import MAX_PIXELS
 from deepgen_jax.data.source_kinds import SOURCE_KINDS
 from deepgen_jax.data.transforms import MODES, target_size
 from deepgen_jax.errors import DeepGenError, did_you_mean
-from deepgen_jax.files import LocalPath
+from deepgen_jax.local_paths import LocalPath
 
 T = TypeVar("T")
 

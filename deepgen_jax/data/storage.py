@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import open_regular, refuse_url
+from deepgen_jax.files import open_regular
+from deepgen_jax.local_paths import refuse_url
 
 _LOCAL = "file://"
 

@@ -16,8 +16,8 @@ from PIL import Image
 import deepgen_jax
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Benchmark, Item, Reading
+from deepgen_jax.evaluation.benchmark_kinds import open_benchmark
 from deepgen_jax.evaluation.live import make_images
-from deepgen_jax.evaluation.registry import open_benchmark
 from deepgen_jax.evaluation.run import RunFolder, chosen, fewer_images, run_settings
 from deepgen_jax.evaluation.scoring import Scores, score_by_judge, score_by_ocr, score_exactly, write_scores
 from deepgen_jax.inference.batch import Settings

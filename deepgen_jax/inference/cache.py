@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deepgen_jax.files import refuse_url
+from deepgen_jax.local_paths import refuse_url
 from deepgen_jax.user_warnings import warn_user
 
 #: Names the folder, or "off".

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import deepgen_jax
-from deepgen_jax import files
+from deepgen_jax import files, locks
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.batch import Request, Settings
 from deepgen_jax.user_warnings import warn_user
@@ -199,7 +199,7 @@ class OutputFolder:
         except OSError as error:
             raise DeepGenError(f"output folder {self.path} cannot be used: {error.strerror or error}") from error
         with contextlib.ExitStack() as stack:
-            stack.enter_context(files.locked(self.path, "wait until it ends, or choose another --out"))
+            stack.enter_context(locks.locked(self.path, "wait until it ends, or choose another --out"))
             files.remove_partials(self.path)
             self._read()
             self._held = stack.pop_all()

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import refuse_url
 from deepgen_jax.inference.prompt_rows import PROMPT_COLUMNS, Row, check_text, misspelled, read_rows, shown
 from deepgen_jax.inference.requests import MAX_SEED
+from deepgen_jax.local_paths import refuse_url
 from deepgen_jax.user_warnings import warn_user
 
 #: Names of a record's fields, compared without case; all but the prompt may be absent.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import refuse_url
+from deepgen_jax.local_paths import refuse_url
 from deepgen_jax.user_warnings import warn_user
 
 

@@ -23,7 +23,7 @@ from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, repli
 from deepgen_jax.rewards.base import RewardSample
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rewards.result import RewardResult, empty_result
-from deepgen_jax.rl import report
+from deepgen_jax.rl import step_metrics
 from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.programs import GRPOPrograms, guidance_scale, rollout_settings
 from deepgen_jax.rl.prompts import PromptSample
@@ -183,7 +183,7 @@ class _Scoring:
         groups = rearrange(np.asarray(images.addressable_data(0)), "(p g) h w c -> p g h w c", p=len(chunk))
         samples: list[RewardSample] = []
         weights: list[Mapping[str, float]] = []
-        for place in report.own_groups(chunk):
+        for place in step_metrics.own_groups(chunk):
             prompt, group = self._prompts[place], groups[place - chunk.start]
             self.pixels.append(group)
             samples += [RewardSample(image, prompt.text, prompt.index, prompt.metadata) for image in group]
@@ -193,5 +193,5 @@ class _Scoring:
 
     def collect(self) -> RewardResult:
         """Waits for all rewards of this host."""
-        with report.failing_together():
+        with step_metrics.failing_together():
             return self._rewards.collect(self._futures) if self._futures else empty_result(self._rewards.names)

@@ -17,7 +17,7 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import check_batch
 from deepgen_jax.rewards.mixture import RewardMixture
-from deepgen_jax.rl import report
+from deepgen_jax.rl import step_metrics
 from deepgen_jax.rl.abstract_programs import ABSTRACT_PROGRAMS
 from deepgen_jax.rl.advantages import compute
 from deepgen_jax.rl.algorithms import get_algorithm
@@ -104,7 +104,7 @@ class GRPOStage:
         start = time.perf_counter()
         variables = policy_weights(config, self._programs.frozen, self.state, self._weights.lora_scale)
         experience = self._collector.collect(prompts, variables)
-        rewards, reward_weights = report.over_hosts(experience.rewards, len(prompts), group)
+        rewards, reward_weights = step_metrics.over_hosts(experience.rewards, len(prompts), group)
         collected = time.perf_counter()
         advantages = np.asarray(compute(config.policy.advantage, rewards, reward_weights, group))
         metrics, batches = self._learn(prompts, experience, advantages)
@@ -115,12 +115,12 @@ class GRPOStage:
             "data": sum(batch.seconds for batch in batches),
         }
         self._step_number += 1
-        metrics |= report.reward_metrics(self._rewards.names, rewards, reward_weights, advantages, prompts, group)
-        metrics |= report.failure_metrics(experience.rewards)
+        metrics |= step_metrics.reward_metrics(self._rewards.names, rewards, reward_weights, advantages, prompts, group)
+        metrics |= step_metrics.failure_metrics(experience.rewards)
         metrics |= {f"reward_client/{name}": float(count) for name, count in self._rewards.counts().items()}
         pictures = {}
         if config.pictures_every and self._step_number % config.pictures_every == 0 and experience.pixels:
-            pictures["rollout"] = report.picture(np.concatenate(experience.pixels), experience.rewards, group)
+            pictures["rollout"] = step_metrics.picture(np.concatenate(experience.pixels), experience.rewards, group)
         images, tokens = len(prompts) * group, self._collector.tokens
         ids = [f"{prompt.dataset}/{prompt.index}" for prompt in prompts]
         ids += [name for batch in batches for name in batch.sample_ids]
@@ -156,7 +156,7 @@ class GRPOStage:
             updates.append(jax.device_get(metrics))
             if part == 0 and self._algorithm.trajectory:
                 self._check_ratio(float(metrics["first_ratio_deviation"]))
-        return report.of_updates(updates), batches
+        return step_metrics.of_updates(updates), batches
 
     def _check_ratio(self, deviation: float) -> None:
         policy = self._config.policy

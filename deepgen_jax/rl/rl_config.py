@@ -8,7 +8,7 @@ from typing import Literal
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath
+from deepgen_jax.local_paths import LocalPath
 from deepgen_jax.rewards.registry import RewardConfig
 from deepgen_jax.rl.algorithms import ALGORITHMS, NFT
 from deepgen_jax.settings import at_least

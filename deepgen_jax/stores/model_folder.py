@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
 from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
-from deepgen_jax.files import read_json, refuse_url
+from deepgen_jax.local_paths import refuse_url
 from deepgen_jax.stores import checksums
 from deepgen_jax.stores.path_kinds import Folder, describe, folder_kind, merge_hint
+from deepgen_jax.strict_json import read_json
 
 if TYPE_CHECKING:
     import jax

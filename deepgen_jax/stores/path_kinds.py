@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import open_regular, read_json
+from deepgen_jax.files import open_regular
+from deepgen_jax.strict_json import read_json
 
 #: First bytes of zip files (which new torch checkpoints are) and of pickles (which old ones are).
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"

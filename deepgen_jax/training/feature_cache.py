@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from deepgen_jax import files
+from deepgen_jax import files, locks
 from deepgen_jax.data.batch_images import PixelBatch
 from deepgen_jax.data.buckets import Bucket
 from deepgen_jax.data.data_config import DataConfig, SourceConfig
@@ -109,7 +109,7 @@ def cache_features(
     sources: list[_SourceCache] = []
     with _one_line_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    with files.locked(out):
+    with locks.locked(out):
         for number, source in enumerate(data.sources):
             rows = list(plan.rows_by_bucket(number))
             manifest = FeatureManifest(

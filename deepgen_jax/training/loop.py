@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from deepgen_jax import files, settings
+from deepgen_jax import files, locks, settings
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.chips import peak_flops, peak_memory
@@ -101,7 +101,7 @@ def train(
     with ExitStack() as stack:
         if jax.process_index() == 0:
             # Where this fails, the other processes learn it from their connection to this one.
-            stack.enter_context(files.locked(run, "wait until it ends, stop it, or give another out"))
+            stack.enter_context(locks.locked(run, "wait until it ends, stop it, or give another out"))
             files.remove_partials(run)
             if resume_from and (folder := set_aside(run, _step_to_resume(run, resume_from))):
                 say(f"later checkpoints were moved to {folder}; remove it when it is not needed")

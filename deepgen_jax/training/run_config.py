@@ -8,7 +8,7 @@ from typing import Literal
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import LocalPath, refuse_urls
+from deepgen_jax.local_paths import LocalPath, refuse_urls
 from deepgen_jax.settings import at_least
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig

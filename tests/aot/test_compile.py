@@ -17,7 +17,7 @@ from deepgen_jax import settings
 from deepgen_jax.aot import compile as compiling
 from deepgen_jax.aot import search
 from deepgen_jax.aot.estimate import Estimate
-from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.program_report import Report
 from deepgen_jax.aot.topology import parse_topology
 from deepgen_jax.cli.main import main
 from deepgen_jax.errors import DeepGenError
@@ -28,7 +28,7 @@ PROGRAM = """
 import json, sys
 import jax
 from deepgen_jax.aot import compile as compiling
-from deepgen_jax.aot.report import Report
+from deepgen_jax.aot.program_report import Report
 from deepgen_jax.aot.estimate import Estimate
 from deepgen_jax.aot.topology import parse_topology
 from deepgen_jax import settings

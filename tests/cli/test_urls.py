@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from deepgen_jax import DeepGenPipeline
 from deepgen_jax.cli.main import COMMANDS, Group, Subcommand, main
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import is_path_type, is_url, refuse_url
 from deepgen_jax.inference.cache import enable_compilation_cache
 from deepgen_jax.inference.prompts import parse_record
+from deepgen_jax.local_paths import is_path_type, is_url, refuse_url
 from deepgen_jax.rewards.cache import AnswerCache
 from deepgen_jax.rl.rl_config import GRPOConfig, PromptsConfig
 from deepgen_jax.training.run_config import RunConfig, SampleConfig

@@ -23,7 +23,7 @@ from deepgen_jax.cli.main import main
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.benchmark import Reading
-from deepgen_jax.evaluation.registry import BENCHMARKS, open_benchmark
+from deepgen_jax.evaluation.benchmark_kinds import BENCHMARKS, open_benchmark
 from deepgen_jax.evaluation.run import RECORDS, RunFolder, chosen, image_seed, run_settings
 from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT
 from deepgen_jax.user_warnings import collect_warnings

@@ -12,8 +12,8 @@ from support.benchmark_data import make
 from support.fake_pipeline import FakePipeline
 
 from deepgen_jax.cli.main import main
+from deepgen_jax.evaluation.benchmark_kinds import BENCHMARKS
 from deepgen_jax.evaluation.figures import Figure
-from deepgen_jax.evaluation.registry import BENCHMARKS
 from deepgen_jax.evaluation.report import collect, published
 from deepgen_jax.evaluation.run import RunFolder
 from deepgen_jax.evaluation.scoring import Scores, write_scores

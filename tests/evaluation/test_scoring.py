@@ -19,11 +19,11 @@ from deepgen_jax.cli.main import main
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation import scoring
 from deepgen_jax.evaluation.benchmark import Item, Question
+from deepgen_jax.evaluation.benchmark_kinds import open_benchmark
 from deepgen_jax.evaluation.benchmarks.rise import rise_score
 from deepgen_jax.evaluation.benchmarks.unigenbench import dimension
 from deepgen_jax.evaluation.figures import Table
 from deepgen_jax.evaluation.judging import instruction, read_answer
-from deepgen_jax.evaluation.registry import open_benchmark
 from deepgen_jax.evaluation.run import RECORDS, RunFolder
 from deepgen_jax.rewards.base import Missing, RewardSample
 from deepgen_jax.rewards.base import Scores as RewardScores

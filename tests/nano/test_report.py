@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from deepgen_jax.cli.main import main
-from deepgen_jax.nano.report import BEGIN, END, stages
+from deepgen_jax.nano.training_report import BEGIN, END, stages
 from deepgen_jax.settings import apply, to_json
 from deepgen_jax.stores.jsonl import LineWriter
 from deepgen_jax.stores.run_folder import RUN_FORMAT, RUN_VERSION

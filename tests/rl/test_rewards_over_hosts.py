@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from deepgen_jax.rewards.result import RewardResult, nothing
-from deepgen_jax.rl.report import over_hosts, own_groups
+from deepgen_jax.rl.step_metrics import over_hosts, own_groups
 
 NAMES = ("clip", "ocr")
 

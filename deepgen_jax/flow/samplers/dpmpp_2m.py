@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepgen_jax.flow.samplers.base import Sampler, Step, VelocityFn
+from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn
 
 
 class Previous(NamedTuple):

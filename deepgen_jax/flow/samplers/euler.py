@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from deepgen_jax.flow.samplers.base import Sampler, Step, VelocityFn, euler_step
+from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn, euler_step
 
 
 class Euler(Sampler):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepgen_jax.flow.samplers.base import Sampler, Step, VelocityFn, euler_step
+from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn, euler_step
 
 
 class Heun(Sampler):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from deepgen_jax.flow.samplers.base import Step, VelocityFn
 from deepgen_jax.flow.samplers.registered import get_sampler
+from deepgen_jax.flow.samplers.sampler import Step, VelocityFn
 
 #: int32 scalar, number of the step -> standard normal noise of the sample's shape.
 NoiseFn = Callable[[jax.Array], jax.Array]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from deepgen_jax.flow import policy
-from deepgen_jax.flow.samplers.base import Sampler, Step, VelocityFn
+from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn
 
 
 class PiFlow(Sampler):

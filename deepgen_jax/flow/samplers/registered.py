@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepgen_jax.flow.samplers.base import Sampler
+from deepgen_jax.flow.samplers.sampler import Sampler
 from deepgen_jax.registry import Registry
 
 _HERE = "deepgen_jax.flow.samplers"
@@ -21,7 +21,7 @@ SAMPLERS: Registry[Sampler] = Registry(
         "flow": f"{_HERE}.flow_sde:FlowSDE",
         "dance": f"{_HERE}.dance_sde:DanceSDE",
     },
-    base=f"{_HERE}.base:Sampler",
+    base=f"{_HERE}.sampler:Sampler",
 )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.flow.samplers.base import Sampler, Step, VelocityFn, per_sample
+from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn, per_sample
 
 
 class Transition(NamedTuple):
