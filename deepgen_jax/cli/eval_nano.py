@@ -24,7 +24,7 @@ from deepgen_jax.local_paths import LocalPath
 from deepgen_jax.stores.model_folder import NANO, locate
 
 if TYPE_CHECKING:
-    from deepgen_jax.nano.benchmark import Maker
+    from deepgen_jax.nano.benchmark import ImageSource
     from deepgen_jax.nano.samples import Sample
 
 
@@ -127,7 +127,9 @@ class NanoCommand(NanoArguments):
             write_scores(folder, score_exactly(world, items, out))
         return 0
 
-    def _print(self, samples: Sequence[Sample], make: Maker, model: str, size: int, guidance: float | None) -> None:
+    def _print(
+        self, samples: Sequence[Sample], make: ImageSource, model: str, size: int, guidance: float | None
+    ) -> None:
         from deepgen_jax.nano import benchmark
         from deepgen_jax.nano.reward import WorldReward
 
@@ -139,4 +141,4 @@ class NanoCommand(NanoArguments):
             "model": model, "prompts": self.prompts, "seed": self.seed, "size": size, "steps": self.steps,
             "guidance": guidance,
         }  # fmt: skip
-        print(json.dumps({**settings, "rows": [row.facts() for row in rows]}, indent=2))
+        print(json.dumps({**settings, "rows": [row.to_json() for row in rows]}, indent=2))

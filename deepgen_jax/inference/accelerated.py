@@ -1,7 +1,7 @@
-"""The guided velocity with less work: layers that are skipped, and steps without guidance.
+"""Accelerated guided velocity: a first-block cache, and guidance in only part of the steps.
 
-The first-block cache is in `deepgen_jax.models.block_cache`. Guidance matters in the middle of sampling (Kynkaanniemi
-et al. 2024, arXiv 2404.07724); outside of an interval of steps the negative side is not evaluated.
+See `deepgen_jax.models.block_cache` for the cache. Guidance matters most in the middle of sampling (Kynkaanniemi et al.
+2024, arXiv 2404.07724), so the negative side is not evaluated outside an interval of steps.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Work(NamedTuple):
     """State of an accelerated velocity between evaluations; a pytree.
 
     Attributes:
-      blocks: the first-block cache, None without one.
-      interval: float32 [2], guidance where sigma is above the first and at most the second; None everywhere.
-      done: float32 scalar, layer evaluations of one sample so far.
-      all: float32 scalar, those without acceleration.
+      blocks: the first-block cache; None without one.
+      interval: float32 [2] (low, high), guidance applies where low < sigma <= high; None applies it everywhere.
+      done: float32 scalar, layer evaluations per sample so far.
+      all: float32 scalar, layer evaluations per sample that full evaluation would have taken.
     """
 
     blocks: BlockCache | None
@@ -38,15 +38,15 @@ class Work(NamedTuple):
 def start_work(
     model: DeepGen, settings: Acceleration, batch: int, tokens: int, sigmas: np.ndarray, guided: bool
 ) -> Work:
-    """State before the first evaluation.
+    """Initial state.
 
     Args:
       model: the model.
-      settings: what is skipped.
-      batch: samples B.
-      tokens: target tokens of a sample.
+      settings: acceleration settings.
+      batch: number of samples B.
+      tokens: target tokens per sample.
       sigmas: [N + 1] noise levels of the steps.
-      guided: each sample has a negative side.
+      guided: whether each sample has a negative side.
     """
     blocks = None
     if settings.cache is not None:
@@ -72,7 +72,7 @@ def accelerated_velocity(
     num_targets: int,
     work: Work,
 ) -> tuple[jax.Array, Work]:
-    """`guided_velocity`, with less work where ``work`` allows; the other arguments are as there.
+    """Accelerated `guided_velocity`; takes the same arguments, and the state ``work``.
 
     Returns:
       float32 [B, num_targets, D], and the state for the next evaluation.

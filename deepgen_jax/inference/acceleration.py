@@ -1,7 +1,7 @@
-"""Settings that skip work: a first-block cache, and guidance in a part of the steps alone.
+"""Acceleration settings: a first-block cache, and guidance in only part of the steps.
 
-Both change the image a little; neither needs training. What they do is in `deepgen_jax.inference.accelerated`.
-Importing this module is light.
+Both change the image slightly and need no training; `deepgen_jax.inference.accelerated` implements them. Importing
+this module is cheap.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from deepgen_jax.errors import DeepGenError
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What is skipped; nothing by default.
+    """Acceleration settings; off by default.
 
     Attributes:
-      cache: threshold of the first-block cache, such as 0.08: larger skips more. None runs all layers in every step.
-      taylor: skipped layers are extrapolated from the last two evaluations instead of repeated.
-      guidance_interval: (start, stop) as shares of the steps, such as (0, 0.6): guidance in these alone.
+      cache: threshold of the first-block cache, such as 0.08; larger values skip more. None always runs all layers.
+      taylor: extrapolate skipped layers from the last two full evaluations instead of reusing the last.
+      guidance_interval: (start, stop) as shares of the steps, such as (0, 0.6); guidance applies only within it.
 
     Raises:
       DeepGenError: a value is out of range.
@@ -34,7 +34,7 @@ class Acceleration:
         if self.cache is not None and not 0 <= self.cache <= 10:
             raise DeepGenError(f"the cache's threshold is {self.cache}; use 0 to 10, such as 0.08")
         if self.taylor and self.cache is None:
-            raise DeepGenError("extrapolation (taylor) is of the cache's values; set a threshold for the cache, too")
+            raise DeepGenError("extrapolation (taylor) needs the cache; set its threshold, too")
         if self.guidance_interval is not None:
             start, stop = self.guidance_interval
             if not 0 <= start < stop <= 1:
@@ -46,7 +46,7 @@ class Acceleration:
         return self.cache is not None or self.guidance_interval is not None
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of a pipeline call, and entries of an image's metadata: those that are set."""
+        """The settings in use, as keyword arguments of a pipeline call and as image metadata."""
         values: dict[str, Any] = {}
         if self.cache is not None:
             values["cache"] = self.cache
@@ -58,10 +58,10 @@ class Acceleration:
 
 
 def interval_of(values: str | Sequence[float]) -> tuple[float, float]:
-    """(start, stop) from "0,0.6" or two numbers.
+    """Parses (start, stop) from "0,0.6" or two numbers.
 
     Raises:
-      DeepGenError: they are no pair of numbers.
+      DeepGenError: ``values`` is not a pair of numbers.
     """
     try:
         start, stop = map(float, values.split(",") if isinstance(values, str) else values)

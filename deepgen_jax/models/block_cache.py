@@ -1,10 +1,10 @@
-"""First-block cache: skips the MMDiT's later layers where its first layer says that little has changed.
+"""First-block cache: skips the MMDiT's later layers if the update of its first layer has barely changed.
 
-From one step to the next, layers add almost the same to the residual stream. The first layer always runs. Where its
-update of the target tokens is close to that of the last full evaluation (mean absolute difference relative to the mean
-absolute value, over the whole batch), the updates of all later layers are taken from then (ParaAttention's first-block
-cache), or extrapolated linearly in sigma from the last two full evaluations (TaylorSeer, Liu et al. 2025,
-arXiv 2503.06923, order 1). A batch decides together: a decision for each image under ``vmap`` would compute both sides.
+Residual updates of layers are similar in consecutive sampling steps. The first layer always runs. If its update of the
+target tokens is close to that of the last full evaluation (mean absolute difference relative to the mean absolute
+value, over the whole batch), the updates of all later layers are reused (ParaAttention's first-block cache), or
+extrapolated linearly in sigma from the last two full evaluations (TaylorSeer, Liu et al. 2025, arXiv 2503.06923,
+order 1). The decision is made per batch: per image, under ``vmap``, both branches would be computed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ Layer = Callable[[Any, Streams], Streams]
 
 
 class BlockCache(NamedTuple):
-    """What is kept between evaluations; a pytree.
+    """State between evaluations; a pytree.
 
     Attributes:
-      first: [B, T, D], update of the target tokens by the first layer, at the last full evaluation.
-      rest: [B, T, D], update by all later layers, then.
-      slope: [B, T, D], change of ``rest`` per unit of sigma between the last two full evaluations; zeros before there
-        were two.
+      first: [B, T, D], update of the target tokens by the first layer at the last full evaluation.
+      rest: [B, T, D], update by all later layers at the last full evaluation.
+      slope: [B, T, D], change of ``rest`` per unit of sigma between the last two full evaluations; zeros before the
+        second.
       sigma: float32 scalar, noise level of the last full evaluation; negative before the first.
       threshold: float32 scalar, largest relative change of ``first`` at which later layers are skipped.
-      extrapolate: bool scalar, use ``slope``.
-      evaluations, full: int32 scalars, evaluations so far, and those that ran all layers.
+      extrapolate: bool scalar, whether to use ``slope``.
+      evaluations, full: int32 scalars, number of evaluations, and of those that ran all layers.
     """
 
     first: jax.Array
@@ -46,11 +46,11 @@ class BlockCache(NamedTuple):
     full: jax.Array
 
     def rows(self, step: int) -> BlockCache:
-        """Of every ``step``-th sample: of those with their prompt, where guidance pairs each with its negative."""
+        """The cache of every ``step``-th sample; with guidance, step 2 selects the conditional samples."""
         return self._replace(first=self.first[::step], rest=self.rest[::step], slope=self.slope[::step])
 
     def with_rows(self, other: BlockCache, step: int) -> BlockCache:
-        """``other``, of every ``step``-th sample, with the remaining samples as they are here."""
+        """This cache with every ``step``-th sample replaced by those of ``other``; scalars are those of ``other``."""
         first, rest, slope = (
             whole.at[::step].set(part)
             for whole, part in zip(self[:3], other[:3], strict=True)
@@ -61,7 +61,7 @@ class BlockCache(NamedTuple):
 def empty_cache(
     batch: int, tokens: int, width: int, dtype: DTypeLike, threshold: float, extrapolate: bool
 ) -> BlockCache:
-    """A cache before the first evaluation of ``batch`` samples of ``tokens`` target tokens of ``width`` channels."""
+    """The initial cache for ``batch`` samples of ``tokens`` target tokens with ``width`` channels."""
     zeros = jnp.zeros((batch, tokens, width), dtype)
     return BlockCache(
         zeros, zeros, zeros, jnp.float32(-1), jnp.float32(threshold), jnp.bool_(extrapolate), jnp.int32(0), jnp.int32(0)
@@ -71,12 +71,12 @@ def empty_cache(
 def run_cached(
     stacks: Sequence[tuple[Layer, Mapping[str, Any]]], streams: Streams, cache: BlockCache, sigma: jax.Array
 ) -> tuple[jax.Array, BlockCache]:
-    """Runs all layers, or the first alone.
+    """Runs all layers, or only the first.
 
     Args:
-      stacks: runs of equal layers, each a function and its parameters, stacked on a first axis.
+      stacks: stacks of equal layers: a layer function, and parameters stacked on the first axis.
       streams: input of the first layer.
-      cache: of the evaluation before.
+      cache: cache after the previous evaluation.
       sigma: float32 scalar, noise level.
 
     Returns:
@@ -93,7 +93,7 @@ def run_cached(
     def later_layers(streams: Streams) -> jax.Array:
         for number, (layer, params) in enumerate(stacks):
             length = jax.tree.leaves(params)[0].shape[0]
-            # The first layer stays in its stack, which would be copied without it; it is passed over.
+            # Skip the first layer inside the loop: slicing it off would copy the stack.
             skipped = jnp.arange(length) == 0 if number == 0 else jnp.zeros(length, bool)
 
             def body(streams: Streams, x: Any, layer: Layer = layer) -> tuple[Streams, None]:
@@ -112,7 +112,7 @@ def run_cached(
     rest = (final - after_first).astype(cache.rest.dtype)
     distance = sigma - cache.sigma
     slope = ((rest - cache.rest) / jnp.where(distance == 0, 1, distance)).astype(cache.slope.dtype)
-    # Before there are two full evaluations there is nothing to extrapolate from.
+    # Extrapolation needs two full evaluations.
     slope = jnp.where((cache.sigma >= 0) & (distance != 0), slope, 0)
     updated = cache._replace(
         first=jnp.where(full, first, cache.first),

@@ -1,8 +1,7 @@
-"""bfloat16 kernels stored as 16-bit integers, so that programs on CPUs hold no float32 copy of them.
+"""Stores bfloat16 kernels as 16-bit integers, to avoid float32 copies on CPUs.
 
-XLA's CPU compiler does not slice bfloat16 arrays: where a loop takes a layer's weights out of a stack, it converts the
-whole stack to float32 first, twice the size of the weights. Integers are sliced as they are, and one layer at a time is
-converted.
+XLA's CPU compiler does not slice bfloat16 arrays: a loop over stacked layers first converts the whole stack to float32,
+twice the size of the weights. Integers are sliced directly, and converted one layer at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ _PACKED = jnp.uint16
 
 
 def pack_kernels(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with every bfloat16 kernel of `layers.Linear` as uint16, which it reads; given arrays are donated."""
+    """Packs every bfloat16 kernel of `layers.Linear` as uint16; donates the inputs."""
 
     def packed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if path[0].key == "vae" or path[-1].key != "kernel" or leaf.dtype != jnp.bfloat16:  # it has convolutions
+        if path[0].key == "vae" or path[-1].key != "kernel" or leaf.dtype != jnp.bfloat16:  # the VAE has convolutions
             return leaf
         return _as_integers(leaf)
 
@@ -27,7 +26,7 @@ def pack_kernels(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpacked(kernel: jax.Array) -> jax.Array:
-    """The bfloat16 values of a packed kernel; any other array as it is."""
+    """The bfloat16 values of a packed kernel; other arrays unchanged."""
     return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16) if kernel.dtype == _PACKED else kernel
 
 

@@ -1,12 +1,11 @@
-"""Weights, and products, in 8 bits: symmetric, with one float32 scale for each output channel.
+"""8-bit weights and matrix products: symmetric quantisation with a float32 scale per output channel.
 
-A quantised layer keeps its kernel as int8 or float8_e4m3fn beside a scale. The scale's name says how the layer
-computes: ``weight_scale`` reads the 8-bit kernel and multiplies in the computation's dtype (half the memory and
-traffic), ``product_scale`` also rounds the layer's input to 8 bits, with a scale for each token, so that the product
-itself runs on the 8-bit units (W8A8). Embedding tables keep a scale for each row.
+A quantised layer stores its kernel as int8 or float8_e4m3fn, with a scale. The scale's name selects the computation:
+``weight_scale`` multiplies in the compute dtype (weight-only, half the memory and traffic); ``product_scale`` also
+quantises the input per token, so that the product runs on 8-bit units (W8A8). Embedding tables have a scale per row.
 
-Small code rather than a library: qwix rewrites modules through interceptors, which would not see the stacked kernels of
-`nn.scan` as single layers, and quantises after loading; here folders hold 8 bits and no 16-bit copy is ever made.
+We do not use qwix: its interceptors do not see the stacked kernels of `nn.scan` as single layers, and it quantises
+after loading. Here model folders store 8 bits, and no 16-bit copy is made.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ FORMATS: Mapping[str, _Type] = {
     "fp8": _Type(np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
 }
 
-#: Parameters that keep 16 or 32 bits, and why; the first pattern that matches the whole path counts.
+#: (pattern, reason) of parameters that keep 16 or 32 bits; the first full match of the path applies.
 KEPT: tuple[tuple[str, str], ...] = (
-    (r"vae/.*", "80 M parameters, computed in float32: errors are seen as they are, pixel by pixel"),
-    (r".*/(scale|bias)", "vectors: nothing to gain"),
+    (r"vae/.*", "80 M parameters, computed in float32: errors show directly in the pixels"),
+    (r".*/(scale|bias)", "vectors: no gain"),
     (r"bridge/meta_queries", "think tokens are few, and learned inputs rather than weights"),
     (r"mmdit/pos_embed", "a table of sinusoids, whose differences between neighbours are below an 8-bit step"),
     (r"mmdit/(patch_embed|proj_out)/kernel", "input and output of the sampler: 0.2 M parameters"),
     (r"mmdit/(timestep|text)_fc[12]/kernel", "time and pooled embeddings modulate every layer"),
     (r"vision/patch_embed/kernel", "reads pixels: 1.5 M parameters"),
 )
-#: Of the others, those whose products stay in 16 bits where products are 8-bit, and why.
+#: (pattern, reason) of quantised parameters whose products stay in 16 bits.
 WEIGHTS_ONLY: tuple[tuple[str, str], ...] = (
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/kernel", "adaLN shifts and gates scale whole streams"),
     (r"mmdit/context_embedder/kernel", "reads the condition once a step"),
@@ -60,7 +59,7 @@ def treatment(path: str, products: bool) -> str:
 
     Args:
       path: keys joined by slashes.
-      products: 8-bit products are wanted, not weights alone.
+      products: quantise products as well as weights.
     """
     if not path.endswith(("/kernel", "/embedding")) or any(re.fullmatch(pattern, path) for pattern, _ in KEPT):
         return "kept"
@@ -70,26 +69,26 @@ def treatment(path: str, products: bool) -> str:
 
 
 def scale_path(path: str, products: bool) -> str:
-    """Where the scale of a quantised parameter is stored: beside it, named after how the layer computes."""
+    """Path of a quantised parameter's scale; its name selects the layer's computation."""
     name = PRODUCT_SCALE if treatment(path, products) == "products" else WEIGHT_SCALE
     return f"{path.rpartition('/')[0]}/{name}"
 
 
 def scale_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One scale an output channel, [..., in, out] -> [..., out]; of a table [rows, D] one a row."""
+    """Shape of the scales: kernel [..., in, out] -> [..., out], table [rows, D] -> [rows]."""
     return shape[:-1] if path.endswith("/embedding") else (*shape[:-2], shape[-1])
 
 
 def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.ndarray]:
-    """8-bit values and float32 scales, so that ``values * scale`` is ``value`` rounded.
+    """Quantises a parameter: returns 8-bit values and float32 scales with ``values * scale`` close to ``value``.
 
     Args:
-      path: says whether it is a kernel [..., in, out] or a table [rows, D].
-      value: of any float dtype.
+      path: path of the parameter; distinguishes a kernel [..., in, out] from a table [rows, D].
+      value: array of any float dtype.
       to: storage type.
 
     Returns:
-      values of the shape of ``value``, and scales of :func:`scale_shape`. A channel of zeros has scale 1.
+      Values with the shape of ``value``, and scales of :func:`scale_shape`. A channel of zeros has scale 1.
     """
     dtype, largest = FORMATS[to]
     axis = -1 if path.endswith("/embedding") else -2
@@ -99,13 +98,13 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
     exact /= scale
     if to == "int8":
         np.rint(exact, out=exact)
-    # Rounding may pass the largest value by one part in 10^7.
+    # Rounding may exceed the largest value by one part in 10^7.
     np.clip(exact, -largest, largest, out=exact)
     return exact.astype(dtype), np.squeeze(scale, axis=axis)
 
 
 def quantize_tree(params: Mapping[str, Any], to: Format, products: bool, prefix: str = "") -> dict[str, Any]:
-    """A tree of host arrays, or of ``ShapeDtypeStruct``, with 8-bit kernels and tables and their scales beside them."""
+    """Quantises kernels and tables of a tree of host arrays or ``ShapeDtypeStruct``, and adds their scales."""
     out: dict[str, Any] = {}
     for name, value in params.items():
         path = f"{prefix}/{name}" if prefix else name
@@ -132,9 +131,9 @@ def matmul(
       x: [..., in] in ``dtype``.
       kernel: int8 or float8_e4m3fn [in, out].
       scale: float32 [out].
-      dtype: of the result, and of the product where it is not 8-bit.
-      precision: of the product where it is not 8-bit.
-      products: round ``x`` to the kernel's type and multiply in 8 bits. Not differentiable in ``x``.
+      dtype: dtype of the result, and of the product unless it is 8-bit.
+      precision: precision of the product unless it is 8-bit.
+      products: quantise ``x`` to the kernel's type and multiply in 8 bits; not differentiable in ``x``.
     """
     if not products:
         y = jnp.matmul(x, kernel.astype(dtype), precision=precision)
@@ -146,7 +145,7 @@ def matmul(
     step = jnp.where(most > 0, most / largest, 1)
     scaled = jnp.clip(exact / step, -largest, largest)
     rounded = (jnp.rint(scaled) if integers else scaled).astype(kernel.dtype)
-    # Operands are handed over in 8 bits: on Hopper, what is quantised and dequantised before runs in bfloat16.
+    # Pass 8-bit operands: on Hopper, quantise-dequantise pairs before a product make it run in bfloat16.
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     wide = jnp.int32 if integers else jnp.float32
     y = jax.lax.dot_general(rounded, kernel, contract, preferred_element_type=wide)

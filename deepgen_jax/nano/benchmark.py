@@ -27,31 +27,31 @@ from deepgen_jax.nano.world.scene import Scene
 from deepgen_jax.nano.world.score import Reader, score
 from deepgen_jax.nano.world.truth import SKILLS, Truth
 
-#: What is shown instead of a model's pictures, to see whether the scorers are right.
+#: Renders that replace a model's images, to validate the scorer.
 Renders = Literal["right", "wrong"]
-#: Rows over edits of all kinds: how often they left everything else alone, and how often they were done and did.
+#: Rows over all kinds of edits: preserved the rest; performed the edit and preserved the rest.
 PRESERVATION, WHOLE = "preservation", "done_and_kept"
 
 
-class Shown(NamedTuple):
-    """Pictures for a sample, uint8 [H, W, 3]: one to judge whether it was done, one whether the rest was kept."""
+class SampleImages(NamedTuple):
+    """Images of a sample, uint8 [H, W, 3]: `done` is scored for the edit itself, `kept` for preservation."""
 
     done: np.ndarray
     kept: np.ndarray
 
 
-#: Pictures for samples, in their order.
-Maker = Callable[[Sequence[Sample]], Iterable[Shown]]
+#: Yields the images of samples, in order.
+ImageSource = Callable[[Sequence[Sample]], Iterable[SampleImages]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
       skill: one of `SKILLS`, or `PRESERVATION` or `WHOLE`.
-      right, count: pictures that were right, and all.
-      kept: of one kind of edit, pictures that left everything else alone; None in other rows.
+      right, count: number of correct images, and of all images.
+      kept: number of edits that preserved the rest of the image; None in rows that are not a kind of edit.
     """
 
     skill: str
@@ -59,13 +59,13 @@ class Row:
     count: int
     kept: int | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """With the shares and their 95% intervals, JSON; without ``kept`` where there is none."""
-        facts: dict[str, Any] = {"skill": self.skill, "right": self.right, "count": self.count}
-        facts |= _interval("", self.right, self.count)
+    def to_json(self) -> dict[str, Any]:
+        """The row with shares and 95% intervals; omits ``kept`` if it is None."""
+        values: dict[str, Any] = {"skill": self.skill, "right": self.right, "count": self.count}
+        values |= _interval("", self.right, self.count)
         if self.kept is not None:
-            facts |= {"kept": self.kept, **_interval("kept_", self.kept, self.count)}
-        return facts
+            values |= {"kept": self.kept, **_interval("kept_", self.kept, self.count)}
+        return values
 
 
 def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) -> list[Sample]:
@@ -73,25 +73,25 @@ def held_out_samples(prompts: int, seed: int, skills: Sequence[str] = SKILLS) ->
     return [make_sample("held_out", skill, seed=seed, index=i) for skill in skills for i in range(prompts)]
 
 
-def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
-    """The table: a row for each skill, and two over edits of all kinds.
+def evaluate(samples: Sequence[Sample], make: ImageSource, read: Reader) -> list[Row]:
+    """Scores samples: a row per skill, then `PRESERVATION` and `WHOLE` over all edits.
 
     Args:
-      samples: of any skills.
-      make: gives their pictures.
+      samples: samples of any skills.
+      make: yields their images.
       read: reads words on signs.
     """
     done: dict[str, list[bool]] = {}
     kept: dict[str, list[bool]] = {}
     whole: list[bool] = []
-    for sample, shown in zip(samples, make(samples), strict=True):
+    for sample, images in zip(samples, make(samples), strict=True):
         skill = sample.truth.skill
-        result = score(shown.done, sample.truth, read)
+        result = score(images.done, sample.truth, read)
         done.setdefault(skill, []).append(result.done)
         if sample.truth.is_edit:
             whole.append(result.done and result.kept)
-            same = shown.kept is shown.done
-            kept.setdefault(skill, []).append((result if same else score(shown.kept, sample.truth, read)).kept)
+            same = images.kept is images.done
+            kept.setdefault(skill, []).append((result if same else score(images.kept, sample.truth, read)).kept)
     rows = [
         Row(skill, sum(results), len(results), sum(kept[skill]) if skill in kept else None)
         for skill, results in done.items()
@@ -101,37 +101,37 @@ def evaluate(samples: Sequence[Sample], make: Maker, read: Reader) -> list[Row]:
     return rows
 
 
-def renders(kind: Renders, size: int) -> Maker:
-    """Pictures drawn from the ground truth, or from scenes that are wrong in one thing."""
+def renders(kind: Renders, size: int) -> ImageSource:
+    """Renders of the ground truth, or of scenes with one error."""
 
-    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+    def make(samples: Sequence[Sample]) -> Iterator[SampleImages]:
         rng = random.Random(0)
         for sample in samples:
             if kind == "right":
                 picture = np.asarray(render(sample.scene, size))
-                yield Shown(picture, picture)
+                yield SampleImages(picture, picture)
                 continue
             unkept = wrong.unkept(rng, sample) if sample.truth.is_edit else sample.scene
             done, kept = (np.asarray(render(scene, size)) for scene in (wrong.undone(rng, sample), unkept))
-            yield Shown(done, kept)
+            yield SampleImages(done, kept)
 
     return make
 
 
 def generated(
     pipe: Callable[..., Any], size: int, *, steps: int, guidance: float, seed: int, batch_size: int
-) -> Maker:
-    """Pictures that a pipeline makes of the samples' texts and references.
+) -> ImageSource:
+    """Images that a pipeline generates from the samples' prompts and references.
 
     Args:
       pipe: a `DeepGenPipeline`.
       size: side of references and results in pixels.
-      steps, guidance: of sampling.
+      steps, guidance: sampler steps and guidance scale.
       seed: sample i draws its noise from seed + i.
-      batch_size: pictures at once; only samples with equally many references share a batch.
+      batch_size: images per batch; samples in a batch have the same number of references.
     """
 
-    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+    def make(samples: Sequence[Sample]) -> Iterator[SampleImages]:
         benchmark = NanoBenchmark(size=size)
         items = benchmark.items(samples)
         settings = Settings(
@@ -142,30 +142,30 @@ def generated(
             benchmark.prepare(items, Reading(Path(), ""), Path(folder))
             made = dict(make_images(benchmark, items, pipe, settings, batch_size, Path(folder)))
         for item in items:
-            yield Shown(made[item.files[0]], made[item.files[0]])
+            yield SampleImages(made[item.files[0]], made[item.files[0]])
 
     return make
 
 
-def saved(items: Sequence[Item], out: Path) -> Maker:
-    """Pictures of a run's folder; ``items`` are those of the samples, in their order."""
+def saved(items: Sequence[Item], out: Path) -> ImageSource:
+    """Images in a run's folder; ``items`` correspond to the samples, in order."""
 
-    def make(samples: Sequence[Sample]) -> Iterator[Shown]:
+    def make(samples: Sequence[Sample]) -> Iterator[SampleImages]:
         for item in items:
             picture = np.asarray(load_image(out / item.files[0]))
-            yield Shown(picture, picture)
+            yield SampleImages(picture, picture)
 
     return make
 
 
 class NanoBenchmark(Benchmark):
-    """Held-out prompts and edits of the procedural world, scored by exact code.
+    """Held-out prompts and edits of the procedural world, scored exactly.
 
     Args:
-      prompts: of each skill.
-      seed: of the prompts.
-      skills: to test.
-      size: side of the pictures to edit in pixels.
+      prompts: prompts per skill.
+      seed: seed of the prompts.
+      skills: skills to evaluate.
+      size: side of the source images in pixels.
     """
 
     title = "Procedural world"
@@ -178,16 +178,16 @@ class NanoBenchmark(Benchmark):
     def __init__(self, prompts: int = 100, seed: int = 0, skills: Sequence[str] = SKILLS, size: int = 96) -> None:
         self._prompts, self._seed, self._skills, self._size = prompts, seed, tuple(skills), size
         self._reader: WorldReward | None = None
-        #: Scenes of the pictures to edit, by the item's key.
+        #: Item key -> scenes of its source images.
         self._scenes: dict[str, tuple[Scene, ...]] = {}
 
     def read(self, reading: Reading) -> list[Item]:
-        """The samples as items; nothing is read."""
+        """The samples as items; reads no files."""
         return self.items(held_out_samples(self._prompts, self._seed, self._skills))
 
     def items(self, samples: Sequence[Sample]) -> list[Item]:
-        """An item a sample, named by skill and number."""
-        found: list[Item] = []
+        """One item per sample, named by skill and number."""
+        items: list[Item] = []
         numbers: Counter[str] = Counter()
         for index, sample in enumerate(samples):
             skill = sample.truth.skill
@@ -196,11 +196,11 @@ class NanoBenchmark(Benchmark):
             self._scenes[key] = sample.references
             facts = {"truth": sample.truth.to_json(), "index": index}
             sources = tuple(f"{RECORDS}/references/{key}_{k}.png" for k in range(len(sample.references)))
-            found.append(Item(key, sample.text, (f"{key}.png",), skill, index, skill, sources, facts))
-        return found
+            items.append(Item(key, sample.text, (f"{key}.png",), skill, index, skill, sources, facts))
+        return items
 
     def prepare(self, items: Sequence[Item], reading: Reading, out: Path) -> None:
-        """Draws the pictures to edit."""
+        """Renders the source images."""
         for item in items:
             for scene, source in zip(self._scenes[item.key], item.sources, strict=True):
                 path = out / source
@@ -228,26 +228,26 @@ class NanoBenchmark(Benchmark):
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """The table for people."""
+    """The table as text."""
     first_edit = next((row for row in rows if row.kept is not None), None)
     header = f"{'skill':<14} {'right':>7}   {'95% interval':<16} {'of':<6}"
     yield f"{header} {'rest kept':>9}   95% interval" if first_edit else header.rstrip()
     for row in rows:
         if row is first_edit or row.skill == PRESERVATION:
             yield ""
-        facts = row.facts()
-        line = f"{row.skill:<14} {facts['share']:>7.1%}   {_between(facts, ''):<16} {row.count:<6}"
+        values = row.to_json()
+        line = f"{row.skill:<14} {values['share']:>7.1%}   {_between(values, ''):<16} {row.count:<6}"
         if row.kept is not None:
-            line += f" {facts['kept_share']:>9.1%}   {_between(facts, 'kept_')}"
+            line += f" {values['kept_share']:>9.1%}   {_between(values, 'kept_')}"
         yield line.rstrip()
 
 
-def _between(facts: dict[str, Any], prefix: str) -> str:
-    return f"{facts[prefix + 'low']:.1%} to {facts[prefix + 'high']:.1%}"
+def _between(values: dict[str, Any], prefix: str) -> str:
+    return f"{values[prefix + 'low']:.1%} to {values[prefix + 'high']:.1%}"
 
 
 def _interval(prefix: str, right: int, count: int) -> dict[str, float]:
-    """Share and 95% interval under names that begin with ``prefix``."""
+    """Share and 95% interval; keys start with ``prefix``."""
     low, high = wilson(right, count)
     values = {"share": right / count, "low": low, "high": high}
     return {prefix + name: round(value, 4) for name, value in values.items()}

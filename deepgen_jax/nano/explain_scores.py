@@ -1,8 +1,8 @@
-"""Are heat maps right? In the procedural world the mask of every thing is known, so maps are scored by IoU.
+"""Scores heat maps by IoU with the known object masks of the procedural world.
 
-Held-out scenes of two things are rendered, noised and explained. A thing's map is the sum of the maps of its colour's
-and its shape's word, enlarged to pixels and cut so that as many pixels remain as the thing covers. Baselines: a uniform
-map, whose expected IoU follows from the thing's area, and the map of the other thing's words.
+Renders held-out scenes of two objects, adds noise, and computes heat maps. The map of an object is the sum of the maps
+of its colour word and its shape word, upsampled to pixels and thresholded to the object's area. Baselines are a uniform
+map, whose expected IoU follows from the area, and the map of the other object's words.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _RESAMPLES = 2000
 
 
 def mask_of(scene: Scene, thing: Thing, size: int) -> np.ndarray:
-    """Pixels that show a thing of a scene, bool [size, size]."""
+    """Mask of an object of a scene, bool [size, size]."""
     with_it, without = (render(Scene(scene.background, things), size) for things in ((thing,), ()))
     return np.abs(np.asarray(with_it, int) - np.asarray(without, int)).max(axis=-1) > 32
 
 
 def iou(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Of a mask [H, W] with a map [h, w] that is enlarged and cut at the mask's area."""
+    """IoU of a mask [H, W] with a map [h, w], upsampled and thresholded to the mask's area."""
     enlarged = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(mask.shape[::-1], Image.Resampling.BICUBIC))
     area = int(mask.sum())
     chosen = np.zeros(mask.size, bool)
@@ -42,14 +42,14 @@ def iou(heat: np.ndarray, mask: np.ndarray) -> float:
 
 
 def uniform_iou(mask: np.ndarray) -> float:
-    """Expected IoU of a mask with a random choice of as many pixels."""
+    """Expected IoU of a mask with the same number of random pixels."""
     area, total = float(mask.sum()), float(mask.size)
     both = area**2 / total
     return both / (2 * area - both)
 
 
 def samples(count: int, seed: int) -> list[Sample]:
-    """Held-out scenes of two things whose texts name each by its own colour and shape."""
+    """Held-out scenes of two objects whose captions name each by a unique colour and shape."""
     found: list[Sample] = []
     for index in range(50 * count):
         sample = make_sample("held_out", _SKILLS[index % len(_SKILLS)], seed=seed, index=index)
@@ -64,17 +64,20 @@ def samples(count: int, seed: int) -> list[Sample]:
 
 
 def score_heat_maps(pipe: DeepGenPipeline, count: int, *, size: int, seed: int = 0) -> dict[str, Any]:
-    """Mean IoU over the things of ``count`` scenes, with 95% intervals by bootstrap over scenes.
+    """Mean IoU over the objects of ``count`` scenes, with 95% bootstrap intervals over scenes.
 
     Args:
-      pipe: a model that knows the world.
-      count: scenes, at least 2.
-      size: side of the pictures in pixels.
-      seed: of scenes and noise.
+      pipe: a model trained on the procedural world.
+      count: number of scenes, at least 2.
+      size: side of the images in pixels.
+      seed: seed of scenes and noise.
 
     Returns:
-      JSON values: ``rows`` with "heat maps", "other thing's map" and "uniform", ``scenes``, ``things``, ``sigmas`` and
-      a ``verdict`` in words.
+      JSON values: ``rows`` for "heat maps", "other thing's map" and "uniform", ``scenes``, ``things``, ``sigmas`` and a
+      textual ``verdict``.
+
+    Raises:
+      DeepGenError: ``count`` is below 2 or exceeds the number of suitable scenes.
     """
     if count < 2:
         raise DeepGenError(f"heat maps are scored on at least 2 scenes, not {count}")
@@ -100,7 +103,7 @@ def score_heat_maps(pipe: DeepGenPipeline, count: int, *, size: int, seed: int =
 def _scene_scores(
     pipe: DeepGenPipeline, sample: Sample, size: int, rng: np.random.Generator
 ) -> list[tuple[float, float, float]]:
-    """(own map, other thing's map, uniform) of each thing."""
+    """IoU of (own map, other object's map, uniform map) for each object."""
     condition = encode(pipe, sample.text)
     (clean,) = reference_latents(pipe, [render(sample.scene, size)])
     noise = rng.standard_normal(clean.shape, np.float32)
@@ -118,7 +121,7 @@ def _sum(maps: np.ndarray, texts: Sequence[str], names: Sequence[str]) -> np.nda
 
 
 def _verdict(means: np.ndarray) -> str:
-    """What the bootstrap says of the difference from each baseline."""
+    """Compares the heat maps with each baseline by their bootstrap intervals."""
     parts = []
     for i, name in ((2, "a uniform map"), (1, "the other thing's map")):
         low, high = np.quantile(means[:, 0] - means[:, i], (0.025, 0.975))

@@ -1,4 +1,4 @@
-"""How DeepGen-nano was trained and what came out, as a part of its page, from run folders and saved scores."""
+"""Training report of DeepGen-nano, a section of its documentation page, from run folders and saved scores."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from deepgen_jax.training.plot import DPI, draw_apart
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.user_warnings import warn_user
 
-#: Lines of the page between which the report stands.
+#: Lines of the page that delimit the report.
 BEGIN, END = "<!-- begin of deepgen nano report -->", "<!-- end of deepgen nano report -->"
-#: The picture of the curves, beside the page.
+#: Plot of the curves, relative to the page.
 PICTURE = Path("images/nano_curves.png")
-#: Share of the logged steps, at the end, that the last loss is the mean of.
+#: Final values are means over this last share of the logged steps.
 _LAST = 0.05
-#: Settings that say where things are, when they are saved and shown, and on what they run; not how a model learns.
+#: Settings that do not affect what a model learns: paths, logging, checkpoints and devices.
 _ASIDE = (
     "model", "start", "out", "steps", "seed", "mesh", "checkpoints", "log", "samples", "eval", "pictures_every",
     "prompts.path",
@@ -35,13 +35,13 @@ _ASIDE = (
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage of training that was run.
+    """The run of one training stage.
 
     Attributes:
-      name: of its configuration.
-      description: of the run.
-      curves: what it logged.
-      changes: settings that are not those of the configuration, "path.to.field=value".
+      name: name of its configuration.
+      description: description of the run (`read_run`).
+      curves: logged metrics.
+      changes: settings that differ from the configuration, "path.to.field=value".
     """
 
     name: str
@@ -51,28 +51,28 @@ class StageRun:
 
     @property
     def seconds(self) -> float:
-        """That its steps took, each counted once however often the run was resumed."""
+        """Training time; steps repeated after a resume count once."""
         return float(np.nansum(self._each("seconds/step") * self._gaps))
 
     @property
     def samples(self) -> int:
-        """That it learned from."""
+        """Number of training samples."""
         return round(float(np.nansum(self._each("seconds/step") * self._each("samples_per_second") * self._gaps)))
 
     def last(self, metric: str) -> float:
-        """Mean over the last steps; NaN where it was not logged."""
+        """Mean over the last steps; NaN if it was not logged."""
         steps, values = self.curves.steps, self._each(metric)
         late = values[steps > steps[-1] * (1 - _LAST)]
         return float(np.mean(late[np.isfinite(late)])) if np.isfinite(late).any() else float("nan")
 
     @property
     def rewards(self) -> list[str]:
-        """Metrics of rewards over all prompts."""
+        """Names of mean-reward metrics over all prompts."""
         return [name for name in self.curves.values if _is_reward(name)]
 
     @property
     def _gaps(self) -> np.ndarray:
-        """Steps that each logged one stands for."""
+        """Number of steps since the previous logged one."""
         return np.diff(self.curves.steps, prepend=0)
 
     def _each(self, metric: str) -> np.ndarray:
@@ -81,7 +81,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Scores:
-    """What ``deepgen eval nano --json`` printed: its settings, and rows by skill."""
+    """Output of ``deepgen eval nano --json``: settings, and rows by skill."""
 
     label: str
     settings: Mapping[str, Any]
@@ -89,19 +89,19 @@ class Scores:
 
 
 def write_report(page: Path, runs: Path, scores: Sequence[Scores], device: str = "") -> Path:
-    """Writes the report into its place in a page, and the picture beside; both whole or not at all.
+    """Writes the report into a page, and its plot; replaces both files atomically.
 
     Args:
       page: a Markdown file with the lines `BEGIN` and `END`.
-      runs: folder of the runs, which go by the last part of their configurations' ``out``.
-      scores: a column each.
-      device: what runs that did not record it ran on.
+      runs: folder of the runs, named like the last part of their configurations' ``out``.
+      scores: one column each.
+      device: device of runs that did not record it.
 
     Returns:
-      the picture's path.
+      Path of the plot.
 
     Raises:
-      DeepGenError: the page has no place for the report, no stage was run, or a file cannot be read or written.
+      DeepGenError: the page lacks `BEGIN` or `END`, no stage was run, or a file cannot be read or written.
     """
     before, after = _around(page)
     found = read_stages(runs)
@@ -119,10 +119,10 @@ def write_report(page: Path, runs: Path, scores: Sequence[Scores], device: str =
 
 
 def read_stages(runs: Path) -> list[StageRun]:
-    """The stages that were run, in their order; others are left out with a notice.
+    """Stages that were run, in order; warns about missing ones.
 
     Raises:
-      DeepGenError: none was run, or a folder holds something else than a run that has logged something.
+      DeepGenError: no stage was run, or a folder is not a run with logged metrics.
     """
     found: list[StageRun] = []
     for name, config in stages():
@@ -138,7 +138,7 @@ def read_stages(runs: Path) -> list[StageRun]:
 
 
 def stages() -> list[tuple[str, RunConfig]]:
-    """Configurations of nano by name; each comes after the one that it starts from."""
+    """Names and configurations of nano's stages; each follows the stage that it starts from."""
     configs = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
     by_out = {config.out: config for config in configs.values()}
 
@@ -149,20 +149,20 @@ def stages() -> list[tuple[str, RunConfig]]:
 
 
 def read_scores(label: str, path: Path) -> Scores:
-    """Saved scores.
+    """Reads saved scores.
 
     Raises:
-      DeepGenError: the file cannot be read or holds something else.
+      DeepGenError: the file cannot be read or is not output of ``deepgen eval nano --json``.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         rows = {row["skill"]: row for row in values["rows"]}
         for row in rows.values():
             float(row["share"]), float(row["low"]), float(row["high"]), int(row["count"])
-            # Of edits, and not in scores saved by earlier versions.
+            # Only in rows of edits, and absent from scores saved by earlier versions.
             float(row.get("kept_share", 0))
         settings = {name: values[name] for name in ("prompts", "seed", "size", "steps", "guidance")}
-        # Renders, which no model made, have none.
+        # None for renders, which have no sampler settings.
         float(settings["guidance"])
     except OSError as error:
         raise DeepGenError(f"scores {path} cannot be read: {error.strerror or error}") from error
@@ -202,10 +202,10 @@ def _table(scores: Sequence[Scores]) -> Iterator[str]:
         yield _row([f"`{skill}`", *(_score(column.rows.get(skill)) for column in scores)])
     yield ""
     for column in scores:
-        told = column.settings
+        used = column.settings
         yield (
-            f"- {column.label}: {told['prompts']:,} samples a skill, {told['steps']} steps of denoising, guidance "
-            f"{told['guidance']:g}, {told['size']} pixels a side, seed {told['seed']}"
+            f"- {column.label}: {used['prompts']:,} samples a skill, {used['steps']} steps of denoising, guidance "
+            f"{used['guidance']:g}, {used['size']} pixels a side, seed {used['seed']}"
         )
     yield ""
 
@@ -227,10 +227,10 @@ def _steps(stage: StageRun) -> str:
 
 
 def _ending(stage: StageRun) -> str:
-    """The last loss and, where there are any, rewards."""
+    """The final loss and, if any, rewards."""
     loss = stage.last("loss")
-    told = [f"loss {loss:.3g}"] if np.isfinite(loss) else []
-    return ", ".join([*told, *(f"{_reward(name)} {stage.last(name):.3f}" for name in stage.rewards)])
+    losses = [f"loss {loss:.3g}"] if np.isfinite(loss) else []
+    return ", ".join([*losses, *(f"{_reward(name)} {stage.last(name):.3f}" for name in stage.rewards)])
 
 
 def _time(seconds: float) -> str:
@@ -241,7 +241,7 @@ def _time(seconds: float) -> str:
 
 
 def _panel(stage: StageRun) -> tuple[Curves, Panel]:
-    """What a stage is judged by: rewards, or the loss."""
+    """The panel of a stage: its rewards if it has any, else its loss."""
     if stage.rewards:
         values = {_reward(name): stage.curves.values[name] for name in stage.rewards}
         return Curves(stage.name, stage.curves.steps, values), Panel("reward", LOOKS["reward"], tuple(values), False)
@@ -257,14 +257,14 @@ def _reward(metric: str) -> str:
 
 
 def _changes(config: RunConfig, run: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings of a run that are not those of its configuration."""
+    """Settings of a run that differ from its configuration."""
     return tuple(_differences(to_json(config), run, ""))
 
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
     if path in _ASIDE:
         return
-    # What a run has not recorded was no setting yet.
+    # Settings that the run did not record were added later.
     if isinstance(before, dict) and isinstance(now, dict) and now.keys() <= before.keys():
         for name in now:
             yield from _differences(before[name], now[name], f"{path}.{name}" if path else name)
@@ -273,7 +273,7 @@ def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
 
 
 def _around(page: Path) -> tuple[str, str]:
-    """What stands before and after the report."""
+    """Text of the page before and after the report."""
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
