@@ -1,8 +1,8 @@
-"""The few-step policy of pi-Flow (Chen et al. 2025, arXiv 2510.14974): one evaluation steers a segment of sampling.
+"""Few-step policy of pi-Flow (Chen et al. 2025, arXiv 2510.14974): one evaluation per segment of sampling.
 
-Between two noise levels, the network is evaluated once, at the start of the segment, and gives N estimates of the clean
-sample on a grid of noise levels (the paper's dynamic-x_0 policy, section 3.2). In between, x_0(s) is interpolated
-linearly, and the policy's velocity is
+The network is evaluated once, at the start of a segment between two noise levels, and predicts N estimates of the clean
+sample on a grid of noise levels (the paper's dynamic-x_0 policy, section 3.2). Between grid points x_0(s) is
+interpolated linearly, and the policy's velocity is
 
     u(x, s) = (x - x_0(s)) / s.
 
@@ -10,7 +10,7 @@ With x_0(s) = a + b s on an interval of the grid, dx/ds = u has the solution
 
     x(s') = (s'/s) x(s) + a (1 - s'/s) + b s' log(s/s'),
 
-so that a segment is integrated exactly, without steps of its own, and x(0) = x_0(0). All arithmetic is float32.
+so a segment is integrated exactly, without inner steps, and x(0) = x_0(0). All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def grid(sigma: jax.Array, sigma_next: jax.Array, count: int) -> jax.Array:
 
 
 def estimates_of(output: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Clean estimates [N, ...] from the network's output, which holds N velocities side by side: x_0 = x - s v.
+    """Clean estimates [N, ...] from the network's output of N concatenated velocities: x_0 = x - s v.
 
-    A network that repeats a teacher's velocity N times starts as the teacher's own estimate, constant in the segment.
+    N copies of a teacher's velocity give the teacher's estimate, constant over the segment.
 
     Args:
       output: [..., N * D].
-      x: [..., D], the sample that was evaluated.
-      sigma: scalar, its noise level.
+      x: [..., D], the network's input.
+      sigma: scalar, noise level of ``x``.
     """
     count = output.shape[-1] // x.shape[-1]
     velocities = jnp.stack(jnp.split(output.astype(jnp.float32), count, axis=-1))
@@ -42,7 +42,7 @@ def estimates_of(output: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array
 
 
 def clean_at(estimates: jax.Array, levels: jax.Array, sigma: jax.Array) -> jax.Array:
-    """x_0(s), interpolated linearly between estimates [N, ...] at ``levels`` [N], and constant beyond them."""
+    """x_0(s): linear interpolation of estimates [N, ...] at ``levels`` [N], constant outside."""
     if len(estimates) == 1:
         return estimates[0]
     place = (levels[0] - sigma) / jnp.maximum(levels[0] - levels[-1], 1e-12) * (len(estimates) - 1)
@@ -53,18 +53,18 @@ def clean_at(estimates: jax.Array, levels: jax.Array, sigma: jax.Array) -> jax.A
 
 
 def velocity(x: jax.Array, sigma: jax.Array, estimates: jax.Array, levels: jax.Array) -> jax.Array:
-    """The policy's velocity (x - x_0(s)) / s, s above 0."""
+    """The policy's velocity (x - x_0(s)) / s, for s > 0."""
     return (x - clean_at(estimates, levels, sigma)) / sigma
 
 
 def follow(x: jax.Array, estimates: jax.Array, levels: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The sample at ``sigma`` when the policy is followed from x at ``levels[0]``; ``sigma`` within the grid."""
+    """Integrates the policy from x at ``levels[0]`` to ``sigma``, which must be within the grid."""
     if len(estimates) == 1:
         ratio = sigma / levels[0]
         return ratio * x + (1 - ratio) * estimates[0]
     for i in range(len(estimates) - 1):
         high, low = levels[i], levels[i + 1]
-        # Up to ``sigma``; an interval beyond it is of no length.
+        # Stop at ``sigma``: intervals beyond it have zero length.
         end = jnp.clip(sigma, low, high)
         slope = (estimates[i] - estimates[i + 1]) / jnp.maximum(high - low, 1e-12)
         constant = estimates[i] - slope * high
@@ -87,18 +87,18 @@ def policy_losses(
 ) -> jax.Array:
     """Imitation loss of one segment (paper, section 3.3 and Algorithm 1): mean of |u - v_teacher|^2, float32 [B].
 
-    The student is evaluated once at the start of the segment. Its policy, without gradient, is followed to each of the
-    target levels, and there its velocity is matched to the teacher's: states are the student's own, so that errors do
-    not accumulate unseen, and the loss is one regression, without a discriminator or Jacobian-vector products.
+    The student is evaluated once, at the start of the segment. Its policy is followed without gradient to each target
+    level, where its velocity is regressed on the teacher's. Training on the student's own states avoids accumulated
+    errors, and needs neither a discriminator nor Jacobian-vector products.
 
     Args:
       student: (x [B, T, D], sigma scalar) -> [B, T, N * D].
-      teacher: (x, sigma) -> velocity [B, T, D], with guidance where the student is to have it; no gradient flows.
+      teacher: (x, sigma) -> velocity [B, T, D], guided if the student should learn guidance; receives no gradient.
       x: [B, T, D], samples at ``sigma``.
-      sigma, sigma_next: scalars, the segment; ``sigma`` above ``sigma_next``.
+      sigma, sigma_next: scalars, start and end of the segment, sigma > sigma_next.
       targets: [M] noise levels within the segment, above 0.
-      count: N.
-      mask: bool [B, T], False at padding, which does not count.
+      count: number of estimates N.
+      mask: bool [B, T], False at padding, which is ignored.
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     levels = grid(sigma, sigma_next, count)

@@ -1,4 +1,4 @@
-"""Metrics of finished and running runs as arrays, and how they share the panels of a figure."""
+"""Reads logged metrics of runs as arrays and groups them into panels of a figure."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import numpy as np
 from deepgen_jax.errors import DeepGenError, did_you_mean
 from deepgen_jax.stores.jsonl import read_lines
 
-#: Share of a step's time spent waiting for data, in per cent; made from the logged seconds.
+#: Share of a step's time spent waiting for data, in per cent; derived from logged seconds.
 DATA_WAIT = "data_wait"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run logged.
+    """Logged metrics of a run.
 
     Attributes:
       label: short name of the run.
       steps: [n] int64, ascending.
-      values: by metric, [n] or, for a list of k numbers, [n, k] float64; NaN where there is none.
+      values: metric -> float64 [n], or [n, k] for lists of k numbers; NaN where it was not logged.
     """
 
     label: str
@@ -33,14 +33,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class Look:
-    """How a panel looks.
+    """Appearance of a panel.
 
     Attributes:
-      title: above it.
-      unit: beside the vertical axis.
-      log: a logarithmic vertical axis, or scale of colours.
-      bins: label of the items of a list, which are drawn against the range from 0 to 1.
-      smooth: draw a moving average.
+      title: title of the panel.
+      unit: label of the vertical axis.
+      log: whether the vertical axis, or the colour scale, is logarithmic.
+      bins: axis label for the items of a list, which span 0 to 1.
+      smooth: whether to draw a moving average.
     """
 
     title: str
@@ -52,7 +52,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes: metrics ``names`` of the group ``key``; ``is_list`` where they are lists of numbers."""
+    """One set of axes with the metrics ``names`` of group ``key``; ``is_list``: their values are lists of numbers."""
 
     key: str
     look: Look
@@ -60,7 +60,7 @@ class Panel:
     is_list: bool
 
 
-#: Known groups, in the order of their panels; others follow in the order in which they were logged.
+#: Known groups, in panel order; other groups follow in the order they were logged.
 LOOKS = {
     "loss": Look("Loss", "loss"),
     "loss_by_sigma": Look("Loss by noise level", "loss", log=True, bins="noise level σ"),
@@ -84,12 +84,12 @@ LOOKS = {
 
 
 def read_curves(folder: Path, label: str = "") -> Curves:
-    """The metrics in a run's folder; incomplete lines are skipped, so the run may still be writing.
+    """Reads the metrics of a run; skips incomplete lines, so the run may still be active.
 
     Raises:
-      DeepGenError: there is no such run, or it has logged nothing yet.
+      DeepGenError: the run does not exist or has no metrics yet.
     """
-    # What tracking calls METRICS_FILE, without the imports of a training run.
+    # `tracking.METRICS_FILE`, not imported because tracking imports JAX.
     path = folder / "metrics.jsonl"
     if not folder.is_dir():
         raise DeepGenError(f"{folder} is no run, there is no such folder; give the folder that `deepgen train` writes")
@@ -111,13 +111,14 @@ def read_curves(folder: Path, label: str = "") -> Curves:
 
 
 def choose_panels(runs: Sequence[Curves], metrics: Sequence[str] = ()) -> list[Panel]:
-    """Panels for what the runs logged: metrics with the same first part of their name share one.
+    """Panels for the logged metrics; metrics of the same group share a panel.
 
     Args:
-      metrics: metrics and groups to show; empty for all that say anything.
+      runs: logged metrics of the runs.
+      metrics: metrics and groups to show; empty for all informative ones.
 
     Raises:
-      DeepGenError: a metric is in none of the runs.
+      DeepGenError: no run has one of ``metrics``.
     """
     lists = {name: column.ndim == 2 for run in runs for name, column in run.values.items()}
     names = list(lists)
@@ -140,7 +141,7 @@ def choose_panels(runs: Sequence[Curves], metrics: Sequence[str] = ()) -> list[P
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the ``window`` entries around each, narrower at the ends; NaN entries are left out. [n] -> [n]."""
+    """Centred moving average over ``window`` entries, [n] -> [n]; narrower at the ends, ignores NaN."""
     there = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(there, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(there)])
@@ -151,7 +152,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def over_steps(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means of ``values`` [n, k] over at most ``columns`` equal ranges of steps: edges [c + 1] and means [c, k]."""
+    """Means of ``values`` [n, k] over at most ``columns`` equal step ranges: edges [c + 1], means [c, k]."""
     columns = min(columns, len(steps))
     edges = np.linspace(steps[0] - 0.5, steps[-1] + 0.5, columns + 1)
     column = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, columns - 1)
@@ -163,7 +164,7 @@ def over_steps(steps: np.ndarray, values: np.ndarray, columns: int) -> tuple[np.
 
 
 def series_label(panel: Panel, name: str) -> str:
-    """The part of a metric's name that differs within its panel; "all" for the one that names the panel."""
+    """Part of a metric's name that is specific within its panel; "all" for the metric named like the panel."""
     if panel.key.startswith("reward/"):
         middle, _, kind = name.removeprefix(panel.key).rpartition("/")
         return (middle.removeprefix("@") or "all") + ("" if kind == "mean" else f" {kind}")
@@ -178,7 +179,7 @@ def _group(name: str) -> str:
     first, _, rest = name.partition("/")
     if first == "reward" and "/" in rest:
         return f"{first}/{rest.split('/')[0].split('@')[0]}"
-    # What reinforcement learning logs has a unit for each metric.
+    # Metrics of reinforcement learning differ in units.
     return name if first == "rl" else first
 
 
@@ -215,6 +216,6 @@ def _number(item: Any) -> float:
 
 
 def finite(values: Sequence[np.ndarray]) -> np.ndarray:
-    """All finite numbers of some arrays, flat."""
+    """Finite values of all arrays, flattened."""
     flat = [np.ravel(array)[np.isfinite(np.ravel(array))] for array in values]
     return np.concatenate(flat) if flat else np.zeros(0)

@@ -1,4 +1,4 @@
-"""The frozen encoders (VAE encoder and vision tower): loading them without the rest of the model, and their digest."""
+"""Frozen encoders (VAE encoder and vision tower): loads them without the rest of the model, and their digest."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _ENCODERS = ("vae", "vision")
 
 
 def encoder_digest(folder: Path) -> str:
-    """A digest of the weights that cached features depend on: the VAE's encoder, the vision tower and its adapters.
+    """SHA-256 of the weights that cached features depend on: VAE encoder, vision tower and its adapters.
 
-    It depends on their values, not on the dtype that holds them, so that copies and exports of a model agree.
+    Depends on values only, not on the stored dtype, so that copies and exports of a model agree.
 
     Raises:
-      DeepGenError: the folder is no model folder, or its parameters are missing or damaged.
+      DeepGenError: not a model folder, or its parameters are missing or damaged.
     """
     params = model_folder.load_params(folder, _ENCODERS)
     tree = {"vae": {"encoder": params["vae"]["encoder"]}, "vision": params["vision"]}
@@ -43,20 +43,20 @@ def encoder_digest(folder: Path) -> str:
 
 
 def digest_for(data: DataConfig, folder: Path) -> str | None:
-    """`encoder_digest`, for a loader of data that need it; None where no source is cached."""
+    """`encoder_digest` if a source has cached features, else None."""
     return encoder_digest(folder) if has_cached(data) else None
 
 
 def has_cached(data: DataConfig) -> bool:
-    """Whether features take the place of pictures in a source."""
+    """Whether a source has cached features instead of images."""
     return any(source.kind == "features" for source in data.sources)
 
 
 def check_untrained(run: RunConfig) -> None:
-    """Cached features are of the model folder's encoders, so the run must not start from others.
+    """Checks that a run with cached features starts from the encoders that computed them.
 
     Raises:
-      DeepGenError: an earlier run has trained one.
+      DeepGenError: the run starts from one that trained an encoder.
     """
     inherited = starting_point_of(run).inherited
     if trained := [part for part in _ENCODERS if part in inherited]:
@@ -67,15 +67,15 @@ def check_untrained(run: RunConfig) -> None:
 
 
 def load_encoders(folder: Path, dtype: str, mesh: Mesh) -> tuple[DeepGen, Tree]:
-    """The model and its encoders' weights, whole on every device of the mesh, adapters merged.
+    """Loads the model with its encoders' weights, replicated over the mesh, adapters merged.
 
     Args:
       folder: the model folder.
-      dtype: of the computation.
-      mesh: whose devices compute.
+      dtype: compute dtype.
+      mesh: mesh of the computation.
 
     Raises:
-      DeepGenError: the folder is no model folder, or its parameters are missing or damaged.
+      DeepGenError: not a model folder, or its parameters are missing or damaged.
     """
     config = model_folder.read_manifest(folder).config
     compute, everywhere = jnp.dtype(dtype), replicated(mesh)

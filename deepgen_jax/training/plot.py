@@ -1,4 +1,4 @@
-"""A figure of the curves of one run, or of several over each other."""
+"""Plots the metrics of one run, or compares several."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 #: File formats by suffix.
 SUFFIXES = (".png", ".pdf", ".svg")
-#: Okabe and Ito's palette for any colour vision, without its yellow, which is faint on white.
+#: Colour-blind-safe palette (Okabe and Ito) without yellow, which is faint on white.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B5A2B")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _COLUMNS = 3
-#: Columns of a heat map: ranges of steps.
+#: Step ranges (columns) of a heat map.
 _HEAT_COLUMNS = 200
 _STYLE: Any = {
     "font.size": 9,
@@ -47,27 +47,27 @@ _STYLE: Any = {
     "legend.fontsize": 8,
     "agg.path.chunksize": 10_000,
 }
-#: Share of the steps, at the end, that the profiles of several runs are taken over.
+#: Profiles of several runs are means over this last share of the steps.
 _LAST = 0.2
-#: Dots per inch of pictures.
+#: Resolution of saved figures in dots per inch.
 DPI = 150
-#: Characters of a title and a legend that fit beside each other.
+#: Number of characters of title and legend that fit in one line.
 _TITLE_ROOM = 53
 
 
 def plot_runs(
     folders: Sequence[Path], out: Path | None = None, metrics: Sequence[str] = (), smooth: int | None = None
 ) -> Path:
-    """Draws the metrics of runs into a file.
+    """Plots the metrics of runs to a file.
 
     Args:
-      folders: of the runs; several are drawn over each other, a colour each.
-      out: the file, by default `curves.png` in the first folder.
-      metrics: metrics and groups to show, by default all.
-      smooth: logged entries in the moving average; by default a fiftieth of each run's.
+      folders: folders of the runs; several runs are overlaid, one colour each.
+      out: output file; by default `curves.png` in the first folder.
+      metrics: metrics and groups to show; by default all.
+      smooth: window of the moving average in logged entries; by default a fiftieth of each run's entries.
 
     Returns:
-      the file's path.
+      Path of the file.
 
     Raises:
       DeepGenError: a run has no metrics, a metric is unknown, matplotlib is missing, or the file cannot be written.
@@ -91,7 +91,7 @@ def plot_runs(
 
 
 def draw(runs: Sequence[Curves], panels: Sequence[Panel], smooth: int | None = None) -> Figure:
-    """The figure, a matplotlib ``Figure`` that belongs to no window: panels with all runs in each."""
+    """A figure without a window, with all runs in every panel."""
     with _figure(len(panels)) as (figure, places):
         from matplotlib.lines import Line2D
 
@@ -112,7 +112,7 @@ def draw(runs: Sequence[Curves], panels: Sequence[Panel], smooth: int | None = N
 
 
 def draw_apart(runs: Sequence[tuple[Curves, Panel]]) -> Figure:
-    """The figure of runs that follow each other: a panel for each, with its label above."""
+    """A figure with one labelled panel per run, for consecutive runs."""
     with _figure(len(runs)) as (figure, places):
         for axes, (run, panel) in zip(places, runs, strict=True):
             axes.set_title(run.label, loc="left")
@@ -122,7 +122,7 @@ def draw_apart(runs: Sequence[tuple[Curves, Panel]]) -> Figure:
 
 @contextlib.contextmanager
 def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
-    """An empty figure and the axes of so many panels; it is laid out at the end."""
+    """Yields an empty figure and the axes of its panels; lays it out on exit."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -133,12 +133,12 @@ def _figure(panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
         rows = -(-panels // columns)
         figure = Figure(figsize=(max(4.6 * columns, 5.5), 3.0 * rows + 0.6), layout="constrained")
         yield figure, [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
-        # Drawn here, under the style above.
+        # Lay out within the style context.
         figure.draw_without_rendering()
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """Names of the folders, or the paths where names are alike."""
+    """Names of the folders, or their paths if names repeat."""
     names = [folder.absolute().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -148,7 +148,7 @@ def _color(index: int) -> str:
 
 
 def _draw_lines(axes: Axes, panel: Panel, runs: Sequence[Curves], smooth: int | None) -> None:
-    """Faint raw values and their bold moving average: a colour each, or for several runs a colour a run."""
+    """Draws faint raw values and a bold moving average, one colour per metric, or per run if there are several."""
     shown, drawn = [name for name in panel.names if not _is_spread(panel, name)], []
     for r, run in enumerate(runs):
         window = smooth or max(1, len(run.steps) // 50)
@@ -177,14 +177,14 @@ def _draw_lines(axes: Axes, panel: Panel, runs: Sequence[Curves], smooth: int | 
 
 
 def _moving(panel: Panel, values: np.ndarray, window: int) -> np.ndarray:
-    """The moving average; on a logarithmic axis that of the logarithms, which a single outlier does not lift."""
+    """Moving average; geometric on a logarithmic axis, where a single outlier would dominate the arithmetic mean."""
     if panel.look.log and len(values) and values.min() > 0:
         return np.exp(smoothed(np.log(values), window))
     return smoothed(values, window)
 
 
 def _add_legend(axes: Axes, panel: Panel) -> None:
-    """A legend that hides nothing: beside the title if there is room, else in room made above the curves."""
+    """Adds a legend that hides no data: next to the title if it fits, else above the curves."""
     labels = axes.get_legend_handles_labels()[1]
     style: dict[str, Any] = {"borderpad": 0, "handlelength": 1.9, "handletextpad": 0.4, "columnspacing": 0.9}
     if len(panel.look.title) + sum(len(label) + 5 for label in labels) <= _TITLE_ROOM:
@@ -199,12 +199,12 @@ def _add_legend(axes: Axes, panel: Panel) -> None:
 
 
 def _is_spread(panel: Panel, name: str) -> bool:
-    """Whether a metric is drawn as a band around another, or left out beside it."""
+    """Whether a metric is a standard deviation, drawn as a band around its mean."""
     return name.endswith("/std") and name.removesuffix("std") + "mean" in panel.names
 
 
 def _set_limits(axes: Axes, panel: Panel, values: np.ndarray) -> None:
-    """Room for all but the most extreme half per cent at either end, which would hide the rest."""
+    """Sets axis limits that exclude the most extreme 0.5% of values at either end."""
     axes.set_ylabel(panel.look.unit)
     if panel.look.log and len(values) and values.min() > 0:
         axes.set_yscale("log")
@@ -220,7 +220,7 @@ def _set_limits(axes: Axes, panel: Panel, values: np.ndarray) -> None:
 
 
 def _set_number_format(axes: Axes) -> None:
-    """Whole numbers at the ticks: no factor above the axis, where the title is."""
+    """Formats ticks as full numbers, as an offset or factor above the axis would overlap the title."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     large = EngFormatter(sep="")
@@ -239,7 +239,7 @@ def _set_step_axis(axes: Axes, runs: Sequence[Curves]) -> None:
 
 
 def _draw_heat_map(figure: Figure, axes: Axes, panel: Panel, run: Curves) -> None:
-    """Lists over steps: a colour for each item and range of steps; grey where there is none."""
+    """Draws lists over steps as a heat map; missing values are grey."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -264,7 +264,7 @@ def _draw_heat_map(figure: Figure, axes: Axes, panel: Panel, run: Curves) -> Non
 
 
 def _draw_profiles(axes: Axes, panel: Panel, runs: Sequence[Curves]) -> None:
-    """Lists of several runs: the mean of each item over the last steps."""
+    """Draws lists of several runs as means of each item over the last steps."""
     axes.set_title(f"{panel.look.title}, last {_LAST:.0%} of steps", loc="left")
     for r, run in enumerate(runs):
         if panel.names[0] in run.values:

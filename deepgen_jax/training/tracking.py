@@ -1,4 +1,4 @@
-"""Where the metrics and pictures of a run go: files in its folder, TensorBoard, Weights & Biases."""
+"""Logs metrics and images of a run to files in its folder, TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from deepgen_jax.training.run_config import LogConfig
 
-#: A metric of one step: a number, or several such as one for each range of noise levels; None where there is none.
+#: Value of a metric at one step: a number, a list such as one value per noise-level range, or None if missing.
 Metric = float | Sequence[float | None] | None
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,13 +36,13 @@ PICTURES = "pictures"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Information for sinks about the run.
+    """Description of the run for sinks.
 
     Attributes:
       folder: the run's folder; it exists.
-      log: the run's settings.
+      log: logging settings of the run.
       config: the whole resolved configuration, JSON-ready.
-      start_step: optimiser steps that were done before; later ones that were logged are discarded.
+      start_step: number of optimiser steps done before; entries of later steps are discarded.
     """
 
     folder: Path
@@ -52,24 +52,24 @@ class RunInfo:
 
 
 class Sink(Protocol):
-    """One place where metrics go. A new one is a class with `open`, added to `SINKS`."""
+    """A destination of metrics. To add one, write a class with `open` and add it to `SINKS`."""
 
     @classmethod
     def open(cls, run: RunInfo) -> Sink | None:
-        """The sink, ready to log; None where the run does not ask for it."""
+        """Opens the sink; None if the run does not use it."""
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Takes the metrics of a step; must not wait for a disk's or network's answer."""
+        """Logs the metrics of a step; must not block on disk or network."""
 
     def picture(self, step: int, name: str, image: Image, path: Path) -> None:
-        """Takes a picture that has been saved as ``path``."""
+        """Logs an image that has been saved as ``path``."""
 
     def close(self, failed: bool) -> None:
-        """Flushes; ``failed`` says whether the run ends with an error."""
+        """Flushes and closes; ``failed``: the run ended with an error."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a step with "step", "time" (seconds since 1970) and the metrics."""
+    """`metrics.jsonl`: one object per step with "step", "time" (Unix seconds) and the metrics."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         truncate(path, start_step)
@@ -83,14 +83,14 @@ class JsonLines:
         self._lines.write({"step": step, "time": round(time.time(), 3), **metrics})
 
     def picture(self, step: int, name: str, image: Image, path: Path) -> None:
-        """The file is enough."""
+        """Does nothing: the file is already saved."""
 
     def close(self, failed: bool) -> None:
         self._lines.close()
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard, written by a thread of tensorboardX."""
+    """Event files in RUN/tensorboard, written by tensorboardX in a background thread."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
@@ -104,7 +104,7 @@ class TensorBoard:
         except ImportError:
             warn_user("no TensorBoard event files, tensorboardX is missing; pip install 'deepgen-jax[log]'")
             return None
-        # A folder may hold steps of an attempt that ended before its first checkpoint; they are hidden as well.
+        # Also hides steps of an attempt that ended before its first checkpoint.
         writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.start_step + 1)
         text = json.dumps(run.config, indent=2)
         writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), run.start_step)
@@ -122,11 +122,11 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run; its id is kept in the run's folder, so that a resumed run continues it."""
+    """A Weights & Biases run; its id is stored in the run's folder, so a resumed run continues it."""
 
     def __init__(self, wandb: Any, run: Any) -> None:
         self._wandb, self._run = wandb, run
-        # Steps that are there already come out the same again; W&B cannot forget them.
+        # Skip steps that W&B already has: it cannot delete them, and recomputed steps are identical.
         self._last = int(run.summary.get("step") or 0)
 
     @classmethod
@@ -171,14 +171,14 @@ class WandB:
         self._run.finish(exit_code=int(failed))
 
 
-#: Every kind of sink; the first is what `deepgen plot` reads.
+#: All kinds of sinks; `deepgen plot` reads the output of the first.
 SINKS: tuple[type[Sink], ...] = (JsonLines, TensorBoard, WandB)
 
 
 class Tracker:
-    """Hands metrics and pictures to the sinks; a context manager.
+    """Sends metrics and images to the sinks; a context manager.
 
-    Only process 0 writes metrics and pictures. Each process writes the ids of the samples that it reads.
+    Process 0 writes metrics and images. Each process writes the ids of the samples that it reads.
     """
 
     def __init__(
@@ -191,17 +191,17 @@ class Tracker:
         process_index: int = 0,
         process_count: int | None = None,
     ) -> None:
-        """Opens the logs of the run in ``folder``, and drops what they say of steps after ``start_step``.
+        """Opens the logs of the run in ``folder`` and discards entries of steps after ``start_step``.
 
         Args:
-          folder: of the run.
-          log: what is asked for.
+          folder: the run's folder.
+          log: logging settings.
           config: the whole resolved configuration, JSON-ready.
-          start_step: optimiser steps that were done before.
-          process_index, process_count: which of how many processes this is; by default their number is JAX's.
+          start_step: number of optimiser steps done before.
+          process_index, process_count: index of this process and number of processes; by default JAX's count.
 
         Raises:
-          DeepGenError: a file cannot be written, or W&B is asked for and not to be had.
+          DeepGenError: a file cannot be written, or W&B is requested but unavailable.
         """
         self.folder = folder
         self._process_index = process_index
@@ -224,17 +224,17 @@ class Tracker:
             raise
 
     def log(self, step: int, metrics: Mapping[str, Metric]) -> None:
-        """Logs the metrics of a step; what is not finite becomes null in the file and is left out elsewhere."""
+        """Logs the metrics of a step; non-finite values are null in the file and omitted elsewhere."""
         for sink in self._sinks:
             sink.log(step, metrics)
 
     def sample_ids(self, step: int, ids: Sequence[str]) -> None:
-        """Notes which samples this process read for a step, where the run asks for it."""
+        """Logs the ids of the samples that this process read for a step, if enabled."""
         if self._samples is not None:
             self._samples.write({"step": step, "ids": list(ids)})
 
     def picture(self, step: int, name: str, image: Image) -> None:
-        """Saves a picture as RUN/pictures/NAME-STEP.png and shows it in the sinks."""
+        """Saves an image as RUN/pictures/NAME-STEP.png and logs it to the sinks."""
         if self._process_index != 0:
             return
         path = self.folder / PICTURES / f"{name}-{step:06d}.png"
@@ -244,7 +244,7 @@ class Tracker:
             sink.picture(step, name, image, path)
 
     def close(self, failed: bool = False) -> None:
-        """Closes every sink, also when one of them fails to; ``failed`` says whether the run ends with an error."""
+        """Closes all sinks even if one fails to close; ``failed``: the run ended with an error."""
         with self._open:
             for sink in self._sinks:
                 self._open.callback(sink.close, failed)
@@ -266,7 +266,7 @@ class Tracker:
                 self._sinks.append(sink)
 
     def _truncate_samples(self, start_step: int, process_count: int) -> None:
-        # An earlier attempt may have had more processes; each of their files falls to one of ours.
+        # An earlier attempt may have had more processes; their files are distributed over the current ones.
         for path in sorted(self.folder.glob(SAMPLES_FILE.format("*"))):
             host = path.stem.rpartition("-")[2]
             if host.isdecimal() and int(host) % process_count == self._process_index:
@@ -274,7 +274,7 @@ class Tracker:
 
 
 def _flat(metrics: Mapping[str, Metric]) -> dict[str, float]:
-    """Finite numbers alone; item 3 of a list is called "name/03"."""
+    """Finite values only; item 3 of a list is named "name/03"."""
     flat: dict[str, float] = {}
     for name, value in plain(metrics).items():
         items = {f"{name}/{i:02d}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}

@@ -1,10 +1,10 @@
 """Heat maps of words and think tokens over the image, from the outputs of the MMDiT's joint attention.
 
-After ConceptAttention (Helbling et al. 2025, arXiv 2502.04320, section 3): in the output space of the attention, image
-tokens that belong to a concept point the way that the concept's own token does. For outputs o_x of an image token and
-o_c of a condition token, the map of c is the softmax over all concepts of the dot products o_x . o_c, averaged over
-layers and steps. Where ConceptAttention adds tokens of concepts that attend without being attended to, here the
-concepts are the condition's own tokens, so that the sampled image is the one that is explained.
+Follows ConceptAttention (Helbling et al. 2025, arXiv 2502.04320, section 3): in the output space of the attention,
+image tokens of a concept align with the concept's token. With outputs o_x of an image token and o_c of a condition
+token, the map of c is the softmax over all concepts of the dot products o_x . o_c, averaged over layers and steps.
+ConceptAttention adds concept tokens that attend without being attended to; here the concepts are the tokens of the
+condition itself, so the maps explain an unmodified sampling run.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.stack import ATTENTION_OUTPUTS
 from deepgen_jax.random_keys import Inference
 
-# Words and think tokens are padded to a multiple of this.
+# The number of concepts is padded to a multiple of this.
 _CONCEPT_BUCKET = 32
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the MMDiT is conditioned on, of one prompt with all its tokens visible.
+    """Condition of one prompt, without padding.
 
     Attributes:
       pooled: float32 [1, P].
       sequence: float32 [1, L, J], think tokens last.
-      words: of the prompt, by their tokens in ``sequence``.
+      words: words of the prompt, with the positions of their tokens in ``sequence``.
       think: positions of the think tokens in ``sequence``.
     """
 
@@ -54,13 +54,13 @@ class Condition:
 
 @dataclass(frozen=True)
 class Trace:
-    """One sampled image and where its condition's tokens act.
+    """A sampled image and its heat maps.
 
     Attributes:
       latents: float32 [C, h, w].
       pixels: uint8 [H, W, 3].
-      words: float32 [words, h / p, w / p]: for each word the share of each patch, words sum to 1.
-      think: float32 [think tokens, h / p, w / p], likewise among the think tokens.
+      words: float32 [words, h / p, w / p], share of each word in each patch; sums to 1 over words.
+      think: float32 [think tokens, h / p, w / p]; sums to 1 over think tokens.
     """
 
     latents: np.ndarray
@@ -70,7 +70,7 @@ class Trace:
 
 
 def encode(pipe: DeepGenPipeline, prompt: str, images: Sequence[Image.Image] | None = None) -> Condition:
-    """The condition of a prompt, and where in it each word stands.
+    """Encodes a prompt and locates its words in the condition.
 
     Raises:
       DeepGenError: the prompt has no words.
@@ -90,9 +90,9 @@ def encode(pipe: DeepGenPipeline, prompt: str, images: Sequence[Image.Image] | N
 def _observed(
     model: DeepGen, params: Any, packed: Any, sigma: jax.Array, condition: Any, concepts: jax.Array, num_targets: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Velocity of one sample, and the maps of two groups of concepts, [2, concepts, num_targets].
+    """Velocity of one sample, and maps of two groups of concepts, [2, concepts, num_targets].
 
-    ``concepts`` [2, concepts, L] has a row of weights for each concept, which average its tokens, and rows of zeros.
+    Each row of ``concepts`` [2, concepts, L] averages the tokens of a concept; padding rows are zero.
     """
     pooled, sequence, mask = condition
     velocity, stored = model.apply(
@@ -105,7 +105,7 @@ def _observed(
     layers = 0
     for run in stored[ATTENTION_OUTPUTS]["mmdit"].values():
         out = run["attn"]["out"][:, 0].astype(jnp.float32)
-        if out.shape[1] <= images:  # the last layer has no queries of the condition
+        if out.shape[1] <= images:  # the last layer has no condition queries
             continue
         high = jax.lax.Precision.HIGHEST
         directions = jnp.einsum("gcl,nld->ngcd", concepts, out[:, images:], precision=high)
@@ -117,7 +117,7 @@ def _observed(
 
 
 def _weights(groups: Sequence[Sequence[Sequence[int]]], length: int) -> np.ndarray:
-    """Groups of concepts, each the tokens that it averages -> float32 [groups, concepts, length], padded with zeros."""
+    """Weights that average the tokens of each concept: float32 [groups, concepts, length], zero-padded."""
     count = round_up(max(map(len, groups)), _CONCEPT_BUCKET)
     weights = np.zeros((len(groups), count, length), np.float32)
     for g, group in enumerate(groups):
@@ -133,7 +133,7 @@ def heat_maps(
     sigma: float,
     references: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Maps at one noise level.
+    """Heat maps at one noise level.
 
     Args:
       pipe: the model.
@@ -143,11 +143,11 @@ def heat_maps(
       references: latents of the references, float32 [C, h, w] each.
 
     Returns:
-      velocity float32 [C, h, w], and maps of the words and of the think tokens, float32 [concepts, h / p, w / p].
+      Velocity, float32 [C, h, w]; maps of the words and of the think tokens, float32 [concepts, h / p, w / p].
     """
     config = pipe.config.mmdit
     packed = grids.pack([latents], [list(references)], patch_size=config.patch_size, max_size=config.pos_embed_max_size)
-    # Padded on the right and hidden, so that prompts of many lengths share a program.
+    # Right-pad and mask, so that prompts of different lengths share a compiled program.
     length = condition.sequence.shape[1]
     padded = round_up(length, SEQUENCE_BUCKET)
     sequence = np.pad(condition.sequence, ((0, 0), (0, padded - length), (0, 0)))
@@ -168,7 +168,7 @@ def heat_maps(
 
 
 def initial_noise(pipe: DeepGenPipeline, width: int, height: int, seed: int) -> np.ndarray:
-    """Noise of a seed, float32 [C, h, w]: that which the pipeline starts from."""
+    """Initial noise of a pipeline call with this seed, float32 [C, h, w]."""
     from deepgen_jax.inference import programs
 
     down = pipe.config.vae.downscale
@@ -178,14 +178,14 @@ def initial_noise(pipe: DeepGenPipeline, width: int, height: int, seed: int) -> 
 
 
 def reference_latents(pipe: DeepGenPipeline, images: Sequence[Image.Image]) -> list[np.ndarray]:
-    """References as the MMDiT reads them: means of their posteriors, normalised, float32 [C, h, w] each."""
+    """Latents of references as the MMDiT reads them: normalised posterior means, float32 [C, h, w] each."""
     vae = pipe.config.vae
-    found = []
+    latents = []
     for image in images:
         pixels = np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
         mean, _ = pipe.vae_encode(pixels)
-        found.append((mean[0] - vae.shift_factor) * vae.scaling_factor)
-    return found
+        latents.append((mean[0] - vae.shift_factor) * vae.scaling_factor)
+    return latents
 
 
 def observe(
@@ -198,15 +198,15 @@ def observe(
     steps: int,
     seed: int = 0,
 ) -> Trace:
-    """Samples an image by Euler steps without guidance and collects its heat maps.
+    """Samples an image with Euler steps, without guidance, and collects its heat maps.
 
     Args:
       pipe: the model.
-      prompt: what to draw, or how to change ``images``.
+      prompt: text prompt, or instruction for editing ``images``.
       images: references; sides are multiples of the model's unit.
-      width, height: of the result in pixels.
-      steps: of sampling, each of which counts alike in the maps.
-      seed: of the noise.
+      width, height: size of the result in pixels.
+      steps: number of sampling steps, weighted equally in the maps.
+      seed: seed of the noise.
     """
     condition = encode(pipe, prompt, images)
     references = reference_latents(pipe, images)

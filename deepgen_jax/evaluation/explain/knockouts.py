@@ -1,9 +1,9 @@
-"""Knock-outs: how much the image changes when one piece of the model is left out.
+"""Knock-outs: measures how much the image changes when one component of the model is ablated.
 
-Pieces are the selected layers of the language model (their channels into the bridge set to zero), blocks of think
-tokens (their states replaced by the mean over all think tokens), and layers of the MMDiT (left out of the residual
-stream, as in Stable Flow, Avrahami et al. 2024, arXiv 2411.14430). The effect is the root mean square of the change of
-the final latents, relative to that between two seeds: 0 changes nothing, 1 gives a picture as different as another.
+Components are the selected layers of the language model (their channels into the bridge set to zero), blocks of think
+tokens (their states replaced by the mean over all think tokens), and layers of the MMDiT (skipped in the residual
+stream, as in Stable Flow, Avrahami et al. 2024, arXiv 2411.14430). The effect is the root mean square change of the
+final latents relative to that between two seeds: 0 means no change, 1 a change as large as that of a new seed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.mmdit import block_runs
 from deepgen_jax.models.qwen_text import selected_layers
 
-#: Blocks that think tokens are knocked out in.
+#: Number of blocks of think tokens.
 THINK_BLOCKS = 8
-# What adds to the residual stream, by its place in a layer's parameters.
+# Paths within a layer of the projections that write to the residual stream.
 _OUTPUTS = (("attn", "to_out"), ("attn", "add_out"), ("attn2", "to_out"), ("ff", "fc2"), ("ff_context", "fc2"))
 
 
@@ -38,9 +38,9 @@ class Effect(NamedTuple):
 
     Attributes:
       kind: "vlm layer", "think tokens" or "mmdit layer".
-      name: which one.
-      effect: relative change, see the module.
-      pixels: uint8 [H, W, 3], the image without it.
+      name: name of the component.
+      effect: relative change, as defined in the module docstring.
+      pixels: uint8 [H, W, 3], the image without the component.
     """
 
     kind: str
@@ -51,19 +51,19 @@ class Effect(NamedTuple):
 
 @partial(jax.jit, static_argnames="model")
 def _bridged(model: DeepGen, params: Any, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """States [n, 1, L, D] -> pooled and sequence, all tokens visible."""
+    """Bridges states [n, 1, L, D] to the pooled and sequence condition, with all tokens visible."""
     visible = jnp.ones(states.shape[1:3], bool)
     found: Any = model.apply({"params": params}, states, visible, method=lambda whole, *x: whole.bridge(*x))
     return found
 
 
 def without_layer(params: dict[str, Any], run: str, index: int) -> dict[str, Any]:
-    """MMDiT parameters of which one layer adds nothing to the streams.
+    """MMDiT parameters with one layer disabled: its output projections are zero.
 
     Args:
-      params: of the MMDiT.
+      params: MMDiT parameters.
       run: name of the stack of layers, such as "blocks_0".
-      index: of the layer within it.
+      index: index of the layer within the stack.
     """
 
     def silenced(path: Any, x: jax.Array) -> jax.Array:
@@ -84,16 +84,16 @@ def knock_out(
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Effect]:
-    """Effects of all knock-outs on one image; arguments as of :func:`~.heat_maps.observe`.
+    """Effects of all knock-outs on one image; takes the arguments of :func:`~.heat_maps.observe`.
 
-    ``on_progress`` is called with the number of images made and of all.
+    ``on_progress`` is called with the number of finished images and their total.
     """
     references = reference_latents(pipe, images)
     states = pipe.hidden_states(prompt, list(images) or None)[:, None]
     noise = initial_noise(pipe, width, height, seed)
     tokens = noise[0].size // pipe.config.mmdit.patch_size**2
     sigmas = np.asarray(make_sigmas(pipe.scheduler, steps, tokens))
-    encode(pipe, prompt, images)  # refuses a prompt without words before any work
+    encode(pipe, prompt, images)  # rejects a prompt without words early
 
     def sample(x: np.ndarray, states: np.ndarray, mmdit: Any) -> np.ndarray:
         pooled, sequence = _bridged(pipe.model, {"bridge": pipe.params["bridge"]}, states)
@@ -125,7 +125,7 @@ def knock_out(
 
 
 def _pieces(pipe: DeepGenPipeline, states: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, Callable[[], Any]]]:
-    """(kind, name, states, MMDiT parameters) of every knock-out; parameters are made when they are used."""
+    """Yields (kind, name, states, function that returns MMDiT parameters) of every knock-out."""
     config, mmdit = pipe.config, pipe.params["mmdit"]
     for row, layer in enumerate(selected_layers(config.text.num_layers, config.bridge.selection_stride)):
         changed = states.copy()

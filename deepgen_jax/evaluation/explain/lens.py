@@ -1,7 +1,7 @@
-"""A logit lens: hidden states of the think tokens, read as words of the language model's vocabulary.
+"""Logit lens: decodes hidden states of the think tokens to words of the language model's vocabulary.
 
-Each selected state passes the final norm and the output embedding, as if no further layer followed (nostalgebraist
-2020). DeepGen never runs the norm itself, so it is read from the folder's unused parameters.
+Applies the final norm and the output embedding to each selected hidden state, as if it were the last (nostalgebraist
+2020). DeepGen does not use the final norm, so it is loaded from the folder's unused parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepgen_jax.stores import model_folder
 
 
 class Reading(NamedTuple):
-    """The likeliest words at one think token after one layer, with their probabilities."""
+    """The most likely words at one think token after one layer, with their probabilities."""
 
     layer: int
     token: int
@@ -31,16 +31,16 @@ class Reading(NamedTuple):
 def logit_lens(
     pipe: DeepGenPipeline, folder: Path, prompt: str, images: Sequence[Image.Image] = (), *, top: int = 3
 ) -> list[Reading]:
-    """The ``top`` words at every think token, deepest layer first.
+    """The ``top`` most likely words at every think token, deepest layer first.
 
     Raises:
-      DeepGenError: the folder keeps no final norm, or the model has no tied output embedding.
+      DeepGenError: the folder lacks the final norm, or the embeddings are not tied.
     """
     config = pipe.config
     if not config.bridge.num_queries:
         return []
     if not config.text.tie_word_embeddings:
-        raise DeepGenError("a logit lens needs tied embeddings, which this language model lacks; use --no-lens")
+        raise DeepGenError("the logit lens needs tied embeddings, which this language model lacks; use --no-lens")
     norm = _final_norm(folder)
     table = np.asarray(pipe.params["text"]["embed_tokens"]["embedding"], np.float32)
     states = pipe.hidden_states(prompt, list(images) or None)[:, -config.bridge.num_queries :]
@@ -65,6 +65,6 @@ def _final_norm(folder: Path) -> np.ndarray:
         return np.asarray(unused["text"]["norm"]["scale"], np.float32)
     except (DeepGenError, KeyError):
         raise DeepGenError(
-            f"{folder} keeps no final norm of the language model, which a logit lens needs; convert the model from a "
-            "release that has it, or use --no-lens"
+            f"{folder} lacks the final norm of the language model, which the logit lens needs; convert the model from "
+            "a release that has it, or use --no-lens"
         ) from None

@@ -1,4 +1,4 @@
-"""The explanation as one HTML page without scripts or network, and as JSON."""
+"""Renders an explanation as a self-contained HTML page without scripts, and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deepgen_jax.evaluation.explain.heat_maps import Trace
 from deepgen_jax.evaluation.explain.knockouts import Effect
 from deepgen_jax.evaluation.explain.lens import Reading
 
-#: Dark to bright, for the least to the greatest share of a map.
+#: Colour map from the smallest to the largest share.
 _COLOURS = np.array([(13, 8, 60), (120, 28, 109), (203, 71, 119), (249, 149, 62), (252, 253, 191)], np.float32)
 _KINDS = {
     "vlm layer": "Layers of the language model",
@@ -41,15 +41,15 @@ code { overflow-wrap: anywhere; }
 
 @dataclass(frozen=True)
 class Explanation:
-    """All that was found out about one image.
+    """Explanation of one image.
 
     Attributes:
-      settings: model, prompt, size, steps, seed and the command, in the order in which they are shown.
-      words: of the prompt, one for each map.
+      settings: model, prompt, size, steps, seed and the command, in display order.
+      words: words of the prompt, one per map.
       trace: the image and its heat maps.
-      readings: of the logit lens; empty where it was left out.
-      effects: of knock-outs; empty where they were left out.
-      scores: IoU of heat maps with masks in the procedural world, where that was asked for.
+      readings: results of the logit lens; empty if it was not run.
+      effects: results of knock-outs; empty if they were not run.
+      scores: IoU of heat maps with masks in the procedural world; empty if not requested.
     """
 
     settings: Mapping[str, Any]
@@ -60,7 +60,7 @@ class Explanation:
     scores: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Everything but pixels."""
+        """Everything except pixels, as JSON."""
         maps = [[word, np.round(m, 5).tolist()] for word, m in zip(self.words, self.trace.words, strict=True)]
         values = {
             "settings": dict(self.settings),
@@ -73,7 +73,7 @@ class Explanation:
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     def to_html(self) -> str:
-        """The page."""
+        """The HTML page."""
         title = f"deepgen explain: {self.settings['prompt']}"
         return "\n".join(
             [
@@ -103,22 +103,22 @@ class Explanation:
             named = [(str(i), m) for i, m in enumerate(self.trace.think)]
             yield _maps(self.trace.pixels, named, "grid small")
         if self.readings:
-            yield "<h2>What think tokens read as, by layer</h2>"
+            yield "<h2>Think tokens decoded to words, by layer</h2>"
             yield (
                 "<p>Hidden states through the final norm and the output embedding of the language model (logit lens): "
-                "the likeliest words and the probability of the first.</p>"
+                "the most likely words and the probability of the first.</p>"
             )
             yield self._lens()
         if self.effects:
-            yield "<h2>What matters</h2>"
+            yield "<h2>Effect of each component</h2>"
             yield (
-                "<p>Change of the final latents without one piece, relative to the change of the seed: 0 changes "
-                "nothing, 1 gives a picture as different as another seed's.</p>"
+                "<p>Change of the final latents without one component, relative to the change between two seeds: 0 "
+                "means no change, 1 a change as large as that of a new seed.</p>"
             )
             for kind, heading in _KINDS.items():
                 yield from self._bars(kind, heading)
         if self.scores:
-            yield "<h2>Are the heat maps right? The procedural world</h2>"
+            yield "<h2>Accuracy of the heat maps in the procedural world</h2>"
             yield _scores(self.scores)
 
     def _lens(self) -> str:
@@ -155,14 +155,14 @@ def _scores(scores: Mapping[str, Any]) -> str:
     )
     note = f"{scores['things']} things in {scores['scenes']} held-out scenes; noise levels {scores['sigmas']}."
     return (
-        f"<p>Intersection over union of each thing's map, cut at the thing's area, with its mask. {_text(note)} "
+        f"<p>Intersection over union of each thing's map, thresholded to its area, with its mask. {_text(note)} "
         f"{_text(scores['verdict'])}</p>"
         f"<table><tr><th>maps</th><th>mean IoU</th><th>95% interval</th></tr>{rows}</table>"
     )
 
 
 def coloured(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """A heat map over the image: uint8 [H, W, 3] from uint8 [H, W, 3] and float [h, w] of any scale above 0."""
+    """Overlays a heat map, float [h, w] of any positive scale, on an image, uint8 [H, W, 3]; uint8 [H, W, 3]."""
     scaled = np.clip(heat / max(float(heat.max()), 1e-12), 0, 1)
     size = pixels.shape[1::-1]
     image = Image.fromarray(np.round(255 * scaled).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)

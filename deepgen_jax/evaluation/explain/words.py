@@ -1,4 +1,4 @@
-"""Words of a prompt and the condition tokens that stand for them."""
+"""Words of a prompt and their condition tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deepgen_jax.data.tokens import PromptTokenizer, format_prompt
 
-# Runs of letters and digits; Chinese and Japanese have no spaces, so there each character is a word.
+# Runs of letters and digits; in Chinese and Japanese, which have no spaces, each character is a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’-][^\W_]+)*")
 
 
@@ -17,7 +17,7 @@ class Word:
     """A word of the prompt.
 
     Attributes:
-      text: as it was written.
+      text: the word as written.
       tokens: positions in the condition, think tokens last.
     """
 
@@ -28,16 +28,16 @@ class Word:
 def words_of(
     tokenizer: PromptTokenizer, prompt: str, image_tokens: Sequence[int] | None = None
 ) -> tuple[tuple[Word, ...], int]:
-    """Words of a prompt in its template, and how many tokens the template has in all.
+    """Words of a prompt with their tokens in its template, and the template's number of tokens.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       prompt: the user's text.
       image_tokens: number of VLM tokens of each reference; None for text-to-image.
     """
     template = format_prompt(prompt, image_tokens)
     spans = tokenizer.spans(template)
-    # The user's text ends where the template's last turn begins, whatever it holds itself.
+    # The user's text precedes the template's last <|im_end|>, even if the text contains special tokens.
     start = template.rindex(prompt, 0, template.rindex("<|im_end|>")) if prompt else 0
     words = []
     for match in _WORD.finditer(prompt):

@@ -1,4 +1,4 @@
-"""The few-step policy of pi-Flow as a sampler, for models that were distilled into it (`deepgen_jax.flow.policy`)."""
+"""Sampler for models distilled with pi-Flow (`deepgen_jax.flow.policy`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from deepgen_jax.flow.samplers.sampler import Sampler, Step, VelocityFn
 
 
 class PiFlow(Sampler):
-    """Follows the policy of one evaluation exactly through each step; the model gives several estimates at once."""
+    """Evaluates the model once per step, and integrates the resulting policy exactly."""
 
     estimates = True
 
     def step(self, velocity: VelocityFn, x: jax.Array, memory: Any, step: Step) -> tuple[jax.Array, Any]:
         output = velocity(x, step.sigma)
         count = output.shape[-1] // x.shape[-1]
-        found = policy.estimates_of(output, x, step.sigma)
-        return policy.follow(x, found, policy.grid(step.sigma, step.sigma_next, count), step.sigma_next), memory
+        estimates = policy.estimates_of(output, x, step.sigma)
+        return policy.follow(x, estimates, policy.grid(step.sigma, step.sigma_next, count), step.sigma_next), memory
