@@ -1,4 +1,4 @@
-"""Packaging. `convert/`, `configs/` and `launch/` stand at the top of the tree and install inside `deepgen_jax`."""
+"""Packaging. Installs the top-level folders `convert/`, `configs/` and `launch/` inside `deepgen_jax`."""
 
 from pathlib import Path
 

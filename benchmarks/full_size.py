@@ -30,13 +30,13 @@ import numpy as np
 
 PARTS = ("vision", "text", "bridge", "mmdit", "vae")
 FRAMEWORKS = ("jax", "torch")
-#: Side of pictures in pixels: the released system's, and the least that fits the tiny model's position table.
+#: Side of images in pixels: that of the released system, and the minimum for the tiny model's position table.
 SIDES = {"full": 512, "tiny": 64}
 PROMPT_TOKENS = 48
 
 
 def inputs(config: Any, part: str, side: int) -> dict[str, np.ndarray]:
-    """What both frameworks compute with: drawn from one seed, float32 or int32."""
+    """Inputs of both frameworks, drawn from one seed, float32 or int32."""
     rng = np.random.default_rng(sum(part.encode()))
     edge, length = side // config.vae.downscale, PROMPT_TOKENS + config.bridge.num_queries
 
@@ -86,7 +86,7 @@ def run_jax(work: Path, config: Any, part: str, x: dict[str, np.ndarray]) -> dic
     params = model_folder.load_params(work / "model", parts, jnp.float32)
 
     def apply(method: Any, *arguments: Any, **settings: Any) -> Any:
-        # Weights are arguments: closed over, they would be copied into the program.
+        # Pass weights as arguments: closed-over arrays would be copied into the program.
         run = jax.jit(lambda p, a: model.apply({"params": p}, *a, method=method, **settings))
         return jax.tree.map(np.asarray, run(params, arguments))
 
@@ -133,7 +133,7 @@ def run_torch(work: Path, config: Any, part: str, x: dict[str, np.ndarray]) -> d
 
 
 def _tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(name, float32 tensor) of a release's folder; names begin after ``prefix``."""
+    """(name without ``prefix``, float32 tensor) of a release's folder."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
@@ -144,7 +144,7 @@ def _tensors(folder: Path, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _fill(module: Any, folder: Path, prefix: str = "", *, spare: tuple[str, ...] = ()) -> Any:
-    """Weights one tensor at a time; names that begin with ``spare`` stand in the files alone."""
+    """Loads weights one tensor at a time; names with the prefix ``spare`` exist only in the files."""
     parameters = dict(module.named_parameters()) | dict(module.named_buffers())
     filled = set()
     for name, tensor in _tensors(folder, prefix):
@@ -249,7 +249,7 @@ def compare(ours: np.ndarray, peer: np.ndarray) -> dict[str, float]:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """One part in one framework: writes its outputs, prints seconds and the peak of memory."""
+    """Runs one part in one framework: writes its outputs, prints seconds and peak memory."""
     from deepgen_jax.stores import model_folder
 
     config = model_folder.read_manifest(options.work / "model").config
@@ -262,7 +262,7 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """A random release and the model folder converted from it, made once."""
+    """Creates a random release and converts it to a model folder, unless they exist."""
     here = Path(__file__).parent
     if not (options.work / "release").exists():
         command = [sys.executable, str(here / "random_release.py"), "--size", options.size]
@@ -273,7 +273,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, part: str) -> dict[str, Any]:
-    """One part in both frameworks, each in a process that ends before the next begins."""
+    """Runs one part in both frameworks, in consecutive processes."""
     result: dict[str, Any] = {}
     for framework in FRAMEWORKS:
         command = [sys.executable, __file__, "--work", str(options.work), "--size", options.size]
@@ -288,7 +288,7 @@ def measure(options: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown, a row an output."""
+    """Markdown table with one row per output."""
     rows = ["| part | output | max | rms | JAX, s and GiB | PyTorch, s and GiB |", "| --- " * 6 + "|"]
     for part, result in results.items():
         costs = " | ".join(f"{result[f]['seconds']:g}, {result[f]['peak_gib']:g}" for f in FRAMEWORKS)

@@ -2,9 +2,9 @@
 
     python benchmarks/inference.py --preset mid --dtype float32 --steps 4 --peer torch
 
-Everything the user waits for is timed: the prompt stage (language model and bridge for prompt and negative prompt), the
-sampler (all denoising steps, guided) and the decoder, each alone, and a whole call of the pipeline. The first call of
-each is the warm-up; its compile seconds are what it took beyond a later one. With a peer, repetitions alternate.
+Times the prompt stage (language model and bridge for prompt and negative prompt), the sampler (all guided denoising
+steps) and the decoder separately, and a whole pipeline call. The first call of each is the warm-up; compile seconds are
+its excess over a later call. With a peer, repetitions alternate.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is generated: ``batch`` images of (width, height) from one prompt in ``steps`` guided steps."""
+    """A workload: ``batch`` images of (width, height) from one prompt in ``steps`` guided steps."""
 
     pipe: DeepGenPipeline
     batch: int
@@ -142,7 +142,7 @@ class Workload:
 
 
 def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, Any]:
-    """Everything but the environment and the settings."""
+    """All results except environment and settings."""
     pipe = workload.pipe
     first: dict[str, float] = {}
 
@@ -233,7 +233,7 @@ class Peer:
         self._latents = latents.cpu().numpy()
 
     def compare(self, latents: np.ndarray) -> dict[str, float]:
-        """How far our latents are from the peer's."""
+        """Difference between our latents and the peer's."""
         difference = np.abs(latents - self._latents)
         return {
             "max_abs_difference": float(difference.max()),
@@ -243,7 +243,7 @@ class Peer:
 
 
 def pipeline_of(args: argparse.Namespace) -> DeepGenPipeline:
-    """The pipeline that the command line asks for; everything that can be refused is refused before weights are made.
+    """The pipeline selected on the command line; validates the arguments before creating weights.
 
     Raises:
       DeepGenError: the arguments do not fit the model or the machine.
@@ -266,7 +266,7 @@ def pipeline_of(args: argparse.Namespace) -> DeepGenPipeline:
 
 
 def peer_device(name: str) -> str:
-    """The torch device beside JAX's.
+    """The torch device that matches JAX's platform.
 
     Raises:
       DeepGenError: the peer's packages are missing, or torch does not see the device.

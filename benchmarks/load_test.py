@@ -48,7 +48,7 @@ MAX_BODY_MB = 1
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of the plan: what is sent, and what kind it is."""
+    """One planned request and its kind."""
 
     kind: str
     prompt: str
@@ -95,21 +95,21 @@ def resident(pid: int) -> int:
 
 
 def picture() -> Image.Image:
-    """The picture that edits start from."""
+    """Source image of edits."""
     image = Image.new("RGB", (96, 96), (20, 20, 20))
     image.paste((40, 80, 220), (8, 8, 42, 42))
     return image
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
+    """Encodes an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 class Load:
-    """Sends requests and keeps what came back."""
+    """Sends requests and records the responses."""
 
     def __init__(self, url: str, steps: int | None) -> None:
         self.url = url
@@ -121,7 +121,7 @@ class Load:
         self._picture = png(picture())
 
     async def run(self, asks: list[Ask], clients: int, after: Callable[[int], None] = lambda done: None) -> float:
-        """Sends all from ``clients`` clients, each one request at a time; returns the seconds that it took."""
+        """Sends all requests from ``clients`` sequential clients; returns the elapsed seconds."""
         waiting, done = list(reversed(asks)), 0
         start = time.monotonic()
 
@@ -190,7 +190,7 @@ class Load:
 
 
 def malformed(seed: int, raw: httpx.AsyncClient) -> Awaitable[httpx.Response]:
-    """A request that cannot be understood, of one of several kinds."""
+    """A malformed request of one of several kinds."""
     generate, edit, json_type = "/v1/images/generations", "/v1/images/edits", {"content-type": "application/json"}
     kinds: list[dict[str, Any]] = [
         {"url": generate, "content": b'{"prompt": ', "headers": json_type},
@@ -207,7 +207,7 @@ def malformed(seed: int, raw: httpx.AsyncClient) -> Awaitable[httpx.Response]:
 
 
 def oversized(seed: int, raw: httpx.AsyncClient) -> Awaitable[httpx.Response]:
-    """A request that asks for, or sends, too much."""
+    """A request that exceeds a limit."""
 
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(3 * MAX_BODY_MB * 16):
@@ -225,7 +225,7 @@ def oversized(seed: int, raw: httpx.AsyncClient) -> Awaitable[httpx.Response]:
 
 
 def expected(model: str, asks: list[Ask], steps: int | None) -> dict[Ask, np.ndarray]:
-    """The pipeline's images of good requests, made here one by one."""
+    """Reference images of good requests, generated one by one in this process."""
     from deepgen_jax import DeepGenPipeline
     from deepgen_jax.inference.cache import enable_compilation_cache
 
@@ -291,7 +291,7 @@ def main() -> int:
 
 
 def mean_batch(metrics: str) -> float:
-    """Images of an average batch, from the text of ``/metrics``."""
+    """Mean images per batch, from the text of ``/metrics``."""
     found = {
         name: sum(float(value) for value in re.findall(rf"^deepgen_batch_size_{name}{{.*}} (\S+)$", metrics, re.M))
         for name in ("sum", "count")

@@ -3,8 +3,8 @@
     python benchmarks/loader.py --samples 512 --sides 1024 --repetitions 3
 
 Bare Pillow opens, converts and resizes every file to the size that the loader gives it, in one process a core, and
-throws the pixels away. The loader does the same and checks, tokenises, and makes batches. Both run in turn, the loader
-in its steady state: more batches are taken before the clock starts than it prepares ahead.
+discards the pixels. The loader also validates, tokenises and batches. Both run in turn; the loader is timed in steady
+state, after consuming more batches than it prefetches.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_images(folder: Path, samples: int, side: int, quality: int) -> list[Pa
 
 
 def bare(paths: Sequence[Path], image_size: int) -> int:
-    """Decodes and resizes files with Pillow alone; how many pixels came out."""
+    """Decodes and resizes files with only Pillow; returns the number of pixels."""
     pixels = 0
     for path in paths:
         with Image.open(path) as image:
@@ -69,7 +69,7 @@ def bare(paths: Sequence[Path], image_size: int) -> int:
 
 
 def compare(options: Any, folder: Path) -> dict[str, Any]:
-    """Samples a second of both, in turn."""
+    """Samples per second of both, interleaved."""
     start = time.perf_counter()
     paths = write_images(folder, options.samples, options.sides, options.quality)
     progress(f"{options.samples} images written in {time.perf_counter() - start:.1f} s")
@@ -89,7 +89,7 @@ def compare(options: Any, folder: Path) -> dict[str, Any]:
     loader = Loader(config, _model(options.tokenizer), options.tokenizer)
     indexing = time.perf_counter() - start
     state = loader.get_state()
-    # Enough to fill every buffer on the way: then what goes in while the clock runs is what comes out.
+    # Enough to fill every buffer, so that input and output rates are equal while the clock runs.
     ahead = (config.prefetch + 2) * max(1, config.workers)
 
     def run_loader() -> None:

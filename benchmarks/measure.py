@@ -1,4 +1,4 @@
-"""What every benchmark needs: repeated timing, memory, the device's own matmul peak, and what ran where."""
+"""Utilities for benchmarks: repeated timing, memory, measured matmul peak, and the environment."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def progress(message: str) -> None:
-    """A line on stderr; stdout holds the result alone."""
+    """Prints a line to stderr; stdout contains only the result."""
     print(message, file=sys.stderr, flush=True)
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call; what JAX returns is waited for, other functions must be done when they return."""
+    """Wall-clock seconds of one call; blocks on JAX results, other functions must be synchronous."""
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
 def alternate(functions: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each function, called in turn ``repetitions`` times, so that slow spells of the machine hit all."""
+    """Seconds of each function over ``repetitions`` interleaved calls, so that slow phases affect all equally."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repetition in range(repetitions):
         for name, function in functions.items():
@@ -65,7 +65,7 @@ def summary(times: Sequence[float]) -> dict[str, Any]:
 
 
 def ratios(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
-    """How many times longer ``slower`` took: of the medians, of the minima, and the lowest of the repetitions."""
+    """Speed-up over ``slower``: ratio of medians, ratio of minima, and lowest ratio over the repetitions."""
     return {
         "median": round(statistics.median(slower) / statistics.median(faster), 4),
         "minimum": round(min(slower) / min(faster), 4),
@@ -74,11 +74,11 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]
 
 
 def matmul_peak(dtype: DTypeLike, devices: int) -> dict[str, Any]:
-    """Operations a second that square products reach on one device, in the precision of the layers; best of five.
+    """Operations per second of square matmuls on one device, at the layers' precision; best of five.
 
     Args:
-      dtype: of the operands.
-      devices: the peak of so many devices is ``devices`` times as high.
+      dtype: dtype of the operands.
+      devices: number of devices by which the peak is multiplied.
     """
     size = _PEAK_SIZE[jax.devices()[0].platform]
     x = jnp.full((size, size), 1 / size, dtype)
@@ -97,7 +97,7 @@ def matmul_peak(dtype: DTypeLike, devices: int) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """Highest resident memory of this process so far, and of its fullest device where the platform tells."""
+    """Peak resident memory of this process, and peak memory of its fullest device if the platform reports it."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     unit = 1 if sys.platform == "darwin" else 1024

@@ -2,7 +2,7 @@
 
     python benchmarks/noise_preservation.py --out docs/images/noise_preservation.png
 
-The velocity is exact (that of a known clean image), so that whatever exceeds the schedule is the sampler's doing.
+The velocity is exact (that of a known clean image), so any excess over the schedule is caused by the sampler.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/overfit.py --work out/overfit --picture docs/images/overfit.png
 
-Runs the packaged configurations one after another: autoencoder, stage 1, stage 2. Then exports the model, samples it
-and compares. Prints JSON: peak signal-to-noise ratios in dB, and seconds of each part. In the picture the first row
-are the targets, the second what the autoencoder makes of them, the third samples.
+Runs the packaged configurations of autoencoder, stage 1 and stage 2, then exports the model, samples it and compares.
+Prints JSON: peak signal-to-noise ratios in dB, and seconds of each part. The rows of the figure are targets,
+autoencoder reconstructions and samples.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train_stage(work: Path, name: str, seed: int, say: Callable[[str], None]) ->
 
 
 def make_samples(pipeline: DeepGenPipeline, samples: Sequence[Sample], seed: int) -> np.ndarray:
-    """What the model makes of each prompt, uint8 [B, H, W, 3]; all with references, or all without."""
+    """Samples of each prompt, uint8 [B, H, W, 3]; either all prompts have references or none."""
     width, height = samples[0].target.size
     references = [sample.references for sample in samples]
     made = pipeline(
@@ -114,7 +114,7 @@ def make_samples(pipeline: DeepGenPipeline, samples: Sequence[Sample], seed: int
 
 
 def reconstruct(pipeline: DeepGenPipeline, pictures: Sequence[Image.Image]) -> np.ndarray:
-    """What the autoencoder makes of each picture, uint8 [B, H, W, 3]."""
+    """Reconstruction of each image by the autoencoder, uint8 [B, H, W, 3]."""
     pixels = np.stack([np.moveaxis(to_pixels(picture), -1, 0) for picture in pictures])
     mean, _ = pipeline.vae_encode(pixels)
     latents = np.asarray(normalise(jnp.asarray(mean), pipeline.config.vae))

@@ -39,7 +39,7 @@ _TOKENS: dict[str, Any] = {
     "video_token_id": 5,
 }
 
-#: So many normal numbers are drawn and repeated through all weights; a prime, so that no two rows are alike.
+#: Number of normal samples that are drawn and tiled over all weights; prime, so that no two rows are alike.
 _DRAWN = 1_000_003
 
 #: "tiny" runs in seconds anywhere, "mid" has an MMDiT of 111 M parameters, "full" has the released sizes.
@@ -80,7 +80,7 @@ PRESETS = {
 
 
 class WordTokenizer(PromptTokenizer):
-    """Stands in for the real tokenizer: every word, sign or special token of the text is one token."""
+    """A fake tokenizer: every word, punctuation mark or special token of the text is one token."""
 
     def __init__(self, config: DeepGenConfig) -> None:
         self._config = config

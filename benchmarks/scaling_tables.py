@@ -77,7 +77,7 @@ def row_of(report: dict[str, Any], compiled: dict[str, str]) -> Row:
 
 
 def added(rows: Sequence[Row], new: Row) -> list[Row]:
-    """The rows with a new one in the place of that with the same command, or at the end."""
+    """The rows with a new one, which replaces that of the same command or is appended."""
     places = [place for place, row in enumerate(rows) if row["command"] == new["command"]]
     if not places:
         return [*rows, new]
@@ -119,7 +119,7 @@ def write_rows(rows: Sequence[Row]) -> None:
 
 
 def versions(report: dict[str, Any]) -> dict[str, str]:
-    """Date and versions of a report that is made now."""
+    """Current date and versions."""
     from deepgen_jax.aot.topology import compiler_versions, parse_topology
 
     topology = parse_topology(re.sub(r" .*", "", report["topology"]))

@@ -192,7 +192,7 @@ class TorchPeer:
         self._states[index] = output[0] if isinstance(output, tuple) else output
 
     def _filled(self, build: Any, config: Any, params: dict[str, Any], prefix: str, dtype: torch.dtype) -> Any:
-        """A part with our weights; all but those that nothing computes with must be there."""
+        """A part with our weights; only weights unused in the computation may be missing."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -261,14 +261,14 @@ class TorchPeer:
 
 
 def device_for(platform: str) -> str | None:
-    """The torch device beside JAX's platform; None where torch has none."""
+    """The torch device that matches JAX's platform; None if torch has none."""
     if platform == "gpu":
         return "cuda" if torch.cuda.is_available() else None
     return "cpu" if platform == "cpu" else None
 
 
 def versions() -> dict[str, str]:
-    """Of the peer's packages."""
+    """Versions of the peer's packages."""
     import diffusers
     import transformers
 

@@ -60,8 +60,8 @@ def export(
       step: of a run's checkpoint; the newest by default.
       ema: take the moving average of what the run trained.
       keep_lora: keep a run's adapters apart; a model folder's always are.
-      model: where the model folder that the run began with is now; by default where it was.
-      start: where the earlier run that the run went on from is now; by default where it was.
+      model: new path of the model folder that the run started from; by default the recorded path.
+      start: new path of the run that this run continued; by default the recorded path.
       dtype: "bfloat16" or "float32" for everything; None keeps what is stored, float32 for merged weights.
       max_shard_size: of the safetensors files, like "5GB".
       overwrite: replace ``out``.

@@ -73,7 +73,7 @@ class _StreamingHandler(ocp.type_handlers.NumpyHandler):
                     writes, pending = [], 0
                 self._progress(value.nbytes)
         except BaseException:
-            # What was handed over goes on by itself; it must not write into a folder that is being removed.
+            # Submitted writes continue in the background; wait, as the folder is about to be removed.
             await asyncio.gather(*writes, return_exceptions=True)
             raise
         await asyncio.gather(*writes)

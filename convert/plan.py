@@ -74,7 +74,7 @@ class Inventory:
     #: Known-unused entries -> reason.
     unused: dict[str, str] = field(default_factory=dict)
     duplicated: list[str] = field(default_factory=list)
-    #: Number of moving averages that take the place of trained tensors.
+    #: Number of moving averages that replace trained tensors.
     averages: int = 0
 
     @property
@@ -86,7 +86,7 @@ class Inventory:
 def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) -> Inventory:
     """Canonical keys of ``(source, prefix)`` pairs; a later source supersedes the tensors of an earlier one.
 
-    With ``ema``, a tensor's moving average beside it, under the same name after ``ema.``, takes its place.
+    With ``ema``, a tensor's moving average, stored under the same name with the prefix ``ema.``, replaces it.
     """
     inventory = Inventory()
     for source, prefix in sources:

@@ -39,8 +39,8 @@ def open_run(
       step: of the checkpoint; the newest by default.
       ema: take the moving average of what the run trained.
       keep_lora: the adapters are to be kept apart.
-      model: where the model folder that the run began with is now.
-      start: where the run that it goes on from is now.
+      model: new path of the model folder that the run started from.
+      start: new path of the run that it continued.
 
     Raises:
       DeepGenError: there is no such checkpoint, something that it builds on is missing, or the parts do not fit.

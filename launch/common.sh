@@ -50,7 +50,7 @@ parse() {
   done
 }
 
-# Fails where there are no words of deepgen.
+# Fails if there are no arguments for deepgen.
 require_words() {
   ((${#words[@]})) || fail "nothing to run; write the words of deepgen after --, such as -- train sft out=runs/sft"
 }
@@ -71,7 +71,7 @@ require_counts() {
   done
 }
 
-# Fails where a line of --env is not NAME=VALUE.
+# Fails if a line of --env is not NAME=VALUE.
 require_environment() {
   local line
   while IFS= read -r line; do
@@ -79,7 +79,7 @@ require_environment() {
   done <<<"${options[env]}"
 }
 
-# The words as one line that a shell reads back as they are.
+# Quotes the arguments as one line of shell.
 quoted() {
   local line
   printf -v line '%q ' "$@"

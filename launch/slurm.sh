@@ -40,7 +40,7 @@ done
 while IFS= read -r line; do
   [[ -z $line ]] && continue
   [[ $line == -* ]] || fail "--sbatch is '$line'; it must be an option of sbatch, such as --qos=high"
-  # The last one of a name counts, so these replace those above.
+  # The last option of a name applies, so these override those above.
   directives+=$'\n'"#SBATCH $line"
 done <<<"${options[sbatch]}"
 exports=""
@@ -51,7 +51,7 @@ job="#!/usr/bin/env bash
 $directives
 set -uo pipefail
 ${exports}source $(quoted "${options[venv]}/bin/activate")
-# The signal comes to this script alone: it passes it on, lets the run save, and queues the job again.
+# Only this script receives the signal: it forwards it, lets the run save, and requeues the job.
 again=false
 srun --cpus-per-task=${options[cpus-per-gpu]} --kill-on-bad-exit=1 deepgen $(quoted "${words[@]}") --coordinator auto &
 run=\$!

@@ -33,7 +33,7 @@ LAYERS = (
     ("configs",),
     ("cli",),
 )
-#: Packages that stand at the top of the tree.
+#: Packages at the top of the tree.
 ELSEWHERE = {"convert": ROOT / "convert", "configs": ROOT / "configs"}
 
 

@@ -9,7 +9,7 @@ MODEL = "out/nano/model"
 
 
 def world_source(name: str, task: str, size: int = 96, skills: str = "") -> SourceConfig:
-    """200,000 samples of a size an epoch, of some skills of the task alone or of all.
+    """200,000 samples of a size per epoch, of the given skills or of all.
 
     After the skills may follow other conditions, "recolour,background=grey"; such samples are searched for, 20,000 an
     epoch.
@@ -26,7 +26,7 @@ def world_sources(*shares: tuple[str, str, str, float]) -> tuple[SourceConfig, .
 
 
 def world(size: int = 96, skills: str = "", changes: str = "") -> tuple[SourceConfig, SourceConfig]:
-    """Pictures and as many edits, each of some skills alone or of all."""
+    """Equal numbers of images and edits, each of the given skills or of all."""
     return world_source("world", "t2i", size, skills), world_source("edits", "edit", size, changes)
 
 
@@ -50,5 +50,5 @@ def world_data(
 
 
 def caption_data(micro_batch: int, skills: str = "") -> DataConfig:
-    """Pictures alone, whose captions are all shorter than the longest instruction."""
+    """Only images, whose captions are all shorter than the longest instruction."""
     return replace(world_data(micro_batch, ("t2i",), skills=skills), token_multiple=56)

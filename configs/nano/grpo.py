@@ -11,7 +11,7 @@ from deepgen_jax.training.run_config import CheckpointConfig
 
 
 def get_config() -> GRPOConfig:
-    """8 prompts x 8 images a step, 10 steps of denoising, of which 3 are learned from.
+    """8 prompts x 8 images a step, 10 denoising steps, 3 of which are trained on.
 
     The learning rate is 10 times the published one, so that a small model changes within few updates; 20 and 100 times
     did harm (docs/experiments/nano.md). Penalty and auxiliary loss are raised as well.

@@ -8,7 +8,7 @@ from deepgen_jax.training.run_config import CheckpointConfig, LanguageConfig
 
 
 def get_config() -> LanguageConfig:
-    """Three questions to one caption, 32 samples a step."""
+    """Three questions per caption, 32 samples a step."""
     pictures, edits = world()
     questions = replace(edits, name="questions", path=f"{edits.path},questions=1")
     return LanguageConfig(

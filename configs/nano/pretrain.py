@@ -1,4 +1,4 @@
-"""Stage 1 of DeepGen-nano, all skills: bridge and MMDiT learn; `rounds.py` has the rounds before."""
+"""Stage 1 of DeepGen-nano, all skills: trains bridge and MMDiT; `rounds.py` has the earlier rounds."""
 
 from deepgen_jax.configs.nano import MODEL, caption_data
 from deepgen_jax.training.optimizer import OptimizerConfig
@@ -6,7 +6,7 @@ from deepgen_jax.training.run_config import CheckpointConfig, SampleConfig, Supe
 
 
 def get_config() -> SupervisedConfig:
-    """Text to image alone, 64 samples a step; edits follow in stage 2, where the learning rate falls."""
+    """Only text-to-image, 64 samples a step; edits follow in stage 2, where the learning rate decays."""
     return SupervisedConfig(
         model=MODEL,
         start="out/nano/pretrain_counts",

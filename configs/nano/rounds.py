@@ -1,6 +1,6 @@
-"""Further rounds of nano's stages, each from the weights of another: ``deepgen train nano/sft_words``.
+"""Further rounds of nano's stages, each starting from an earlier one: ``deepgen train nano/sft_words``.
 
-docs/experiments/nano.md has what each showed. The stage files of this folder are rounds as well: `vae_small` comes
+docs/experiments/nano.md has their results. The stage files of this folder are rounds as well: `vae_small` comes
 before `vae`, `pretrain_relations` to `pretrain_counts` before `pretrain`, all others after their stage.
 """
 
@@ -15,7 +15,7 @@ from deepgen_jax.data.data_config import MixtureConfig
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_config import AutoencoderConfig, CheckpointConfig, RunConfig, SupervisedConfig
 
-#: (name of the source, its skills and what else samples must be like, its share of the task's samples).
+#: (name of the source, its skills and other conditions, its share of the task's samples).
 Shares = Sequence[tuple[str, str, float]]
 
 _EDITS_LAST = MixtureConfig(cycle=("t2i", "edit", "edit"))
@@ -26,7 +26,7 @@ _PAIRS = (("words", "text", 0.3), ("pairs", "relation+two+count", 0.3), ("world"
 
 
 def _vae_small() -> AutoencoderConfig:
-    """Pictures of 64x64, which cost less."""
+    """Images of 64x64, which are cheaper."""
     return AutoencoderConfig(
         model=MODEL, out="out/nano/vae_small", steps=5000, dtype="float32", loss="l1", kl_weight=1e-4,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.02), data=world_data(4, ("t2i",), size=64),
@@ -35,7 +35,7 @@ def _vae_small() -> AutoencoderConfig:
 
 
 def _vae_long() -> AutoencoderConfig:
-    """More and smaller steps: colours come after shapes."""
+    """More and smaller steps: colours are learned after shapes."""
     return _next(
         vae.get_config(), "vae_long", "vae", steps=1500, optimizer=OptimizerConfig(learning_rate=5e-4, warmup=0.05),
         data=world_data(4, ("t2i",)),
@@ -43,7 +43,7 @@ def _vae_long() -> AutoencoderConfig:
 
 
 def _vae_colours() -> AutoencoderConfig:
-    """Squared differences, as a wrong colour matters more than an outline."""
+    """Squared error, which weighs a wrong colour more than an outline."""
     return _next(
         _vae_small(), "vae_colours", "vae_long", steps=2000, loss="l2", kl_weight=1e-5,
         data=world_data(8, ("t2i",), size=64),
@@ -51,7 +51,7 @@ def _vae_colours() -> AutoencoderConfig:
 
 
 def _vae_signs() -> AutoencoderConfig:
-    """The decoder alone, mostly on signs: absolute differences, latents a little off as those of the MMDiT."""
+    """Only the decoder, mostly on signs: absolute error, latents perturbed to resemble the MMDiT's."""
     config = vae.get_config()
     sources = world_sources(
         ("words", "t2i", "text", 0.6), ("world", "t2i", "", 0.4), ("signs", "edit", "replace_word", 0.4),
@@ -65,7 +65,7 @@ def _vae_signs() -> AutoencoderConfig:
 
 
 def _pretrain_relations() -> SupervisedConfig:
-    """Single things and relations, with more noise: nothing but the text tells what a picture of noise shows."""
+    """Single things and relations, at higher noise levels, where only the text carries information."""
     config = pretrain.get_config()
     return _next(
         config, "pretrain_relations", "language", steps=430, optimizer=replace(config.optimizer, warmup=50),
@@ -82,7 +82,7 @@ def _pretrain_relations_long() -> SupervisedConfig:
 
 
 def _pretrain_counts() -> SupervisedConfig:
-    """Pairs and counts join; their captions are a little shorter than those of signs."""
+    """Adds pairs and counts; their captions are slightly shorter than those of signs."""
     data = replace(caption_data(48, "single+relation+two+count"), token_multiple=52)
     return _next(pretrain.get_config(), "pretrain_counts", "pretrain_relations_long", steps=824, data=data)
 
@@ -101,12 +101,12 @@ def _bridge_trial() -> SupervisedConfig:
 
 
 def _sft_long() -> SupervisedConfig:
-    """The learning rate rises and falls once more."""
+    """A second cycle of the learning rate."""
     return _next(sft.get_config(), "sft_long", "sft", steps=3700)
 
 
 def _sft_words() -> SupervisedConfig:
-    """The edits that were left out join; words, relations and changes of colour come more often."""
+    """Adds the remaining edits; more words, relations and recolouring."""
     config = sft.get_config()
     edits = (
         ("colours", "recolour", 0.3), ("places", "move+remove", 0.26),
@@ -132,7 +132,7 @@ def _sft_colours() -> SupervisedConfig:
 
 
 def _sft_noise() -> SupervisedConfig:
-    """Four fifths of the noise levels are above 0.9 (one in seven before): text and source must tell what comes."""
+    """80% of noise levels are above 0.9 (14% before), so that the model must rely on text and source."""
     edits = (
         ("colours", "recolour", 0.42), ("removals", "remove", 0.14), ("edits", "add+move+multi_step", 0.32),
         ("word_changes", "replace_word", 0.12),
@@ -154,7 +154,7 @@ def _sft_phrases() -> SupervisedConfig:
 
 
 def _sft_shapes() -> SupervisedConfig:
-    """Outlines that colours do not give away: things on grey, and things named by their shape alone."""
+    """Shapes without colour cues: things on grey, and things named only by their shape."""
     config = _sft_phrases()
     config = replace(config, data=replace(config.data, micro_batch=16, mixture=_EDITS_LAST), accumulation=3)
     edits = _edits(colours=0.12, on_grey=0.3, by_shape=0.2, removals=0.08, edits=0.2, additions=0.04, words=0.06)
@@ -168,7 +168,7 @@ def _sft_changes() -> SupervisedConfig:
 
 
 def _sft_scenes() -> SupervisedConfig:
-    """Pictures of three things, and still more wordings; nearly all texts fit into twice and three times 28 tokens."""
+    """Images of three things, and more wordings; nearly all texts fit into 56 or 84 tokens."""
     edits = _edits(
         colours=0.34, on_grey=0.12, by_shape=0.1, removals=0.14, edits=0.14, additions=0.03, words=0.13, things=3
     )
@@ -178,7 +178,7 @@ def _sft_scenes() -> SupervisedConfig:
 
 
 def _sft_names() -> SupervisedConfig:
-    """More things that are named by their shape alone: what goes wrong mostly changes another thing."""
+    """More things named only by their shape, as most errors change the wrong thing."""
     edits = _edits(
         colours=0.28, on_grey=0.1, by_shape=0.18, removals=0.14, edits=0.14, additions=0.03, words=0.13, things=3
     )
@@ -186,7 +186,7 @@ def _sft_names() -> SupervisedConfig:
 
 
 def _sft_swaps() -> SupervisedConfig:
-    """More words replaced; the package has the moving average of this round."""
+    """More replaced words; the packaged weights are the moving average of this round."""
     pictures = (("words", "text", 0.35), ("pairs", "relation+two+count", 0.3), ("world", "", 0.35))
     edits = _edits(
         colours=0.3, on_grey=0.08, by_shape=0.17, removals=0.12, edits=0.13, additions=0.03, words=0.17, things=3
@@ -198,7 +198,7 @@ def _edits(
     *, colours: float, on_grey: float, by_shape: float, removals: float, edits: float, additions: float, words: float,
     things: int = 0,
 ) -> Shares:  # fmt: skip
-    """Shares of the kinds of edits; ``things``: in pictures whose colours change or that lose one, 0 for any number."""
+    """Shares of the kinds of edits; ``things``: number of things in recolouring and removal, 0 for any."""
     among = f",things={things}" if things else ""
     return (
         ("colours", f"recolour{among}", colours), ("colours_on_grey", "recolour,background=grey", on_grey),
@@ -210,7 +210,7 @@ def _edits(
 def _sft_round(
     config: SupervisedConfig, name: str, start: str, seed: int, pictures: Shares, edits: Shares, **changes: Any
 ) -> SupervisedConfig:
-    """A round of stage 2; its own seed gives another order of samples than in the round before."""
+    """A round of stage 2; its seed changes the order of samples."""
     shares = [("t2i", *share) for share in pictures] + [("edit", *share) for share in edits]
     sources = world_sources(*((source, task, skills, share) for task, source, skills, share in shares))
     return _next(config, name, start, **changes, data=replace(config.data, sources=sources, seed=seed))

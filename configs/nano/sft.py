@@ -1,4 +1,4 @@
-"""Stage 2 of DeepGen-nano: edits join; bridge, MMDiT and adapters on the VLM learn; `rounds.py` goes on from it."""
+"""Stage 2 of DeepGen-nano: edits join; bridge, MMDiT and adapters on the VLM learn; `rounds.py` continues from it."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from deepgen_jax.training.run_config import AdapterConfig, SupervisedConfig
 
 
 def get_config() -> SupervisedConfig:
-    """Two pictures to one edit, 48 samples a step; of the edits those that change one thing."""
+    """Two images per edit, 48 samples a step; only edits that change one thing."""
     config = pretrain.get_config()
     return replace(
         config,

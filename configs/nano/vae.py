@@ -1,4 +1,4 @@
-"""The autoencoder of DeepGen-nano at the size of its pictures, after `vae_small` of `rounds.py`."""
+"""The autoencoder of DeepGen-nano at full image size, after `vae_small` of `rounds.py`."""
 
 from deepgen_jax.configs.nano import MODEL, world_data
 from deepgen_jax.training.optimizer import OptimizerConfig
@@ -6,7 +6,7 @@ from deepgen_jax.training.run_config import AutoencoderConfig, CheckpointConfig
 
 
 def get_config() -> AutoencoderConfig:
-    """Pictures with edges and letters: absolute differences, and a light divergence."""
+    """Images with edges and letters: absolute error, and a small KL weight."""
     return AutoencoderConfig(
         model=MODEL,
         start="out/nano/vae_small",

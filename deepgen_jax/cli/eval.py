@@ -62,14 +62,14 @@ class EvalArguments:
 
 @dataclass(frozen=True)
 class EvalCommand(EvalArguments):
-    """Makes a benchmark's images, laid out as its official scorer reads them; run again, it makes what is missing."""
+    """Makes a benchmark's images in the layout of its official scorer; run again, it makes the missing ones."""
 
     data: Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")] = None
     """The benchmark's official files or those of DeepGen's repositories; `deepgen eval list` says which."""
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: BENCHMARK-MODEL)")] = None
-    """Folder for the tree of images; records of the run lie in its subfolder .deepgen."""
+    """Folder for the tree of images; records of the run are in its subfolder .deepgen."""
     images: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: beside the data)")] = None
-    """Where the pictures to edit lie."""
+    """Folder of the source images."""
     split: Annotated[str, arg(help_behavior_hint="(default: all)")] = ""
     """Only these parts of the benchmark, such as en,zh_long."""
     name: Annotated[str | None, arg(help_behavior_hint="(default: of the model folder)")] = None
@@ -105,14 +105,14 @@ class EvalCommand(EvalArguments):
     def run(self) -> int:
         """Makes the images; returns the exit status."""
         benchmark = open_benchmark(self.benchmark)
-        return self.make(benchmark, told=True) or 0
+        return self.make(benchmark, print_next=True) or 0
 
-    def make(self, benchmark: Benchmark, told: bool = False) -> int | None:
+    def make(self, benchmark: Benchmark, print_next: bool = False) -> int | None:
         """Makes the images of a benchmark; returns the exit status, None in processes that follow the first.
 
         Args:
-          benchmark: whose images.
-          told: say what comes next.
+          benchmark: the benchmark.
+          print_next: print the next step.
         """
         self._check(benchmark)
         model = locate(self.model)
@@ -161,7 +161,7 @@ class EvalCommand(EvalArguments):
                 finish=lambda finished: write_grids(out, sheets, finished),
                 derived="grid" if sheets else "",
             )
-        if told and result.status == 0:
+        if print_next and result.status == 0:
             print(_next(benchmark, out))
         return result.status
 
@@ -211,8 +211,8 @@ class EvalCommand(EvalArguments):
         published = (benchmark.side, benchmark.steps, benchmark.guidance)
         if used != published:
             what = "{}x{} pixels, {} steps, guidance {:g}"
-            told = (what.format(side, side, steps, guidance) for side, steps, guidance in (used, published))
-            warn_user("settings are {}; the benchmark's are {}".format(*told))
+            texts = (what.format(side, side, steps, guidance) for side, steps, guidance in (used, published))
+            warn_user("settings are {}; the benchmark's are {}".format(*texts))
 
     def _command(self) -> str:
         """The words that make the run again; which processes share it is left out."""

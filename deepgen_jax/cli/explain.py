@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExplainArguments:
-    """The words after the command; a class of its own so that options can follow them in the help."""
+    """Positional arguments; a separate class so that the help lists them before the options."""
 
     model: Annotated[Positional[str | None], arg(metavar="[MODEL]", help_behavior_hint="")] = None
     """Model folder. Left out, or nano: the small model of the package."""
@@ -29,12 +29,12 @@ class ExplainArguments:
 
 @dataclass(frozen=True)
 class ExplainCommand(ExplainArguments):
-    """Writes a page on which words and think tokens act where, what think tokens read as, and which pieces matter."""
+    """Writes a page with heat maps of words and think tokens, a logit lens, and knock-outs."""
 
     image: Annotated[tuple[Path, ...], arg(metavar="FILE", help_behavior_hint="")] = ()
     """Reference images of an edit."""
     out: Path = Path("explain.html")
-    """The page; the same as JSON goes beside it, with the suffix .json."""
+    """The page; the same data as JSON is written next to it, with the suffix .json."""
     overwrite: bool = False
     """Replace files that exist."""
     seed: int = 0
@@ -46,11 +46,11 @@ class ExplainCommand(ExplainArguments):
     top: int = 3
     """Words of the logit lens at each think token."""
     no_lens: bool = False
-    """Leave the logit lens out."""
+    """Skip the logit lens."""
     no_knockouts: bool = False
-    """Leave the knock-outs out, which sample one image for each piece of the model."""
+    """Skip the knock-outs, which sample one image per component of the model."""
     world: int = 0
-    """Also score heat maps on so many scenes of the procedural world, whose masks are known (for nano)."""
+    """Also score heat maps on this many scenes of the procedural world, whose masks are known (for nano)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and computation."""
     compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="")] = None

@@ -32,9 +32,9 @@ class ExportCommand:
     keep_lora: bool = False
     """Of a run: keep LoRA adapters apart instead of merging them."""
     model: Path | None = None
-    """Of a run: the model folder that it began with, where that has moved."""
+    """Of a run: the model folder that it started from, if that has moved."""
     start: Path | None = None
-    """Of a run: the run that it went on from, where that has moved."""
+    """Of a run: the run that it continued, if that has moved."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of all weights; by default each keeps the one it is stored in, and merged ones are float32."""
     max_shard_size: str = "5GB"

@@ -85,7 +85,7 @@ class ImageRun:
         """
         failed = list(failures)
         if failed:
-            warn_user(f"{counted(failed, 'line')} cannot be used; the others go on and a list follows at the end")
+            warn_user(f"{counted(failed, 'line')} cannot be used; the others continue and a list follows at the end")
         model = Model.of(self.folder, resolved_dtype(self.dtype))
         with output, Stop(graceful=True) as stop:
             if begin is not None:

@@ -40,19 +40,19 @@ class InfoCommand:
         """Prints; returns the exit status."""
         folder = locate(self.folder)
         if is_run(folder):
-            facts_of_run = run_facts(folder)
-            print(json.dumps(facts_of_run, indent=2) if self.json else "\n".join(run_lines(facts_of_run)))
+            run = run_summary(folder)
+            print(json.dumps(run, indent=2) if self.json else "\n".join(run_lines(run)))
             return 0
         manifest, scheduler = read_manifest(folder), read_scheduler(folder)
         if self.json:
-            print(json.dumps(facts(folder, manifest, scheduler), indent=2))
+            print(json.dumps(model_summary(folder, manifest, scheduler), indent=2))
         else:
             print("\n".join(lines(folder, manifest, scheduler)))
         return 0
 
 
-def facts(folder: Path, manifest: Manifest, scheduler: SchedulerConfig) -> dict[str, Any]:
-    """Everything as one JSON-ready object; ``total`` leaves out what nothing computes with."""
+def model_summary(folder: Path, manifest: Manifest, scheduler: SchedulerConfig) -> dict[str, Any]:
+    """Summary of a model folder, JSON-ready; ``total`` excludes unused parameters."""
     return {
         "folder": str(folder.absolute()),
         "parameters": {part: asdict(summary) for part, summary in manifest.parameters.items()},
@@ -152,8 +152,8 @@ def _sources(provenance: dict[str, Any]) -> Iterator[str]:
     yield f"{'written by':<15} deepgen-jax {provenance.get('deepgen_jax', 'unknown')}"
 
 
-def run_facts(folder: Path) -> dict[str, Any]:
-    """A training run as one JSON-ready object."""
+def run_summary(folder: Path) -> dict[str, Any]:
+    """Summary of a training run, JSON-ready."""
     description = read_run(folder)
     return {
         "folder": str(folder.absolute()),
@@ -166,12 +166,12 @@ def run_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """The same for people."""
-    config, origin, saved, last = (facts[name] for name in ("config", "origin", "checkpoints", "last_metrics"))
-    yield f"{facts['folder']}"
+def run_lines(summary: dict[str, Any]) -> Iterator[str]:
+    """The summary as text."""
+    config, origin, saved, last = (summary[name] for name in ("config", "origin", "checkpoints", "last_metrics"))
+    yield f"{summary['folder']}"
     yield ""
-    yield f"{'training run':<15} {facts['kind']}, {facts['steps']:,} steps, trains {', '.join(config['trains'])}"
+    yield f"{'training run':<15} {summary['kind']}, {summary['steps']:,} steps, trains {', '.join(config['trains'])}"
     steps = f"step {saved[-1]:,}" if saved else "none yet"
     if saved[:-1]:
         steps += f" (and {', '.join(f'{step:,}' for step in saved[:-1])})"
@@ -181,7 +181,7 @@ def run_lines(facts: dict[str, Any]) -> Iterator[str]:
     for name, at in origin["inherited"].items():
         checkpoints.setdefault((at["run"], at["step"]), []).append(name)
     for (run, step), names in checkpoints.items():
-        yield f"{'goes on from':<15} {run}, step {step:,} ({', '.join(names)})"
+        yield f"{'continues':<15} {run}, step {step:,} ({', '.join(names)})"
     if last is not None:
         shown = {name: value for name, value in last.items() if name not in ("step", "time") and "/" not in name}
         values = ", ".join(f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, int | float))

@@ -78,7 +78,7 @@ def choose_buckets(counts: Mapping[Sizes, int], config: DataConfig) -> dict[Size
     """The bucket of every exact size, from how many samples of a task have it.
 
     Sizes with at least ``bucket_share`` of the samples, all sizes where ``exact_sizes`` is set, and rare ones that
-    differ from every bucket by more than ``bucket_tolerance`` in some image, are buckets of their own.
+    differ from every bucket by more than ``bucket_tolerance`` in some image, get separate buckets.
     """
     total = sum(counts.values())
     chosen: dict[Sizes, Sizes] = {}

@@ -21,7 +21,7 @@ MAX_PIXELS = 64 * 10**6
 #: File formats that are opened, by Pillow's names; nothing else is, so that no file starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM")
 
-#: A file's path, an open file that stands at the image's start, or an image that is already open.
+#: A file's path, an open file positioned at the image's start, or an image that is already open.
 ImageSource: TypeAlias = str | os.PathLike[str] | BinaryIO | Image.Image
 
 # A row costs memory besides its pixels; up to this side that is little.

@@ -95,7 +95,7 @@ def _load(folder: Path) -> Index | None:
 
 
 def _fingerprint(config: DataConfig, source: SourceConfig, prompts: PromptEncoder, files: Sequence[FileInfo]) -> str:
-    """Digest of everything the index depends on, but for image files beside the listing ones: there may be millions."""
+    """Digest of everything the index depends on, except image files of listings, of which there may be millions."""
     settings = [VERSION, source.kind, source.task, source.path, source.root, source.split, config.max_pixels]
     digest = hashlib.sha256(json.dumps([settings, sorted(source.fields.items()), prompts.digest]).encode())
     for file in files:

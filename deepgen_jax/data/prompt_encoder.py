@@ -64,8 +64,8 @@ class PromptEncoder:
     def __call__(self, text: str, references: Sequence[tuple[int, int]] | None, length: int) -> TokenizedPrompt:
         """The tokens of a prompt, cut from the left to ``max_prompt_tokens`` and the image tokens.
 
-        The template of an edit starts with its images: there the cut takes the first tokens after them, so that every
-        image keeps all of its own.
+        The template of an edit starts with its images: there the cut takes the first tokens after them, so that
+        all image tokens are kept.
 
         Args:
           text: the user's words.

@@ -59,8 +59,8 @@ def rope_positions(
 ) -> np.ndarray:
     """M-RoPE indices of one prompt (Qwen2-VL, section 2.1).
 
-    Text advances all three indices together. An image of (rows, columns) tokens keeps its time index and counts its
-    rows and columns from where the text stood; text goes on after the largest index used. Think tokens count as text.
+    Text advances all three indices together. Tokens of an image share a time index and count rows and columns from the
+    end of the text before it; text continues after the largest index used. Think tokens count as text.
 
     Args:
       input_ids: int [L]; runs of ``image_token_id`` belong to the images in order.
@@ -118,7 +118,7 @@ class PromptTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Characters [start, end) of ``text`` that each of its tokens stands for."""
+        """Characters [start, end) of ``text`` of each of its tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -171,7 +171,7 @@ class PromptTokenizer:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Left-padded prompts, think tokens included (they stand at the end of every row).
+    """Left-padded prompts, think tokens included (at the end of every row).
 
     Attributes:
       input_ids: int32 [B, L], prompts only, pads hold the pad token.

@@ -19,8 +19,8 @@ MODES = ("fix_pixels", "dynamic", "crop2square", "resize2square")
 def target_size(width: int, height: int, image_size: int, mode: str) -> tuple[int, int]:
     """Size in pixels to which an image is resized, sides multiples of 32.
 
-    The arithmetic is that of doubles, in this order: a side that is a whole number of units but for rounding may come
-    out a unit larger, as it did for the released model.
+    The order of the float64 operations matters: because of rounding, an exact multiple may come out one unit larger, as
+    in the released model.
 
     Args:
       width: of the source, in pixels.

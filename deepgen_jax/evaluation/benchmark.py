@@ -26,7 +26,7 @@ class Reading:
       data: file or folder of the benchmark's inputs.
       model: name of the model, which is part of some trees.
       splits: only these; () for all that ``data`` holds.
-      images: where the pictures to edit lie; None for beside the file that names them.
+      images: folder of the source images; None for the folder of the file that names them.
     """
 
     data: Path
@@ -40,13 +40,13 @@ class Item:
     """One prompt of a benchmark.
 
     Attributes:
-      key: names it within the benchmark.
+      key: unique name within the benchmark.
       prompt: text for the model.
-      files: its images in the tree, one an image to make.
-      file, row: where it was read.
-      category: what its score counts towards.
-      sources: the pictures to edit; relative paths lie in the tree.
-      facts: JSON-ready, what scoring needs of the row.
+      files: paths of the images to make, in the tree.
+      file, row: where the prompt was read.
+      category: category of its score.
+      sources: source images of an edit; relative paths are in the tree.
+      facts: attributes of the row that scoring needs, JSON-ready.
     """
 
     key: str
@@ -147,10 +147,10 @@ class Benchmark(abc.ABC):
         """
 
     def prepare(self, items: Sequence[Item], reading: Reading, out: Path) -> None:  # noqa: B027
-        """Writes what belongs to the tree beside the images made; may be called again on a resumed run."""
+        """Writes files of the tree other than generated images; may be called again on a resumed run."""
 
     def sheets(self, items: Sequence[Item]) -> Mapping[str, Sequence[str]]:
-        """Pictures in the tree that show several made images: file -> their files. The images lie elsewhere then."""
+        """Contact sheets in the tree: file -> files of the images it shows, which are then stored elsewhere."""
         return {}
 
     def seed(self, item: Item, number: int, seed: int) -> int | None:
@@ -200,7 +200,7 @@ def check_distinct(items: Sequence[Item]) -> None:
 
 
 def source_path(item: Item, out: Path) -> Path:
-    """Where the one picture to edit lies."""
+    """Path of the single source image."""
     return out / item.sources[0]
 
 

@@ -30,7 +30,7 @@ def make_images(
       pipe: a ``DeepGenPipeline``.
       settings: from `deepgen_jax.evaluation.run.run_settings`.
       batch_size: rows of every batch: the same few programs serve all calls, whatever their number of items.
-      references: a folder for pictures to edit that the items bring along; relative sources lie in it.
+      references: folder for source images that the benchmark prepares; relative sources are in it.
 
     Raises:
       DeepGenError: a prompt or reference cannot be used.

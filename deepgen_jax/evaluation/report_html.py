@@ -147,8 +147,8 @@ def _picture(first: RunReport, others: Sequence[RunReport], item: Item, file: st
         if not (run.folder / file).is_file():
             continue
         own = score if i == 0 else run.scores.images.get(file) if run.scores else None
-        told = "" if own is None else f"<b>{own:.2f}</b>"
-        label = f"{_dot(i)}{told}" if others else told
+        figure = "" if own is None else f"<b>{own:.2f}</b>"
+        label = f"{_dot(i)}{figure}" if others else figure
         parts.append(f"<div>{_image(run.folder / file, item.prompt)}<figcaption>{label}</figcaption></div>")
     about = f"{_text(item.category)} · " if item.category else ""
     prompt = f"<span class=clamp title='{_text(item.prompt)}'>{about}{_text(item.prompt)}</span>"
@@ -158,11 +158,11 @@ def _picture(first: RunReport, others: Sequence[RunReport], item: Item, file: st
 def _settings(section: Section) -> Iterator[str]:
     yield "<details><summary>Settings, to reproduce</summary>"
     for i, run in enumerate(section.runs):
-        told: dict[str, Any] = {"model": run.run["model"], "model fingerprint": run.run["model_fingerprint"]}
-        told |= {**run.run["settings"], "prompts": run.run["prompts"], "limited": run.run["limited"]}
-        told |= {"data": ", ".join(run.run["data"][:4]), "protocol": run.run["protocol"], "date": run.run["date"]}
-        told |= {"deepgen-jax": run.run["deepgen_jax"]}
-        rows = "".join(f"<dt>{_text(name)}<dd>{_text(str(value))}" for name, value in told.items() if value != "")
+        values: dict[str, Any] = {"model": run.run["model"], "model fingerprint": run.run["model_fingerprint"]}
+        values |= {**run.run["settings"], "prompts": run.run["prompts"], "limited": run.run["limited"]}
+        values |= {"data": ", ".join(run.run["data"][:4]), "protocol": run.run["protocol"], "date": run.run["date"]}
+        values |= {"deepgen-jax": run.run["deepgen_jax"]}
+        rows = "".join(f"<dt>{_text(name)}<dd>{_text(str(value))}" for name, value in values.items() if value != "")
         yield f"<p>{_dot(i)}{_text(run.label)}</p><pre>{_text(run.run['command'])}</pre><dl>{rows}</dl>"
     yield "</details>"
 
@@ -172,10 +172,10 @@ def _notes(run: RunReport) -> Iterator[str]:
         return
     notes = list(run.scores.notes)
     counted = {"questions without an answer": run.scores.missing, "unreadable replies": run.scores.unreadable}
-    for told, counts in counted.items():
+    for label, counts in counted.items():
         if counts:
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            notes.append(f"{told}: {reasons}; none counts as zero")
+            notes.append(f"{label}: {reasons}; none counts as zero")
     for note in notes:
         yield f"<p class=soft>{_text(run.label)}: {_text(note)}</p>"
 

@@ -56,7 +56,7 @@ def _section(section: Section) -> Iterator[str]:
             source = row["source"] + (f", {row['protocol']}" if row.get("protocol") else "")
             yield _row([row["model"], row["params"], f"{shown:g}", source])
     for run in section.runs:
-        settings = ", ".join(f"{name} {told}" for name, told in run.run["settings"].items() if told != "")
+        settings = ", ".join(f"{name} {value}" for name, value in run.run["settings"].items() if value != "")
         yield ""
         yield f"{run.label}: {settings}. `{run.run['command']}`"
 

@@ -98,10 +98,10 @@ def lines(title: str, scores: Scores) -> Iterator[str]:
         interval = f"95% {figure.interval}" if figure.low < figure.high else figure.interval
         yield f"  {figure.name:<{width}}  {figure.shown}  {interval}  ({figure.prompts} prompts)"
     yield f"  images: {scores.wanted} wanted, {scores.made} made, {len(scores.images)} scored"
-    for told, counts in (("without an answer", scores.missing), ("replies that could not be read", scores.unreadable)):
+    for label, counts in (("without an answer", scores.missing), ("replies that could not be read", scores.unreadable)):
         if counts:
             parts = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-            yield f"  {told}: {parts}; none counts as zero"
+            yield f"  {label}: {parts}; none counts as zero"
     for note in scores.notes:
         yield f"  {note}"
 

@@ -170,7 +170,7 @@ def sigma_from_u(
     if config.use_dynamic_shifting:
         return _shifted(u, jnp.exp(jnp.asarray(dynamic_shift(config, image_seq_len), jnp.float32)))
     count = config.num_train_timesteps
-    # A sigmoid can round to exactly 1, which lies one past the table.
+    # A sigmoid can round to exactly 1, which is one past the table.
     index = jnp.clip((u * count).astype(jnp.int32), 0, count - 1)
     return jnp.asarray(training_sigmas(config))[index]
 

@@ -171,11 +171,11 @@ class OutputFolder:
 
     On entry the folder is made, leftovers of a killed run are removed and a torn last line of ``metadata.jsonl`` is
     dropped. On exit its lines are in the order of the images asked for, however many runs made them. Image files may
-    lie in subfolders, which are made as needed.
+    be in subfolders, which are created as needed.
 
     Args:
       path: the folder.
-      records: where ``metadata.jsonl`` lies, for trees that may hold nothing but images; by default ``path``.
+      records: folder of ``metadata.jsonl``, for trees that must contain only images; by default ``path``.
 
     Raises:
       DeepGenError: on entry, where the folder cannot be used or another run holds it.

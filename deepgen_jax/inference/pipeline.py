@@ -71,7 +71,7 @@ class DeepGenPipeline:
         mesh: Mesh,
         dtype: DTypeLike,
     ) -> None:
-        """Takes parameters that already lie on the mesh in their dtypes; most users want :meth:`from_pretrained`."""
+        """Takes parameters that are already on the mesh in their dtypes; most users want :meth:`from_pretrained`."""
         self.config = config
         self.scheduler = scheduler
         self.mesh = mesh

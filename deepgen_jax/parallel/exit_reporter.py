@@ -1,8 +1,8 @@
 """A watchdog process that reports why another process was aborted before it could report so itself.
 
-When process 0 is gone, JAX's runtime aborts the others from a thread of its own, often before any Python code runs.
+When process 0 is gone, a thread of JAX's runtime aborts the others, often before any Python code runs.
 The watchdog shares the connection to process 0 (see `deepgen_jax.parallel.peer_watch`) and reads the reason from it. It
-runs as a file on its own, with the standard library alone, so that it starts in milliseconds.
+is run as a script that imports only the standard library, so that it starts in milliseconds.
 
     python exit_reporter.py CONNECTION "what to do next" < PIPE
 

@@ -35,7 +35,7 @@ _CONNECT_TIMEOUT = 60.0
 # Seconds between the message of process 0 and its exit, which takes down JAX's coordination service and with it the
 # other processes.
 _GRACE_PERIOD = 1.0
-_ADVICE = "start all processes again: the run goes on from its newest checkpoint"
+_ADVICE = "start all processes again: the run resumes from its newest checkpoint"
 
 
 class PeerWatch:

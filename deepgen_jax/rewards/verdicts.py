@@ -9,7 +9,7 @@ The images are "Image 1" and "Image 2", "the first one", "the 2nd picture", "Ima
 * a tie, where it is stated: "It's a tie", "Both images are equally good", "Neither is better", "平局".
 
 Questions, conditions, negations and hedges decide nothing ("I don't think Image 1 is better", "Image 1 could be
-better"). "Better in colour" counts unless the text goes on with a "but". Where comparisons disagree, those after the
+better"). "Better in colour" counts unless a "but" follows. Where comparisons disagree, those after the
 last "overall" or "therefore" count. Everything else is unreadable, for a reason that is counted.
 """
 

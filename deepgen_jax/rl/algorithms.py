@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HERE = "deepgen_jax.rl"
 #: Learns from clean images instead, and so is a whole update.
 NFT = "nft"
-#: Name -> surrogate loss, but for `NFT`.
+#: Name -> surrogate loss, except `NFT`.
 ALGORITHMS: Registry[Any] = Registry(
     "algorithm",
     "deepgen_jax.algorithms",

@@ -165,7 +165,7 @@ class GRPOStage:
         if policy.check_ratio and deviation > allowed:
             raise DeepGenError(
                 f"step {self._step_number + 1}: before any update the importance ratio is off by {deviation:.1e}, more "
-                f"than {allowed:.1e}, so rollout and update disagree; use dtype=float32, or go on with "
+                f"than {allowed:.1e}, so rollout and update disagree; use dtype=float32, or continue with "
                 "policy.check_ratio=false"
             )
 

@@ -1,7 +1,7 @@
 """GRPO-Guard: normalised ratios and balanced gradients (Wang et al. 2025, arXiv 2510.22319).
 
 Of a Gaussian transition x' = mu_old + std e, the log-ratio of two policies is e (mu - mu_old) / std - (mu - mu_old)^2
-/ (2 std^2): its mean lies below 0 and its spread grows as std falls, so that one clip range fits no two steps alike.
+/ (2 std^2): its mean is below 0 and its spread grows as std falls, so that one clip range fits no two steps alike.
 Ratio normalisation adds the square back and multiplies by std. What remains is
 
   log r = mean over elements of e (mu - mu_old),

@@ -101,12 +101,12 @@ def read_prompt_config(
               - preference: 0.2
               - ocr: 0.8
 
-    A relative path is looked for beside the YAML, then in the working folder; a file that lies at neither, and one of
-    an absolute path that is not there, is looked for by its name alone beside the YAML.
+    A relative path is searched for next to the YAML, then in the working folder. If a file is missing, its base name is
+    searched for next to the YAML.
 
     Args:
       path: the YAML.
-      absent: what to do about data sets whose file is not there; "skip" leaves them out and says so.
+      absent: what to do if the file of a data set is missing; "skip" leaves the data set out with a warning.
 
     Returns:
       the data sets, in order, and the sampling mode.
@@ -132,7 +132,7 @@ def read_prompt_config(
     if lost and (absent == "error" or len(lost) == len(parsed)):
         raise DeepGenError(
             f"{path}: {len(lost)} of {len(parsed)} prompt lists are not there: {', '.join(lost)}; "
-            "put them beside the YAML or take their data sets out"
+            "put them next to the YAML or remove their data sets"
         )
     if lost:
         warn_user(f"{path}: {len(lost)} of {len(parsed)} prompt lists are not there and left out: {', '.join(lost)}")

@@ -138,7 +138,7 @@ def load_prompts(
       path: ``.yaml`` as for `read_prompt_config`, or a list as for `read_prompt_list`.
       prompts_per_step: number of prompts of an update.
       seed: of the random orders.
-      mode: takes the place of the YAML's sampling mode.
+      mode: overrides the YAML's sampling mode.
       rewards: weights of the rewards of a single list; a YAML has its own.
       absent: what to do about lists that a YAML names and that are not there.
 

@@ -50,7 +50,7 @@ class RolloutSettings:
       canvas: sizes.
       sampler: "cps", "flow", "dance", or "ode", which is deterministic and leaves no trajectory.
       dtype: of the stored latents. Below float32 every state is rounded as it is stored, before its log-probability is
-        taken and the rollout goes on from it, so that the update sees exactly what was sampled.
+        computed and the rollout continues, so that the update sees exactly what was sampled.
     """
 
     canvas: Canvas

@@ -252,7 +252,7 @@ def grpo_step(
 
     Returns:
       The new state and float32 scalars. ``first_ratio_deviation`` is the largest |ratio - 1| of a rollout's first
-      update, where every ratio is 1 but for rounding, and 0 of later ones.
+      update, where every ratio is 1 up to rounding, and 0 for later ones.
     """
     steps, images = trajectory.log_probs.shape
     micro = draw_images(jax.random.fold_in(keys.rollout, Update.PARTS), images, settings.policy, part)

@@ -83,12 +83,12 @@ class Answer:
         common = {**self._described(), "quality": "auto"}
         async for event in self._watched(batcher, gone, deadline):
             text = await self._encoded(event)
-            told = {"b64_json": text, "created_at": int(time.time()), **common, "seed": event.ticket.job.seed,
+            data = {"b64_json": text, "created_at": int(time.time()), **common, "seed": event.ticket.job.seed,
                     "image_index": place[event.ticket]}  # fmt: skip
             if isinstance(event, Preview):
-                yield {"type": f"{prefix}.partial_image", "partial_image_index": event.index, **told}
+                yield {"type": f"{prefix}.partial_image", "partial_image_index": event.index, **data}
             else:
-                yield {"type": f"{prefix}.completed", **told, "usage": self._usage(1)}
+                yield {"type": f"{prefix}.completed", **data, "usage": self._usage(1)}
 
     async def _watched(
         self, batcher: Batcher, gone: asyncio.Future[None], deadline: float

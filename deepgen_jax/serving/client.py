@@ -110,8 +110,8 @@ def _check(response: httpx.Response) -> None:
     raise DeepGenError(f"the server refuses: {message}")
 
 
-def _event(told: dict[str, Any]) -> Event:
-    if "error" in told:
-        raise DeepGenError(str(told["error"]["message"]))
-    image = Image.open(io.BytesIO(base64.b64decode(told["b64_json"]))).convert("RGB")
-    return Event(image, told["type"].endswith(".completed"), told["seed"], told["image_index"])
+def _event(data: dict[str, Any]) -> Event:
+    if "error" in data:
+        raise DeepGenError(str(data["error"]["message"]))
+    image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB")
+    return Event(image, data["type"].endswith(".completed"), data["seed"], data["image_index"])

@@ -8,7 +8,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class Metrics:
-    """Counters of a service in a registry of their own, so that several services fit into one process.
+    """Counters of a service in a separate registry, so that one process can run several services.
 
     Attributes:
       queue_depth: images that wait, by kind ("generation", "edit"); scale replicas on it.

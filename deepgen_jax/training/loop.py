@@ -43,7 +43,7 @@ _FIXED: dict[str, Callable[[Any], Any]] = {
 
 
 class StopSignal(Protocol):
-    """Tells whether the run was asked to stop."""
+    """Whether the run was asked to stop."""
 
     signum: int | None
 

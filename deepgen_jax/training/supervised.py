@@ -124,7 +124,7 @@ def train_step(
 
     Args:
       model, optimizer, settings: static.
-      state: updated functionally; not at all (but for its counters) where the loss or the gradient is not finite.
+      state: updated functionally; only its counters if the loss or the gradient is not finite.
       frozen: parameters that do not train.
       micro_batches: task -> its micro-batches, stacked on a leading axis.
       keys: task -> keys [A, B], one a sample, from (seed, step, slot).
@@ -271,7 +271,7 @@ def make_step(
     """
     frozen = weights.frozen
     if config.gather_frozen:
-        # Layers are replicated but for a "tensor" axis.
+        # Layers are replicated except along a "tensor" axis.
         text = frozen["text"]
         frozen = {**frozen, "text": reshard(text, gathered_shardings(text, mesh, "text"))}
     model = make_network(weights.config, mesh, config.dtype, remat=config.remat, gradients=True)

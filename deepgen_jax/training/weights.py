@@ -38,7 +38,7 @@ class Weights(NamedTuple):
       tokenizer: folder of the tokenizer.
       trainable: {"params": float32 tree, "lora": float32 tree or {}} on the mesh.
       frozen: the other parameters, in the dtype of the computation.
-      adapters_begun: adapters that train go on from an earlier run's, and so change what ``frozen`` computes.
+      adapters_begun: trained adapters continue those of an earlier run, so ``frozen`` alone differs from its start.
     """
 
     config: DeepGenConfig
@@ -58,7 +58,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """Reads the weights straight to their devices and dtypes.
 
     What earlier runs trained replaces the model folder's; `deepgen_jax.stores.lineage` says what comes from where.
-    Adapters are merged, except those that go on training.
+    Adapters are merged, except those that are trained further.
 
     Raises:
       DeepGenError: no such folder or run, or what it holds does not fit what the run trains.

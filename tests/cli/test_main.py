@@ -103,10 +103,10 @@ def test_one_line_survives_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_errors(act, capsys: pytest.CaptureFixture):
     def wrong() -> int:
-        raise DeepGenError("the thing is wrong; mend it")
+        raise DeepGenError("the thing is wrong; fix it")
 
     assert act(wrong) == 2
-    assert capsys.readouterr().err == "deepgen: error: the thing is wrong; mend it\n"
+    assert capsys.readouterr().err == "deepgen: error: the thing is wrong; fix it\n"
     assert act(wrong, "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 

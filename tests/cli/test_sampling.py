@@ -339,7 +339,7 @@ def test_a_prompt_file(pipe: FakePipeline, pictures: list[str], capsys: pytest.C
     captured = capsys.readouterr()
     assert captured.out == "4 images written to out\n"
     assert captured.err.splitlines() == [
-        "deepgen: note: 4 lines cannot be used; the others go on and a list follows at the end",
+        "deepgen: note: 4 lines cannot be used; the others continue and a list follows at the end",
         "deepgen: error: 5 prompts gave no image:",
         "  in/p.jsonl:3: unknown field 'promt'; did you mean 'prompt'?",
         "  in/p.jsonl:8: not JSON (Expecting property name enclosed in double quotes, column 2); "
@@ -356,13 +356,13 @@ def test_a_prompt_file(pipe: FakePipeline, pictures: list[str], capsys: pytest.C
     asked = {"prompt": "two", "negative_prompt": "x", "seed": 1, "width": 32, "height": 32, "steps": 4, "guidance": 2.0}
     assert {name: metadata["00005_1.png"][name] for name in asked} == asked
 
-    # The mended file: only what was missing is made.
-    lines[1], lines[2] = {"prompt": "mended"}, {"prompt": "a dog"}
+    # The corrected file: only the missing images are made.
+    lines[1], lines[2] = {"prompt": "fixed"}, {"prompt": "a dog"}
     Path("in/p.jsonl").write_text("\n".join(map(json.dumps, lines[:4])))
     pipe.calls.clear()
     assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
     assert capsys.readouterr().out == "2 images written to out (2 there already)\n"
-    assert [call["prompt"][:2] for call in pipe.calls] == [["mended", "a dog"]]
+    assert [call["prompt"][:2] for call in pipe.calls] == [["fixed", "a dog"]]
     pipe.calls.clear()
     assert run("generate", "--prompts", "in/p.jsonl", "--out", "out") == 0
     assert capsys.readouterr().out == "0 images written to out (4 there already)\n"

@@ -123,7 +123,7 @@ def test_shapes_and_types(open_loader):
 @given(st.integers(0, 40), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_resume_anywhere_on_any_host_count(data, position, count, before, after):
-    """A run on ``before`` hosts, saved, goes on on ``after`` hosts as an uninterrupted one does on a single host."""
+    """A run saved on ``before`` hosts resumes on ``after`` hosts like an uninterrupted run on one host."""
     alone = Loader(data, MODEL, TOKENIZER)
     alone.set_state({**alone.get_state(), "position": position})
     expected = take(alone, 2 * count)

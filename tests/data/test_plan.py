@@ -68,7 +68,7 @@ def test_no_sample_is_repeated_or_left_out_in_an_epoch(indices, size, seed, cycl
     for number in range(600 // size):
         seen.update(contents(plan[number]))
     assert max(seen.values()) == 1
-    # What stands in an epoch that a cell has left is all of the cell.
+    # Once an epoch drops a cell, all its samples have been used.
     for source, (index, last) in enumerate(zip(indices, plan.indices, strict=True)):
         assert index is last
         epochs = [{row for s, row, e in seen if s == source and e == epoch} for epoch in range(20)]

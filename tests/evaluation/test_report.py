@@ -135,7 +135,7 @@ def test_published_scores_are_those_of_the_reference():
         assert [rows[f"DeepGen 1.0 ({kind})"][figure] for kind in ("SFT", "RL")] == values, name
         assert published(name).protocol
         assert all(row["source"] for row in published(name).rows)
-        # Published figures have the names of ours, so that they stand beside each other.
+        # Published figures have the names of ours, so that they share a row.
         benchmark = BENCHMARKS.load(name)()
         assert figure == _main_figure(benchmark)
 

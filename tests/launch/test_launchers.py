@@ -23,7 +23,7 @@ NEEDED = {
 }
 #: Words that a careless shell would take apart.
 WORDS = ("train", "sft", "out=runs/my run", 'rewards.clip.options={"folder": "it\'s $HOME"}')
-#: Stands in for deepgen and cluster programs: writes its words, one a line, and ends as it is told.
+#: Stands in for deepgen and cluster programs: writes its arguments, one a line, and exits as instructed.
 RECORD = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$RECORD/$(basename "$0").$$"\nexit "${STATUS:-0}"\n'
 
 

@@ -174,7 +174,7 @@ def test_a_single_cpu_device_loops():
 
 
 def test_results_of_flash_attention_are_kept_by_the_name_that_they_have():
-    """A renamed operation would be computed again in the backward pass, and nothing else would tell."""
+    """A renamed operation would be computed again in the backward pass, and no other test would detect it."""
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     assert FLASH in {thing.name for thing in vars(fused).values() if isinstance(thing, Primitive)}
 

@@ -232,7 +232,7 @@ def test_targets_are_the_first_tokens_of_the_whole_result(weights, goldens):
 
 
 def test_order_of_references_does_not_matter(weights, goldens):
-    """References share one table of positions with the target, so nothing tells the first from the second."""
+    """References share one table of positions with the target, so the first and the second are indistinguishable."""
     golden = goldens("dit")
     references = [golden["ref2/ref/0/0"], golden["ref2/ref/0/1"]]
     velocities = []

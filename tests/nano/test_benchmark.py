@@ -61,7 +61,7 @@ def test_a_model_that_does_what_is_asked_and_one_that_leaves_pictures_alone():
     assert all(shares[skill] == 0 for skill in EDIT_SKILLS if skill in QUICK)
     assert shares[PRESERVATION] == shares["single"] == 1
     assert shares[WHOLE] == 0
-    # What was left alone is told of each kind of edit, and of edits only.
+    # Preservation is reported for each kind of edit, and only for edits.
     assert {row.skill: row.kept for row in idle if row.kept is not None} == {
         skill: 3 for skill in EDIT_SKILLS if skill in QUICK
     }

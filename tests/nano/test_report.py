@@ -74,7 +74,7 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
     assert text.endswith(f"{END}\n\nafter\n")
     assert "an old report" not in text
     stage_rows = [line for line in text.splitlines() if line.startswith("| `nano/")]
-    # One step in five was logged: each entry stands for five. The last 5% of 100 steps are 96 to 100.
+    # One step in five was logged, so each entry counts five. The last 5% of 100 steps are 96 to 100.
     assert stage_rows == [
         "| `nano/vae` | 0 | 100 | 800 | 3 min | 1 x cpu, 1 x NVIDIA H100 | loss 1 |",
         "| `nano/sft` | 7 | 100 of 400 | 800 | 3 min | 2 cores | loss 0.5 |",

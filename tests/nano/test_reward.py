@@ -63,7 +63,7 @@ def test_only_skills_that_were_asked_for(tmp_path, capsys):
 
 
 def check_words(count: int, allowed: int) -> None:
-    """Words are read in right pictures, and others in wrong ones; so many may be misread."""
+    """Reads words in correct images, and different ones in wrong images, up to a share of misreadings."""
     reward = make(RewardConfig("world", options={"workers": 1}))
     misread = mistaken = 0
     for index in range(count):

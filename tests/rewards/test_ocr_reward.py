@@ -41,7 +41,7 @@ def test_recognised_text_is_compared_with_the_quoted_one():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         scores = asyncio.run(score())
-    # Of the prompts without text, one is told about, once.
+    # Warns once about prompts without text.
     assert [str(w.message).startswith("no OCR reward") for w in told if w.category is DeepGenWarning] == [True]
     np.testing.assert_allclose(scores.values, [1, 7 / 8, 0, np.nan, np.nan, 0], atol=1e-6)
     assert scores.failures == {"the prompt quotes no text": 2}

@@ -97,7 +97,7 @@ def assert_same_run(run, whole):
 
 
 def die(folder, phase, step, *words):
-    """Kills a run in a phase of its ``step``-th step, counted from 0 where it goes on."""
+    """Kills a run in a phase of its ``step``-th step, counted from 0 at the resume."""
     module, name, calls = PHASES[phase]
     program = DIE.format(module=module, name=name, at=step * calls + calls - 1)
     assert runs.finish(runs.start(folder, *words, program=program), status=-signal.SIGKILL) is not None
@@ -199,7 +199,7 @@ def test_rewards_that_fail_on_one_host_end_all(folder):
     texts = [
         runs.finish(process, status=2) for process in processes(folder, folder / "failing", program=FAIL_ON_ONE_HOST)
     ]
-    # Each ends with its own error, or with the other's if that is told first.
+    # Each ends with its error, or with the other's if that arrives first.
     assert all("too few rewards" in text or "the rewards of process 1 failed" in text for text in texts)
 
 

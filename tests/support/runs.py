@@ -109,7 +109,7 @@ def write_grpo_config(
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """A process's environment: so many CPU devices, and the compilation cache of all tests."""
+    """Environment of a process: number of CPU devices, and the shared compilation cache."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -132,7 +132,7 @@ def printed(program: str, *words: str, devices: int = 1) -> str:
 def start(
     folder: Path, *words: str, devices: int = 1, config: str = "config.py", program: str = ""
 ) -> subprocess.Popen:
-    """``deepgen train`` in a process of its own; ``program`` takes the place of its entry point, to break something."""
+    """``deepgen train`` in a process of its own; ``program`` replaces its entry point, to inject faults."""
     entry = ["-c", program] if program else ["-m", "deepgen_jax.cli.main"]
     command = [sys.executable, *entry, "train", str(folder / config), *words]
     return subprocess.Popen(

@@ -357,6 +357,6 @@ def test_features_of_encoders_that_an_earlier_run_has_trained_are_refused(
         model=str(model), start=str(start), out=str(tmp_path / "run"), steps=1, trains=("bridge",),
         data=config(pictures, pictures),
     )  # fmt: skip
-    with pytest.raises(DeepGenError, match=r"goes on from another vae than that of .* run `deepgen export .*/vae"):
+    with pytest.raises(DeepGenError, match=r"was trained with another vae than that of .* run `deepgen export .*/vae"):
         open_loader(run, run.data, None, None)  # type: ignore[arg-type]
     check_untrained(replace(run, start=""))

@@ -42,7 +42,7 @@ SOURCES = tuple(SourceConfig(task, "json", "none.json", task=task) for task in (
 
 @dataclasses.dataclass
 class Run:
-    """A run as it stands after some steps, its weights drawn instead of trained."""
+    """A run after some steps, with random instead of trained weights."""
 
     config: SupervisedConfig
     weights: Weights
@@ -300,7 +300,7 @@ def test_the_command_and_what_is_told_of_both(
         "supervised, 9 steps, trains bridge, mmdit, lora",
         "step 6 (and 3), with moving average",
         f"model           {model}",
-        f"goes on from    {first.folder}, step 3 (bridge)",
+        f"continues       {first.folder}, step 3 (bridge)",
         "step 6: loss 1.25",
     ):
         assert wanted in told

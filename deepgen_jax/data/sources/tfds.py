@@ -1,4 +1,4 @@
-"""TensorFlow Datasets that stand prepared in a folder, as ArrayRecord or TFRecord shards, read without TensorFlow."""
+"""Prepared TensorFlow Datasets in a folder, as ArrayRecord or TFRecord shards, read without TensorFlow."""
 
 from __future__ import annotations
 

@@ -112,8 +112,8 @@ class GEdit(Benchmark):
         found: list[Measure] = []
         languages = sorted({group.split("|")[0] for group in groups}, key=lambda name: (name != "en", name))
         for language in languages:
-            for name, told in (("O", ""), ("SC", ", SC"), ("PQ", ", PQ"), ("both", ", both languages' subset")):
-                found.append(mean_of(f"{language}{told}", groups, f"{language}|{name}|", digits=2))
+            for name, suffix in (("O", ""), ("SC", ", SC"), ("PQ", ", PQ"), ("both", ", both languages' subset")):
+                found.append(mean_of(f"{language}{suffix}", groups, f"{language}|{name}|", digits=2))
         for language in languages:
             parts = each(groups, f"{language}|O|", digits=2)
             found += [Measure(f"{language}: {part.name}", part.groups, digits=2) for part in parts]

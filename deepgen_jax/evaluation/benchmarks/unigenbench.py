@@ -74,7 +74,7 @@ class UniGenBench(Benchmark):
 
     def questions(self, item: Item, number: int, out: Path) -> list[Question]:
         points = item.facts["points"]
-        lines = "\n".join(f"{i}. {name}: {told}" for i, (name, told) in enumerate(points, 1))
+        lines = "\n".join(f"{i}. {name}: {text}" for i, (name, text) in enumerate(points, 1))
         text = _QUESTION.replace("{points}", lines).replace("{prompt}", item.prompt)
         return [Question("points", text, (out / item.files[number],), count=len(points))] if points else []
 
@@ -103,7 +103,7 @@ class UniGenBench(Benchmark):
 
 
 def dimension(point: str) -> str:
-    """The dimension of a test point: what stands before its dash, outside parentheses."""
+    """The dimension of a test point: the part before its dash, outside parentheses."""
     match = re.match(r"([^()（）-]+?)\s*-\s*\S", point)
     return match[1].strip() if match else point
 
@@ -125,11 +125,11 @@ def _points(row: Row, text: Any) -> list[tuple[str, str]]:
     try:
         values = _loads(text, row.where) if isinstance(text, str) else text
         names = next(values[name] for name in _POINTS if name in values)
-        told = next(values[name] for name in _DESCRIPTIONS if name in values)
+        texts = next(values[name] for name in _DESCRIPTIONS if name in values)
     except (ValueError, TypeError, StopIteration, RecursionError):
         raise DeepGenError(
             f"{row.where}: sub_dims is no JSON with 'Testpoints' and 'Testpoint Description'; download the file again"
         ) from None
-    if not isinstance(names, list) or not isinstance(told, list) or len(names) != len(told) or not names:
+    if not isinstance(names, list) or not isinstance(texts, list) or len(names) != len(texts) or not names:
         raise DeepGenError(f"{row.where}: sub_dims has not one description a test point; download the file again")
-    return [(str(name), str(description)) for name, description in zip(names, told, strict=True)]
+    return [(str(name), str(description)) for name, description in zip(names, texts, strict=True)]

@@ -81,8 +81,8 @@ class History:
     def settings(self, path: Path) -> Settings | None:
         """What made an image; None where that is not known."""
         try:
-            told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            return Settings(**{**told, "sources": tuple(told["sources"])})
+            data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            return Settings(**{**data, "sources": tuple(data["sources"])})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
