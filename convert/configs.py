@@ -43,7 +43,7 @@ _IGNORED_BY_TRANSFORMERS = (
 
 
 def qwen_configs(values: Mapping[str, Any], where: str) -> tuple[TextConfig, VisionConfig]:
-    """Qwen2.5-VL's ``config.json``; the language model's options stand at the top or in ``text_config``."""
+    """Qwen2.5-VL's ``config.json``; the language model's options are at the top level or in ``text_config``."""
     top = Options(values, where)
     top.require(model_type="qwen2_5_vl", hidden_act="silu", use_sliding_window=False)
     vision = top.child("vision_config")

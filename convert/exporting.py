@@ -48,7 +48,7 @@ def export(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model folder, or the model that a training run has made of one, in another form.
+    """Exports a model folder, or the model of a training run, to a different format.
 
     Nothing is written in between: tensors go from where they are stored to where they are wanted, one by one.
 

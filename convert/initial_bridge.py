@@ -16,7 +16,7 @@ from .transforms import Shape, rows_of
 
 
 def keyed_rng(seed: int, key: str) -> np.random.Generator:
-    """A generator that depends on ``seed`` and the tensor's name alone, not on the order of drawing."""
+    """A generator that depends only on ``seed`` and the tensor's name, not on the order of drawing."""
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 

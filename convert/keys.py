@@ -71,7 +71,7 @@ class Key(NamedTuple):
 
 
 def parse_key(raw: str, prefix: str = "") -> Key:
-    """The canonical key of a tensor's name; ``prefix`` is that of its part where the file holds one part alone."""
+    """The canonical key of a tensor's name; ``prefix`` is that of its part if the file holds a single part."""
     name = prefix + raw
     for pattern, replacement in _SPELLINGS:
         name = pattern.sub(replacement, name)

@@ -241,7 +241,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Members by name, if torch reads the zip, too.
 
     Raises:
-      zipfile.BadZipFile: torch would refuse it, or take another member for one of them.
+      zipfile.BadZipFile: torch would reject it, or read a different member.
     """
     infos = archive.infolist()
     for info in infos:

@@ -49,7 +49,7 @@ class TensorInfo:
     Attributes:
       shape: its shape.
       dtype: its name as safetensors spells it ("BF16").
-      position: where it stands; reading in order of position goes forward through the file.
+      position: position in the file; reading in order of position is sequential.
     """
 
     shape: Shape

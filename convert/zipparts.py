@@ -121,7 +121,7 @@ class _Inflated(io.RawIOBase):
     """A compressed member. Going forward decompresses, going back starts anew, except to bytes that are kept.
 
     Those are its first and last, where a torch checkpoint has its tables, and those just passed, since an adapter's
-    factors may stand between the weight and the bias of its layer.
+    factors may be between the weight and the bias of its layer.
     """
 
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:

@@ -18,7 +18,7 @@ from deepgen_jax.errors import DeepGenError
 
 T = TypeVar("T")
 
-#: Side of an image in pixels where neither a call nor the model says another.
+#: Side of an image in pixels unless a call or the model sets another.
 DEFAULT_SIDE = 512
 
 # Marks fields that were added later: a config.json without them means the default.

@@ -115,7 +115,7 @@ class Job:
         """Runs the whole compilation.
 
         Raises:
-          DeepGenError: the compiler fails for another reason than memory.
+          DeepGenError: the compiler fails for a reason other than memory.
         """
         try:
             compiled = self._lowered.compile(compiler_options=options)
@@ -219,7 +219,7 @@ def needed_bytes(message: str, arguments: float) -> float:
       arguments: bytes of the arguments.
 
     Raises:
-      DeepGenError: it is another error.
+      DeepGenError: it is a different error.
     """
     whole = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of", message)
     temporaries = re.search(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\)", message)

@@ -106,7 +106,7 @@ def total_bytes(report: str) -> float:
     """HBM that a program takes with its arguments, from XLA's memory usage report.
 
     Raises:
-      DeepGenError: the report is in another form.
+      DeepGenError: the report has a different format.
     """
     found = re.search(r"Total bytes(?: used)?: (\d+)", report)
     if found is None:

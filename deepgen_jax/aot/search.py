@@ -103,7 +103,7 @@ def ranking(reports: list[Report]) -> str:
 
 
 def _command(command: str, mesh: str, settings: tuple[str, ...]) -> str:
-    """The command that compiles one choice alone."""
+    """The command that compiles only one choice."""
     words = [word for word in shlex.split(command) if word != "--search"]
     words[3:3] = settings
     return shlex.join(words if "--mesh" in words else [*words, "--mesh", mesh])

@@ -196,7 +196,7 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "export": Subcommand(
         "deepgen_jax.cli.export",
         "ExportCommand",
-        "write a training run or a model folder in another form",
+        "export a training run or a model folder to a different format",
         (
             "deepgen export runs/sft --format model --out deepgen-sft",
             "deepgen export deepgen --format diffusers --out DeepGen-diffusers",

@@ -99,7 +99,7 @@ class ExplainCommand(ExplainArguments):
         return 0
 
     def _words(self) -> tuple[str | None, str]:
-        """(model or None, prompt); one word alone is the prompt unless it is a folder."""
+        """(model or None, prompt); a single argument is the prompt unless it is a folder."""
         if self.prompt is not None:
             return self.model, self.prompt
         if self.model is None or os.path.isdir(self.model):

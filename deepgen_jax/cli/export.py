@@ -12,7 +12,7 @@ import tyro
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a model folder, or the model that a training run has made, in another form.
+    """Export a model folder, or the model of a training run, to a different format.
 
     Of a run, the newest checkpoint is taken over the model folder that it began with. What is written appears when
     everything is written, or not at all.

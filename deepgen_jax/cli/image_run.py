@@ -1,4 +1,4 @@
-"""Making planned images with one pipeline: into a folder that can be resumed, alone or with other processes."""
+"""Generates planned images into a resumable folder, in one or several processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``deepgen info``: what a model folder or a training run holds, from its description alone."""
+"""``deepgen info``: summary of a model folder or a training run, from its description only."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class InitCommand:
     seed: int = 0
     """Of the weights."""
     without: Annotated[UseAppendAction[tuple[Ablation, ...]], arg(help_behavior_hint="(repeatable)")] = ()
-    """Ablations: no think tokens, or the deepest selected layer alone instead of stacked channels."""
+    """Ablations: no think tokens, or only the deepest selected layer instead of stacked channels."""
     encoders: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None
     """A trained nano ("nano" for the package's) that provides VLM, autoencoder and tokenizer; only bridge and MMDiT are
     random."""

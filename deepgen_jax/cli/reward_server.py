@@ -23,7 +23,7 @@ class RewardServerCommand:
     """Names of the rewards, separated by commas."""
     options: str = "{}"
     """Options by reward, a JSON object or a file with one, such as '{"clip": {"folder": "clip-vit-large-patch14"}}'.
-    The option "kind" sets the kind of a reward of another name, as module:Class or file.py:Class if it is your own."""
+    The option "kind" sets a reward's kind if its name differs, as module:Class or file.py:Class for custom ones."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 8100

@@ -91,7 +91,7 @@ class SamplingCommand(PromptArguments):
     taylor: bool = False
     """With --cache: extrapolate skipped layers from the last two evaluations instead of repeating them."""
     guidance_interval: Annotated[str | None, arg(metavar="START,STOP", help_behavior_hint="(default: all)")] = None
-    """Guide in this part of the steps alone, such as 0,0.6 for the first three fifths."""
+    """Guide only in this part of the steps, such as 0,0.6 for the first three fifths."""
     padding: Padding = "reference"
     """How prompts of different length share a batch: as the released system treats each alone, as it treats the batch
     (one prompt only), or with padding hidden."""

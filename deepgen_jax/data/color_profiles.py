@@ -26,7 +26,7 @@ def needs_conversion(profile: Any, mode: str) -> bool:
       mode: "RGB", "L", "I;16" or "CMYK", of the pixels that it belongs to.
 
     Raises:
-      ProfileError: it is damaged, or for another kind of pixels.
+      ProfileError: it is damaged, or for a different kind of pixels.
     """
     return _conversion(profile, mode) is not None
 

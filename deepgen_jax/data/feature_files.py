@@ -74,7 +74,7 @@ class FeatureManifest:
         """Parsed.
 
         Raises:
-          DeepGenError: it is no manifest, or one of another version.
+          DeepGenError: not a manifest, or of a different version.
         """
         try:
             values = json.loads(text)
@@ -102,7 +102,7 @@ class FeatureManifest:
           weights: digest of the run's encoders.
 
         Raises:
-          DeepGenError: they come from another model, or from images of another size.
+          DeepGenError: they come from a different model or image size.
         """
         current: dict[str, Any] = {
             "image_size": config.image_size,
@@ -191,11 +191,11 @@ def _array(array: np.ndarray | None) -> np.ndarray:
 
 def _numbers(feature: Feature) -> np.ndarray:
     if not isinstance(feature, np.ndarray):
-        raise TypeError("bytes stand where numbers belong")
+        raise TypeError("bytes where numbers are expected")
     return feature
 
 
 def _bytes(feature: Feature) -> list[bytes]:
     if isinstance(feature, np.ndarray):
-        raise TypeError("numbers stand where bytes belong")
+        raise TypeError("numbers where bytes are expected")
     return feature

@@ -101,7 +101,7 @@ def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 
 def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels of `load_image`'s result, from the header alone.
+    """(width, height) in pixels of `load_image`'s result, read from the header.
 
     Raises:
       ImageError: as `load_image`, as far as the header shows it.

@@ -1,4 +1,4 @@
-"""The samples of micro-batch k, as a function of seed, configuration and data that is computable for any k alone.
+"""The samples of micro-batch k, as a function of seed, configuration and data, computable for any k directly.
 
 Only k is saved, and the number of hosts, workers or devices does not change what is read. Each task cycles through its
 buckets and, within a bucket, through its sources in proportion to their shares (see `deepgen_jax.data.mixture`). The

@@ -13,7 +13,7 @@ _TABLE = 1024
 
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """A generator that depends on its arguments alone, never on what was drawn before."""
+    """A generator that depends only on its arguments, not on earlier draws."""
     return np.random.Generator(np.random.Philox(_sequence(seed, purpose, indices)))
 
 

@@ -14,7 +14,7 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.figures import Cell, Measure
 from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT
 
-#: Who scores: a vision-language model, OCR here, the benchmark's own code alone, or exact code here.
+#: Kind of scorer: a vision-language model, OCR, the benchmark's official code, or an exact program.
 Scorer = Literal["judge", "ocr", "official", "exact"]
 
 

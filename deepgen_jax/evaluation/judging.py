@@ -93,7 +93,7 @@ async def _ask_all(judge: Judge, questions: Sequence[Question], log: Path, proto
                 bar.update()
 
             if open_:
-                # The first alone: where the judge does not answer at all, no other question need be sent.
+                # Only the first: if the judge does not answer at all, no other question is sent.
                 await answer(open_[0])
                 async with asyncio.TaskGroup() as group:
                     for place in open_[1:]:

@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
       fields: its columns.
-      file: where it stands.
+      file: the file that holds it.
       number: of the row in the file, from 1, the header not counted.
       key: of its entry, where the file is an object.
     """
@@ -83,7 +83,7 @@ def read_rows(path: Path) -> list[Row]:
     JSON objects whose values are objects are rows with keys; ``{"data_list": [...]}`` and the like are not unwrapped.
 
     Raises:
-      DeepGenError: the file cannot be read, has another suffix, or holds something else than rows.
+      DeepGenError: the file cannot be read, has an unknown suffix, or does not hold rows.
     """
     suffixes = (".json", ".jsonl", ".csv")
     if path.suffix.lower() not in suffixes:

@@ -36,7 +36,7 @@ class RunFolder:
         return self.path / RECORDS
 
     def check(self, benchmark: str) -> None:
-        """Raises a DeepGenError where the folder holds a run of another benchmark."""
+        """Raises a DeepGenError if the folder holds a run of a different benchmark."""
         if (self.records / _RUN).exists():
             before = self.read().get("benchmark")
             if before != benchmark:
@@ -46,7 +46,7 @@ class RunFolder:
         """Writes the description of a run and its prompts.
 
         Raises:
-          DeepGenError: the folder holds a run of another benchmark, or cannot be written.
+          DeepGenError: the folder holds a run of a different benchmark, or cannot be written.
         """
         self.check(run["benchmark"])
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.user_warnings import warn_user
 
-#: A word or phrase a line, in lower case; words in capitals are known in capitals alone. May be absent.
+#: One word or phrase per line, in lower case; words in capitals are known only in capitals. May be absent.
 KNOWN_WORDS_FILE = "known_words.txt"
 
 # Words of an alphabet, numbers, and single characters of scripts without spaces.

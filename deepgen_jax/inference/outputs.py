@@ -217,8 +217,8 @@ class OutputFolder:
     ) -> list[str]:
         """Files among ``wanted`` (from `describe`) that are still to be made.
 
-        A file is finished when it is an undamaged PNG made from the same request. One made from another request (a
-        changed prompt file, another model) is to be made again, with a warning.
+        A file is finished when it is an undamaged PNG made from the same request. One made from a different request
+        (changed prompt file or model) is made again, with a warning.
 
         Args:
           wanted: what is to be in the folder.

@@ -212,7 +212,7 @@ class DeepGenPipeline:
         on_step: OnStep | None,
         every: int,
     ) -> Sampled:
-        """Requests, run together; without ``decode`` there are latents alone."""
+        """Requests, run together; without ``decode``, only to latents."""
         guidance = None if sampling.guidance == 1.0 else jnp.float32(sampling.guidance)
         condition = self._condition(requests, padding, guided=guidance is not None)
         size, steps = (noise.shape[2], noise.shape[3]), sampling.steps
@@ -282,7 +282,7 @@ class DeepGenPipeline:
 
         Returns:
           pooled float32 [B, P], sequence float32 [B, L, J] and mask bool [B, L]: True on real tokens, visible pads and
-          think tokens, which stand together at the end of the sequence.
+          think tokens, which are at the end of the sequence.
         """
         requests = self._requests(prompts, images, "" if pair_with is None else pair_with, 0)
         pairs = None if pair_with is None else requests.negative_prompts

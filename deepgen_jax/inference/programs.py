@@ -132,7 +132,7 @@ def denoise_steps(
     sampler: str,
     size: tuple[int, int],
 ) -> samplers.State:
-    """Steps ``first`` to ``last`` - 1 of any sampler; their number is data, so that another compiles nothing.
+    """Steps ``first`` to ``last`` - 1 of any sampler; their number is traced, so changing it does not recompile.
 
     Args:
       model, params, references, condition, guidance_scale: as for :func:`denoise`.
@@ -162,7 +162,7 @@ def to_latents(model: DeepGen, tokens: jax.Array, size: tuple[int, int]) -> jax.
 
 @jax.jit
 def sample_keys(seeds: jax.Array, indices: jax.Array) -> jax.Array:
-    """Keys [B] of the noise that stochastic samplers add, each sample's from its own (seed, index) alone."""
+    """Keys [B] of the noise that stochastic samplers add, each depending only on the sample's (seed, index)."""
     return jax.vmap(lambda seed, index: _key(seed, index, Inference.STEP_NOISE))(seeds, indices)
 
 

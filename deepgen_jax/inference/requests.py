@@ -38,7 +38,7 @@ class Requests:
     count: int
 
     def row(self, i: int) -> Requests:
-        """Entry ``i`` alone."""
+        """Only entry ``i``."""
         at = slice(i, i + 1)
         return Requests(
             self.prompts[at], self.negative_prompts[at], self.images[at], self.seeds[at], self.indices[at], [0], 1

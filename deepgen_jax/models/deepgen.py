@@ -82,7 +82,7 @@ class DeepGen(nn.Module):
           input_ids: [B, L] int32, left-padded.
           position_ids: [3, B, L + Q] int32.
           real: [B, L + Q] bool, True on the prompt and the think tokens.
-          image_index: [B, L] int32, row of ``image_tokens`` that stands at each placeholder, -1 elsewhere.
+          image_index: [B, L] int32, row of ``image_tokens`` for each placeholder, -1 elsewhere.
           image_tokens: [T, hidden] tokens of all reference images.
 
         Returns:

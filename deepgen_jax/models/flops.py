@@ -46,7 +46,7 @@ def mmdit(config: MMDiTConfig, targets: int, context: int, references: int = 0) 
     total += linear(1, TIMESTEP_CHANNELS, width) + linear(1, config.pooled_projection_dim, width)
     total += 2 * linear(1, width, width)
     for run in block_runs(config):
-        # The last layer's image stream is the targets alone, and its context stream is keys and values alone.
+        # The last layer's image stream has only targets, and its context stream only keys and values.
         queries = targets if run.context_pre_only else image
         context_queries = 0 if run.context_pre_only else context
         layer = linear(1, width, (9 if run.dual else 6) * width)

@@ -48,7 +48,7 @@ class BlockRun(NamedTuple):
     Attributes:
       start: index of the first layer.
       length: number of layers.
-      dual: the layers have a second attention over the image tokens alone.
+      dual: the layers have a second attention over the image tokens only.
       context_pre_only: the layers read the context without updating it (the last layer).
     """
 
@@ -130,7 +130,7 @@ class JointAttention(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """The second attention of dual layers, over the image tokens alone."""
+    """The second attention of dual layers, over the image tokens only."""
 
     config: MMDiTConfig
     dtype: DTypeLike

@@ -83,7 +83,7 @@ def sincos_table(max_size: int, base_size: int, dim: int) -> jax.Array:
     frequencies = 1.0 / 10000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim // 4))
     angles = coordinates[:, None] * frequencies
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
-    # The table itself (a gigabyte at full size) is made by JAX, so that tracing for shapes alone does not make it.
+    # The table itself (a gigabyte at full size) is made by JAX, so that abstract evaluation does not allocate it.
     shape = (max_size, max_size, dim // 2)
     table = jnp.concatenate([jnp.broadcast_to(axis[None], shape), jnp.broadcast_to(axis[:, None], shape)], axis=-1)
     return table.reshape(max_size**2, dim)

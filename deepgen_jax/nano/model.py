@@ -44,7 +44,7 @@ def nano_config(without: Collection[Ablation] = ()) -> DeepGenConfig:
     """
     first, layers = _VOCABULARY - _SPECIAL, 7
     queries = 0 if "think_tokens" in without else 16
-    # A stride of all layers selects the last one alone.
+    # A stride of all layers selects only the last one.
     stride = layers - 1 if "stacked_channels" in without else 1
     text = TextConfig(
         hidden_size=128, intermediate_size=352, num_layers=layers, num_heads=4, num_kv_heads=2, vocab_size=_VOCABULARY,

@@ -47,7 +47,7 @@ _MAKERS: dict[str, Callable[[random.Random], Sample]] = {
     "reference": edits.reference,
 }
 
-#: What alone may name the thing that an instruction changes, and the edits with such instructions.
+#: The only attribute by which an instruction names the changed thing, and the edits with such instructions.
 NAMES = ("shape", "colour")
 _NAMING_SKILLS = ("recolour", "move", "remove")
 #: Numbers of things in the source picture, for skills other than 1 to 3.

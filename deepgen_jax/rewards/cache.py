@@ -61,7 +61,7 @@ class AnswerCache:
                 self._file.flush()
 
     def close(self) -> None:
-        """Closes the file; later answers are kept in memory alone."""
+        """Closes the file; later answers are kept only in memory."""
         with self._lock:
             if self._file is not None:
                 self._file.close()

@@ -36,7 +36,7 @@ def png_base64(image: np.ndarray) -> str:
 
 
 def png_base64_pixels(text: str) -> int:
-    """Number of pixels of a PNG file in base64, read from its header alone.
+    """Number of pixels of a PNG file in base64, read from its header.
 
     Raises:
       DeepGenError: not base64, no PNG file, or too large.

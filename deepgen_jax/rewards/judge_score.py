@@ -26,7 +26,7 @@ class JudgeScoreReward(PointwiseJudgeReward):
     Args:
       url, model, max_tokens, quality, client: of the `Judge`.
       low, high: worst and best number.
-      template: the question; ``{prompt}``, ``{low}`` and ``{high}`` stand for their values.
+      template: the question; ``{prompt}``, ``{low}`` and ``{high}`` are replaced by their values.
     """
 
     def __init__(

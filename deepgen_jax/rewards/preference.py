@@ -76,7 +76,7 @@ class PreferenceReward(Reward):
     Args:
       url, model, max_tokens, quality, client: of the `Judge`.
       both_orders: ask about each pair twice, with the images exchanged, since judges tend to favour a place.
-      template: the question; ``{prompt}`` stands for the prompt.
+      template: the question; ``{prompt}`` is replaced by the prompt.
     """
 
     needs_group = True

@@ -72,7 +72,7 @@ def read_score(reply: str, low: float, high: float) -> float | Missing:
 
 
 def _scores(text: str, high: float) -> set[float | None]:
-    """The scores in text without markup; None stands for one on another scale."""
+    """The scores in text without markup; None for one on a different scale."""
     if whole := _WHOLE.fullmatch(text):
         return {_value(whole, high)}
     stated: set[float | None] = set()

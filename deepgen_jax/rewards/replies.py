@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _ANSWER_TAG = re.compile(r"<(/?)answer\s*>", re.IGNORECASE | re.ASCII)
 _THINK_TAG = re.compile(r"<(/?)think(?:ing)?\s*>", re.IGNORECASE | re.ASCII)
-#: Characters kept from the start and from the end of a long text: verdicts stand in its first or last sentences.
+#: Characters kept from the start and from the end of a long text: verdicts are in its first or last sentences.
 _HEAD = _TAIL = 2048
 #: Answers of a reply that are read, the last ones.
 _ANSWERS = 16
@@ -49,7 +49,7 @@ class ReplyParts:
     Attributes:
       answers: the text inside each ``<answer>...</answer>``, of the last 16.
       unfinished: the text after an ``<answer>`` that is not closed, as by a stop sequence; None without one.
-      rest: what stands outside ``<answer>`` and ``<think>``.
+      rest: text outside ``<answer>`` and ``<think>``.
       cut_off: the reply ends inside ``<think>``.
     """
 

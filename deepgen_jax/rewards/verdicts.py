@@ -298,6 +298,6 @@ def _clauses(text: str) -> Iterator[str]:
 
 
 def _negated(clause: str, match: re.Match[str]) -> bool:
-    """Whether a negation or a hedge stands between the last conjunction and a match."""
+    """Whether there is a negation or a hedge between the last conjunction and a match."""
     start = max((found.end() for found in _CONJUNCTION.finditer(clause, 0, match.start())), default=0)
     return _NEGATION.search(clause, start, match.start()) is not None

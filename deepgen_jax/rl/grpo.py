@@ -192,7 +192,7 @@ class GRPOStage:
         """Continues from a checkpoint.
 
         Raises:
-          DeepGenError: prompts or auxiliary data would come in another order than the run began with.
+          DeepGenError: the order of prompts or auxiliary data would differ from the start of the run.
         """
         if position.get("prompts", self._prompts.order) != self._prompts.order:
             raise DeepGenError(

@@ -1,7 +1,8 @@
 """DiffusionNFT: policy improvement on the forward process (Zheng et al. 2025, arXiv 2509.16117).
 
-No trajectory, no likelihood: clean images of any sampler are noised again, and the velocity learns to lie on the good
-images' side of the policy that sampled them. With v_old of that policy and r in [0, 1] the optimality of an image,
+Needs no trajectories and no likelihoods: clean images of any sampler are noised again, and the velocity is moved from
+that of the sampling policy towards good images and away from bad ones. With v_old of that policy and r in [0, 1] the
+optimality of an image,
 
   L = r |v+ - v|^2 + (1 - r) |v- - v|^2,  v+ = v_old + beta (v_theta - v_old),  v- = v_old - beta (v_theta - v_old),
 

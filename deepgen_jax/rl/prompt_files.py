@@ -14,7 +14,7 @@ from deepgen_jax.inference.prompt_rows import Row, read_rows
 from deepgen_jax.rewards.registry import canonical
 from deepgen_jax.user_warnings import warn_user
 
-#: "sample_proportional": a data set's chance is its weight times its size; "weight_only": its weight alone.
+#: "sample_proportional": a data set's chance is its weight times its size; "weight_only": only its weight.
 SamplingMode = Literal["sample_proportional", "weight_only"]
 _MODES: tuple[SamplingMode, ...] = ("sample_proportional", "weight_only")
 
@@ -58,7 +58,7 @@ def read_prompt_list(path: str | Path) -> list[Prompt]:
     Rows that cannot be used are left out with one warning that counts them and names the first.
 
     Raises:
-      DeepGenError: the file is missing, of another type or damaged, or none of its rows can be used.
+      DeepGenError: the file is missing, of an unknown type or damaged, or none of its rows can be used.
     """
     rows = read_rows(Path(path))
     prompts: list[Prompt] = []

@@ -82,7 +82,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class NFTConfig:
-    """Settings of DiffusionNFT alone.
+    """Settings specific to DiffusionNFT.
 
     Attributes:
       strength: beta of the implicit policies, v_old +- beta (v - v_old).
@@ -193,7 +193,7 @@ class GRPOConfig(RunConfig):
         super().__post_init__()
         at_least("prompts_per_step", self.prompts_per_step, 1)
         if self.trains not in (("mmdit",), ("mmdit_lora",)):
-            raise DeepGenError(f"trains is {self.trains}; reinforcement learning trains mmdit or mmdit_lora alone")
+            raise DeepGenError(f"trains is {self.trains}; reinforcement learning trains only mmdit or mmdit_lora")
         if not self.rewards:
             raise DeepGenError("rewards is empty; name at least one")
         if not 0 < self.required_reward_share <= 1:

@@ -18,7 +18,7 @@ from deepgen_jax.rl.prompts import PromptSample
 #: Bins of the histogram of advantages, from -5 to 5.
 ADVANTAGE_BINS = 20
 _GROUPS_SHOWN = 6
-# How metrics of a rollout's updates become one; of those not named here the last update's stands.
+# How metrics of a rollout's updates are reduced; others take the value of the last update.
 _COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
     **dict.fromkeys(("ratio_mean", "clip_share", "approx_kl"), np.mean),
     **dict.fromkeys(("ratio_max", "first_ratio_deviation", "skipped"), np.max),

@@ -201,7 +201,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    # The client left while it was sending; the status goes to the log alone.
+    # The client left while it was sending; the status only goes to the log.
     request.app.state.service.metrics.failures.labels("client_closed").inc()
     return Response(status_code=CLIENT_CLOSED)
 

@@ -114,7 +114,7 @@ def as_data_url(data: bytes, format: str) -> str:
 
 
 def _check_header(data: bytes, max_pixels: int, param: str) -> None:
-    """Refuses, before anything is decoded, what is empty, of another format or too large."""
+    """Refuses, before anything is decoded, what is empty, of an unsupported format or too large."""
     if not data:
         raise invalid(f"'{param}' is empty; send a PNG, JPEG or WebP file", param, "invalid_image")
     try:

@@ -128,7 +128,7 @@ class Checkpoints:
           like: the NamedTuple with arrays, or shapes with shardings; the mesh may differ from the one that saved.
 
         Raises:
-          DeepGenError: the checkpoint is damaged, or of another model or setting.
+          DeepGenError: the checkpoint is damaged, or of a different model or setting.
         """
         values = cast(Any, like)._asdict()
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), values)

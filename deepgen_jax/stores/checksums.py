@@ -142,7 +142,7 @@ def _lists(checkpoint: Path) -> Path:
 
 
 def _writer(path: Path) -> int:
-    """The process that wrote a file of a checkpoint: arrays of several processes stand in folders of each."""
+    """The process that wrote a file of a checkpoint: each process writes its arrays to a separate folder."""
     for name in path.parts:
         head, _, number = name.rpartition("_")
         if head == "ocdbt.process" and number.isdecimal():

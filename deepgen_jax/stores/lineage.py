@@ -144,7 +144,7 @@ def adapter_scale(run: Path) -> float:
 
 
 def _same_model(one: Path, other: Path) -> bool:
-    """Folders of the same model: the same place, or the same weights in another."""
+    """Whether two folders hold the same model: the same path, or the same weights."""
     if one.absolute() == other.absolute() or not (one / "config.json").is_file():
         return True
     first, second = model_folder.read_manifest(one), model_folder.read_manifest(other)

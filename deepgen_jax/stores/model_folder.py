@@ -86,7 +86,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a model folder; no arrays are read.
 
     Raises:
-      DeepGenError: the folder does not exist, is no model folder, or is of another version.
+      DeepGenError: the folder does not exist, is not a model folder, or has an unsupported version.
     """
     folder = Path(folder)
     path = folder / "config.json"

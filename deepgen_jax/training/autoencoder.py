@@ -194,7 +194,7 @@ class AutoencoderStage(AccumulatingStage):
                 tokens += width * height // (config.vae.downscale * config.mmdit.patch_size) ** 2
                 encoding = flops.vae_encoder(config.vae, height, width)
                 decoding = flops.vae_decoder(config.vae, height, width)
-                # Forward alone, or forward and backward for data and weights.
+                # Forward only, or forward and backward for data and weights.
                 operations += (1 if self._config.decoder_only else 3) * encoding + 3 * decoding
         samples = self._config.data.micro_batch
         return samples * tokens, samples * operations

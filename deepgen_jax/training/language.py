@@ -162,7 +162,7 @@ def _logits(states: jax.Array, embedding: jax.Array) -> jax.Array:
 
 
 def _measure(logits: jax.Array, text: Text, mark: int, end: int) -> dict[str, jax.Array]:
-    """Sums over each sample's tokens, [B]; answers stand between the tokens ``mark`` and ``end``."""
+    """Sums over each sample's tokens, [B]; answers are between the tokens ``mark`` and ``end``."""
     wanted = text.input_ids[:, 1:]
     real = text.real[:, : text.input_ids.shape[1]]
     read = real[:, :-1] & real[:, 1:] & (text.image_index[:, 1:] < 0)

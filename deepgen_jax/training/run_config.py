@@ -263,7 +263,7 @@ class AutoencoderConfig(RunConfig):
         at_least("kl_weight", self.kl_weight, 0)
         at_least("latent_noise", self.latent_noise, 0)
         if self.trains != ("vae",):
-            raise DeepGenError(f"trains is {self.trains}; this stage trains the vae alone")
+            raise DeepGenError(f"trains is {self.trains}; this stage trains only the vae")
 
 
 @dataclass(frozen=True, kw_only=True)

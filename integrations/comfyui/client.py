@@ -1,4 +1,4 @@
-"""Requests to ``deepgen serve`` with the standard library alone, so that ComfyUI needs no further package."""
+"""Requests to ``deepgen serve`` with only the standard library, so that ComfyUI needs no further package."""
 
 from __future__ import annotations
 

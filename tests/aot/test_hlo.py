@@ -203,7 +203,7 @@ def test_memory_counts_slices_as_slices_and_leaves_on_chip_memory_out(module):
     # One layer of the stack and the number of the turn are read, one layer is written.
     assert moved["layer"] == 2 * LAYER + 4
     assert moved["last"] == 2 * LAYER
-    # The kernel lies on the chip.
+    # The kernel is in on-chip memory.
     assert moved["out"] == LAYER + 64 * 32 * 4
     assert moved["loop"] == moved["start"] == 0
 

@@ -116,7 +116,7 @@ def test_missing_parts(missing: str, reason: str, archive: Archive) -> None:
         open_checkpoint(path)
 
 
-def test_any_part_and_the_folder_stand_for_the_archive(archive: Archive) -> None:
+def test_any_part_and_the_folder_name_the_archive(archive: Archive) -> None:
     path = archive({"SFT/a.pth": "deepgen_sft.pth"}, zipfile.ZIP_DEFLATED, 3)
     assert len(open_checkpoint(path.with_name("all.zip.part-ac")).tensors) == 814
     assert len(open_checkpoint(path.parent).tensors) == 814

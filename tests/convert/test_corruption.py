@@ -349,7 +349,7 @@ def test_hyper_parameters_that_are_no_json_or_no_sizes(
 @FUZZ
 @given(data=st.data())
 def test_any_value_in_any_configuration_is_an_error_or_harmless(data: st.DataObject, release: Path) -> None:
-    """Configurations are refused by one line, whatever stands in them, and never make anything large or slow."""
+    """Damaged configurations are refused with one line, whatever they contain, and never cause large or slow work."""
     from deepgen_jax.convert import configs
 
     name, parse = data.draw(

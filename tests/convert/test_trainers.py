@@ -106,7 +106,7 @@ def test_averages_beside_the_weights(
     stage: Stage, bases: dict[str, Path], folders: Callable[[str], Path], tmp_path: Path,
     read_flat: Callable[..., Flat], assert_same: Callable[[Flat, Flat], None],
 ) -> None:  # fmt: skip
-    """Whatever the file: here the averages are the weights, and what stands under the weights' names is noise."""
+    """In every file the averages are the weights, and the tensors under the weights' names are noise."""
     noise = {name: torch.zeros_like(value) for name, value in stage.items() if not name.startswith("lmm")}
     averages = {f"ema.{name}": value for name, value in stage.items() if name in noise}
     save_file({**stage, **noise, **averages}, tmp_path / "stage.safetensors")

@@ -1,4 +1,4 @@
-"""Turns keep to their shares; permutations are permutations; numbers depend on their place alone."""
+"""Turns keep to their shares; permutations are permutations; numbers depend only on their place."""
 
 from __future__ import annotations
 

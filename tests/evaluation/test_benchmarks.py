@@ -49,7 +49,7 @@ def test_the_tree_is_the_official_one(name: str, tmp_path: Path, pipe: FakePipel
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_damaged_run_makes_what_is_missing_alone(name: str, tmp_path: Path, pipe: FakePipeline):
+def test_a_damaged_run_makes_only_missing_images(name: str, tmp_path: Path, pipe: FakePipeline):
     out = make(name, tmp_path)
     whole = {path: path.read_bytes() for path in out.rglob("*.png")}
     parts = [out / file for item in RunFolder(out).items() for file in item.files]
@@ -80,7 +80,7 @@ def test_prompts_and_settings_are_the_published_ones(name: str, tmp_path: Path, 
             assert call["image"] is None
 
 
-def test_a_model_of_its_own_kind_keeps_its_settings():
+def test_a_model_of_a_custom_kind_keeps_its_settings():
     config = dataclasses.replace(DeepGenConfig(), guidance_scale=1.0)
     config = dataclasses.replace(config, mmdit=dataclasses.replace(config.mmdit, sample_size=12))
     settings = run_settings(open_benchmark("imgedit"), config)
@@ -279,7 +279,7 @@ def test_limits(tmp_path: Path, pipe: FakePipeline):
     assert chosen(items, 20, spread=True) == items  # type: ignore[type-var]
 
 
-def test_seeds_belong_to_their_image_alone():
+def test_each_seed_affects_only_its_image():
     seeds = {image_seed(seed, f"{i:05d}/samples/0000.png") for seed in range(3) for i in range(500)}
     assert len(seeds) == 1500
     assert image_seed(0, "a.png") == image_seed(0, "a.png")

@@ -62,7 +62,7 @@ def test_maps_are_shares_of_each_patch(nano, trace):
     ],
 )
 @pytest.mark.parametrize("images", [None, (4,)])
-def test_words_stand_where_their_tokens_do(nano, prompt, words, images):
+def test_words_have_the_positions_of_their_tokens(nano, prompt, words, images):
     found, length = words_of(nano.tokenizer, prompt, images)
     assert [word.text for word in found] == words
     ids = nano.tokenizer.encode(format_prompt(prompt, images))
@@ -72,7 +72,7 @@ def test_words_stand_where_their_tokens_do(nano, prompt, words, images):
         assert word.text in text or "\ufffd" in text
 
 
-def test_a_layer_without_outputs_leaves_its_streams_alone(nano):
+def test_a_layer_without_outputs_does_not_change_its_streams(nano):
     config, params = nano.config.mmdit, nano.params["mmdit"]
     for i, run in enumerate(block_runs(config)):
         for index in range(run.length):

@@ -86,7 +86,7 @@ def test_a_judge_in_training(tmp_path: Path):
         (EvalConfig(every=1, benchmarks=("nano",), data=("x",)), "no benchmark takes x"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_before_training(config: EvalConfig, message: str, tmp_path: Path):
+def test_invalid_evaluations_are_refused_before_training(config: EvalConfig, message: str, tmp_path: Path):
     with pytest.raises(DeepGenError, match=message):
         InTraining(config, tmp_path, average=False)
 

@@ -211,7 +211,7 @@ def form(text: str) -> tuple[int, int, int] | None:
 
 
 def fair(body: Any) -> str:
-    """A judge's reply that depends on the question's text and pictures alone."""
+    """A judge's reply that depends only on the question's text and pictures."""
     content = body["messages"][0]["content"]
     text = content[-1]["text"].split("\nAn earlier reply")[0]
     digest = hashlib.sha256(json.dumps([text, content[:-1]]).encode()).digest()

@@ -21,7 +21,7 @@ _NUMBERS = (0, 1, -1, 2, 7, 31, 32, 33, 512, 10**6, 10**7, 2**31, 2**32, 2**63, 
 
 
 def text(rng: random.Random) -> str:
-    """A short text, often an odd one; never a lone surrogate, which no command line can carry."""
+    """A short text, often unusual; without lone surrogates, which a command line cannot hold."""
     if rng.random() < 0.7:
         return rng.choice(_WORDS)
     return "".join(
@@ -64,7 +64,7 @@ def value(rng: random.Random, depth: int = 3) -> Any:
 
 
 def deep(rng: random.Random) -> bytes:
-    """JSON of a depth that recursion does not reach."""
+    """JSON nested beyond the recursion limit."""
     depth = rng.choice((500, 3000, 100_000))
     return b"[" * depth + b"]" * depth if rng.random() < 0.5 else b'{"a":' * depth + b"1" + b"}" * depth
 
@@ -75,7 +75,7 @@ def damage(rng: random.Random, data: bytes) -> bytes:
     for _ in range(rng.randrange(1, 4)):
         if not out:
             break
-        # Headers decide more than bodies.
+        # Headers matter more than bodies.
         at = rng.randrange(min(len(out), 256)) if rng.random() < 0.5 else rng.randrange(len(out))
         size = min(rng.choice((1, 2, 4, 8, 64, 1024)), len(out) - at)
         match rng.randrange(6):
@@ -95,12 +95,12 @@ def damage(rng: random.Random, data: bytes) -> bytes:
 
 
 def image(rng: random.Random) -> tuple[str, bytes]:
-    """(name, contents) of a picture: of any format, size and mode, whole or damaged, or none at all."""
+    """(name, contents) of a picture: of any format, size and mode, intact or damaged, or not an image."""
     kind = rng.choice(("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "EPS", "ICO", "PPM", "text", "bomb", "thin"))
     if kind == "text":
         return "text.png", text(rng).encode()
     if kind in ("bomb", "thin"):
-        # A few bytes that announce very many pixels.
+        # A few bytes that declare a huge image.
         width, height = (1, 60_000_000) if kind == "thin" else (rng.choice((20_000, 60_000)),) * 2
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         chunks = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", b"x\x9c\x03\x00\x00\x00\x00\x01")
@@ -179,7 +179,7 @@ def tar(rng: random.Random) -> bytes:
 
 
 def safetensors_header(rng: random.Random, data: bytes) -> bytes:
-    """A safetensors file whose header is changed in meaning rather than in bits; its body stays."""
+    """A safetensors file with a semantically changed header and the same body."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     names = [name for name in header if name != "__metadata__"]

@@ -19,7 +19,7 @@ from typing import Any
 from . import corpus
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-#: No command may take longer, nor more memory (interpreter, JAX and PyTorch included).
+#: Limits of time and memory per command (interpreter, JAX and PyTorch included).
 SECONDS, MEMORY_MIB = 60.0, 2048.0
 #: Commands that serve, or whose valid runs take minutes: only their refusals are fuzzed.
 LONG = ("serve", "demo", "reward-server", "compile", "train", "eval", "nano", "explain", "quantize", "doctor")
@@ -28,7 +28,7 @@ _BAD = re.compile(r"a bug\?|Traceback \(most recent call last\)|^\S+Error: ", re
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command, and what must hold beyond the rules for all.
+    """A command and additional checks of its result.
 
     Attributes:
       argv: words after ``deepgen``.
@@ -42,7 +42,7 @@ class Case:
 
 
 class Worker:
-    """The process that runs the commands; a new one where the last was lost."""
+    """The process that runs the commands; restarted if it dies."""
 
     def __init__(self, home: Path) -> None:
         self._home, self._process = home, None
@@ -76,7 +76,7 @@ class Worker:
 
 
 def verdict(case: Case, answer: dict[str, Any]) -> str | None:
-    """What is wrong with an answer; None where nothing is."""
+    """The fault in an answer; None if there is none."""
     if answer["status"] not in case.statuses:
         return f"status {answer['status']!r}, expected one of {case.statuses}"
     if found := _BAD.search(answer["stderr"]):
@@ -267,7 +267,7 @@ def configs(rng: random.Random, folder: Path) -> Case:
 
 
 def folders(rng: random.Random, folder: Path) -> Case:
-    """A model folder with a damaged or missing file, and folders that are none."""
+    """A model folder with a damaged or missing file, or a folder of something else."""
     from deepgen_jax.stores import model_folder
 
     source = Path(model_folder.locate(None))
@@ -295,8 +295,8 @@ def _exists(path: Path) -> None:
 
 
 def run_one(worker: Worker, family: str, seed: str, scratch: Path) -> tuple[Case, dict[str, Any], str | None]:
-    """One case by its family and seed: always the same."""
-    # Deep, so that names like ../../x stay within.
+    """The case of a family and seed; deterministic."""
+    # Nested, so that names like ../../x stay inside.
     folder = scratch / "a" / "b" / "c" / "d"
     shutil.rmtree(scratch / "a", ignore_errors=True)
     folder.mkdir(parents=True)
@@ -308,7 +308,7 @@ def run_one(worker: Worker, family: str, seed: str, scratch: Path) -> tuple[Case
 def run_for(
     seconds: float, seed: str, scratch: Path, families: tuple[str, ...] = tuple(FAMILIES)
 ) -> tuple[int, list[str]]:
-    """(cases run, faults), families in turn, until the time is used.
+    """Runs the families in turn until the time is used; returns (cases run, faults).
 
     A fault says how to run its case again.
     """

@@ -1,4 +1,4 @@
-"""Runs `deepgen` commands that arrive as JSON lines on stdin, and answers each with what a user would have seen.
+"""Runs `deepgen` commands that arrive as JSON lines on stdin, and answers each with its output as a user would see it.
 
 One process runs many commands, so that imports are paid once. Image models are replaced by a cheap stand-in: what is
 tested is everything around them. The answer holds the exit status, stderr, seconds and the peak of memory.
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def peak_mib() -> float:
-    """Most memory since `reset_peak`, in MiB."""
+    """Peak memory since `reset_peak`, in MiB."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
@@ -28,7 +28,7 @@ def reset_peak() -> None:
 
 
 def replace_model() -> None:
-    """Every pipeline of the command line is the stand-in; options, files and outputs stay real."""
+    """Replaces the pipeline of every command by a fake; options, files and outputs stay real."""
     from support.fake_pipeline import FakePipeline
 
     from deepgen_jax.cli import image_run

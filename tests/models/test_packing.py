@@ -50,7 +50,7 @@ def test_the_same_velocity():
     np.testing.assert_array_equal(plain, programs.velocity(model, packed, *inputs, None, None, num_targets=16))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs alone")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="CPU only")
 def test_no_copy_of_the_weights_in_a_program():
     """A stack of large layers under a small batch: the temporary memory is below half of the weights."""
     sizes = MMDiTConfig(

@@ -46,7 +46,7 @@ class Oracle:
         return SimpleNamespace(images=found)
 
 
-def test_a_model_that_does_what_is_asked_and_one_that_leaves_pictures_alone():
+def test_a_perfect_model_and_one_that_returns_its_input():
     samples = held_out_samples(3, 0, QUICK)
     oracle = Oracle(samples)
     settings = {"steps": 2, "guidance": 1.0, "seed": 5, "batch_size": 4}
@@ -149,6 +149,6 @@ def test_the_table_names_every_row():
         (["nowhere"], "nowhere is not a folder"),
     ],
 )
-def test_bad_options_are_told(words, message, capsys):
+def test_reports_bad_options(words, message, capsys):
     assert main(["eval", "nano", *words]) == 2
     assert message in capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_stages_follow_each_other():
     assert all(config.start in outs for name, config in stages.items() if name != "nano/vae_small")
 
 
-def test_bad_options_are_told(model: Path, capsys):
+def test_reports_bad_options(model: Path, capsys):
     assert main(["nano", "init", "--out", str(model)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["nano", "init", "--seed", "-1"]) == 2
@@ -185,7 +185,7 @@ def test_the_packages_model_is_of_the_promised_size():
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 25_000_000
 
 
-def test_the_packages_model_draws_colours_where_it_is_told_to():
+def test_the_packaged_model_draws_colours_in_the_named_place():
     """The colour at the place that is named, and the background far from it."""
     rng = random.Random(0)
     wanted = [(rng.choice(list(COLOURS)), rng.choice(list(PLACES)), rng.choice(list(BACKGROUNDS))) for _ in range(16)]

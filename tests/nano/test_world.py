@@ -38,7 +38,7 @@ def test_samples_are_the_same_for_ever():
 
 
 @pytest.mark.parametrize("skill", ["single", "two", "count", "reasoning"])
-def test_where_no_place_is_told_things_stand_in_one_arrangement(skill):
+def test_things_without_a_named_place_have_one_arrangement(skill):
     for index in range(200):
         sample = make_sample("train", skill, seed=0, index=index)
         if not any(wanted.place for wanted in sample.truth.things):
@@ -79,7 +79,7 @@ def test_a_fair_share_is_held_out_and_every_word_trains():
     assert {word for word, background in words if not held_out("word", word, background)} == set(WORDS)
 
 
-def test_a_relation_is_held_out_whichever_way_it_is_told():
+def test_a_relation_is_held_out_in_both_wordings():
     first, second = make_sample("train", "relation", seed=0, index=0).scene.things
     assert relation_key(first, "left", second) == relation_key(second, "right", first)
     assert relation_key(first, "above", second) == relation_key(second, "below", first)
@@ -99,7 +99,7 @@ def test_scenes_are_tidy_and_truths_survive_json(skill):
         assert sample.scene not in sample.references
 
 
-def test_colours_can_be_told_apart():
+def test_colours_are_distinguishable():
     colours = np.array([*COLOURS.values(), *BACKGROUNDS.values()], float)
     apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
     shapes = len(COLOURS)
@@ -132,7 +132,7 @@ def test_one_thing_is_said_in_many_ways():
 
 
 @pytest.mark.parametrize("skill", ["recolour", "remove"])
-def test_an_instruction_names_one_thing_alone(skill):
+def test_an_instruction_names_exactly_one_thing(skill):
     left_out = 0
     for index in range(200):
         sample = make_sample("train", skill, seed=4, index=index)
@@ -157,7 +157,7 @@ def test_the_source_reads_what_the_index_saw():
             assert seen.images[0].size == (64, 64)
 
 
-def test_the_loader_reads_the_world_and_goes_on(tmp_path: Path):
+def test_the_loader_reads_the_world_and_resumes(tmp_path: Path):
     config = DataConfig(
         (world(), world("edit")), 4, mixture=MixtureConfig(cycle=("edit", "t2i")), image_size=64, min_side=16,
         cache_dir=str(tmp_path), token_multiple=32, threads=1, prefetch=1,
@@ -193,7 +193,7 @@ def test_skills_come_in_turn():
 
 
 @pytest.mark.parametrize(("skill", "background"), [("recolour", "grey"), ("remove", ""), ("move", "")])
-def test_what_is_hard_can_be_had_alone(skill, background):
+def test_hard_samples_can_be_selected(skill, background):
     for named, told, left_out in (("shape", "shape", "colour"), ("colour", "colour", "shape")):
         path = f"skills={skill},named={named}" + f",background={background}" * bool(background)
         source = open_source(world("edit", path=path))
@@ -209,7 +209,7 @@ def test_what_is_hard_can_be_had_alone(skill, background):
 
 
 @pytest.mark.parametrize(("skill", "things"), [("recolour", 3), ("multi_step", 2), ("replace_word", 1), ("add", 1)])
-def test_pictures_of_some_number_of_things_can_be_had_alone(skill, things):
+def test_pictures_can_be_selected_by_number_of_things(skill, things):
     source = open_source(world("edit", path=f"skills={skill},things={things}"))
     for row in range(8):
         sample = make_sample("train", skill, seed=0, index=row, only=Only(things=things))
@@ -217,7 +217,7 @@ def test_pictures_of_some_number_of_things_can_be_had_alone(skill, things):
         assert source.read(row).text == sample.text
 
 
-def test_what_is_not_asked_for_alone_stays_the_same():
+def test_unselected_samples_stay_the_same():
     assert make_sample("train", "edit", seed=0, index=3, only=Only()) == make_sample("train", "edit", seed=0, index=3)
 
 
@@ -238,11 +238,11 @@ def test_what_is_not_asked_for_alone_stays_the_same():
         ({"path": "skills=single+count+single"}, "names a skill twice; use a second source"),
     ],
 )
-def test_bad_settings_are_told(change, message):
+def test_reports_bad_settings(change, message):
     with pytest.raises(DeepGenError, match=message):
         open_source(world(**change))
 
 
-def test_an_unknown_skill_is_told():
+def test_reports_an_unknown_skill():
     with pytest.raises(DeepGenError, match="'recolor'"):
         make_sample("train", "recolor", seed=0, index=0)

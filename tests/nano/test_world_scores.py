@@ -147,7 +147,7 @@ def test_an_edit_at_the_wrong_thing_is_neither_done_nor_kept():
     assert (result.done, result.kept) == (False, True)
 
 
-def test_words_are_compared_without_case_and_with_nothing_beside_them():
+def test_words_are_compared_without_case_as_the_only_text():
     sample = make_sample("held_out", "text", seed=0, index=0)
     picture = np.asarray(render(sample.scene, 96))
     word = sample.truth.word

@@ -71,7 +71,7 @@ def test_the_manifest_needs_no_jax(folders: Callable[[str], Path]) -> None:
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
-def test_what_is_not_a_model_folder_is_told(data_dir: Path, tmp_path: Path) -> None:
+def test_reports_folders_that_are_not_models(data_dir: Path, tmp_path: Path) -> None:
     for path, reason in (
         (tmp_path / "nowhere", "is not a folder; give the folder that `deepgen convert` wrote"),
         (data_dir / "model.pt", "is not a folder"),

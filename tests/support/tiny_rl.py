@@ -65,7 +65,7 @@ SCHEDULER = SchedulerConfig()
 
 
 class Case:
-    """Weights, prompts and settings; ``lora`` trains adapters alone."""
+    """Weights, prompts and settings; ``lora`` trains only adapters."""
 
     def __init__(self, prompts=2, group_size=4, steps=6, lora=False, mesh=None, seed=0):
         from deepgen_jax.parallel.mesh import batch_sharding

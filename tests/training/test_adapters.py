@@ -55,7 +55,7 @@ class Dropped(nn.Module):
         return layer(x, adapter_input(self, x, 0.5))
 
 
-def test_dropout_is_in_the_adapter_alone_and_keeps_the_mean():
+def test_dropout_is_only_in_the_adapter_and_keeps_the_mean():
     layer, x = Dropped(), jnp.ones((20_000, 4))
     params = layer.init(jax.random.key(0), x)["params"]
     variables = {"params": params, "lora": {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 3))}}

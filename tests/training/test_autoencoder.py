@@ -152,7 +152,7 @@ def test_noise_on_latents_adds_to_the_posteriors_variance(config, trainable):
     assert abs(plain["latent_square"] - square) > 0.1
 
 
-def test_a_decoder_trains_alone(config, trainable):
+def test_trains_only_the_decoder(config, trainable):
     pictures, noise = batch(config, 2)
     both, alone = (
         gather(config, trainable, (pictures, noise, [1, 1]), decoder_only=only).gradients["params"]["vae"]
@@ -179,6 +179,6 @@ def test_noise_of_latents_is_no_less_than_none():
         AutoencoderConfig(model="m", out="o", steps=1, latent_noise=-0.1, data=None)
 
 
-def test_trains_the_vae_alone():
-    with pytest.raises(DeepGenError, match="trains the vae alone"):
+def test_trains_only_the_vae():
+    with pytest.raises(DeepGenError, match="trains only the vae"):
         AutoencoderConfig(model="m", out="o", steps=1, trains=("bridge",), data=None)

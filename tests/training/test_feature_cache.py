@@ -254,7 +254,7 @@ def test_other_models_and_settings_are_refused(pictures: Path, cache: Path, fold
     assert (tmp_path / "out" / "pairs" / "thesis.txt").exists()
 
 
-def test_digest_tells_encoders_apart(folders):
+def test_digest_distinguishes_encoders(folders):
     """Stages that share their frozen encoders agree; adapters on the vision tower count."""
     assert encoder_digest(folders("none")) == encoder_digest(folders("pretrain"))
     assert encoder_digest(folders("none")) != encoder_digest(folders("sft"))

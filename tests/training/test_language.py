@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> LanguageConfig:
     )  # fmt: skip
 
 
-def test_loss_and_answers_are_those_of_the_text_alone():
+def test_loss_and_answers_cover_only_the_text():
     # pad, image, image, a question, its mark, the answer, the end, the next turn.
     ids = np.array([[0, IMAGE, IMAGE, 1, ASKED, 2, 3, END, 4]], np.int32)
     real = np.array([[False, *[True] * 8, True]])
@@ -70,7 +70,7 @@ def test_loss_and_answers_are_those_of_the_text_alone():
     assert (float(found["right"][0]), float(found["answers"][0])) == (0, 0)
 
 
-def test_the_stage_learns_to_see_and_goes_on(config: LanguageConfig):
+def test_the_stage_learns_to_see_and_resumes(config: LanguageConfig):
     stage = make_stage(config, make_mesh("fsdp=1"))
     summary = stage.summary()
     assert summary[0].startswith("trains text ")

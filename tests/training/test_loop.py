@@ -111,7 +111,7 @@ def test_every_step_is_logged_and_the_right_checkpoints_stay(config, run):
     np.testing.assert_array_equal(stage.state.trainable["params"]["x"], 10)
 
 
-def test_goes_on_where_it_was_stopped(config, run):
+def test_resumes_where_it_was_stopped(config, run):
     outcome, _, _ = run(config, stop=5)
     assert (outcome.step, outcome.finished) == (5, False)
     assert checkpoints(config)[-1] == 5
@@ -156,7 +156,7 @@ def test_a_run_stays_what_it_was(config, run, changes, message):
         loop.describe(Path(config.out), replace(config, **changes))
 
 
-def test_an_autoencoder_goes_on_with_the_parts_it_began_with(config, run):
+def test_an_autoencoder_resumes_with_the_same_parts(config, run):
     whole = AutoencoderConfig(
         model=config.model,
         out=config.out,

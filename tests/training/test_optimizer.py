@@ -56,7 +56,7 @@ def test_muon_leaves_everything_else_to_adamw():
     np.testing.assert_allclose(ours["blocks"]["to_q"]["bias"], adamw["blocks"]["to_q"]["bias"], rtol=1e-5)
 
 
-def test_stacked_layers_are_updated_as_if_they_stood_alone():
+def test_stacked_layers_are_updated_like_single_layers():
     stacked = first_update("muon", PARAMS, GRADIENTS)["blocks"]["to_q"]["kernel"]
     for layer in range(3):
         one = [{"to_q": {"kernel": tree["blocks"]["to_q"]["kernel"][layer]}} for tree in (PARAMS, GRADIENTS)]

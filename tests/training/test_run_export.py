@@ -289,7 +289,7 @@ def test_refusals(first: Run, second: Run, model: Path, tmp_path: Path, refused:
     assert not (tmp_path / "place").exists()
 
 
-def test_the_command_and_what_is_told_of_both(
+def test_the_command_and_the_summary_of_both(
     second: Run, first: Run, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     lines = '{"step": 5, "loss": 2.0}\n{"step": 6, "time": 1.0, "loss": 1.25}\n{"s'
@@ -316,7 +316,7 @@ def test_the_command_and_what_is_told_of_both(
     assert "adapters merged into the weights" in told
 
 
-def test_telling_of_a_run_needs_no_jax(first: Run) -> None:
+def test_summary_of_a_run_needs_no_jax(first: Run) -> None:
     program = f"""
 import sys
 from deepgen_jax.cli.main import main

@@ -90,7 +90,7 @@ def t2i(setup, arrays, cases, max_tokens=None):
 
 
 def i2i(setup, arrays, cases, pictures, goldens, check_golden):
-    """Each sample has sizes of its own, so each is assembled alone and the two are stacked."""
+    """Samples differ in size, so each is assembled separately and the two are stacked."""
     case = cases["train"]["i2i"]
     refs = [[pictures[name] for name in row] for row in case["refs"]]
     text = setup.text(case["texts"], [[image.size for image in row] for row in refs])
@@ -210,7 +210,7 @@ def test_moments_are_of_the_documented_shape(setups, pictures):
 
 
 def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, goldens):
-    """Two equal micro-batches in a scan give the update of their mean; a NaN leaves all but the counters alone."""
+    """Two equal micro-batches in a scan give the update of their mean; a NaN changes only the counters."""
     setup = setups("pretrain")
     micro, _ = t2i(setup, goldens("train"), cases)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), micro)
@@ -240,7 +240,7 @@ def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, go
 
     halves = [stacked._replace(weight=jnp.asarray([row, row], jnp.float32)) for row in ([1, 0], [0, 1])]
     shares = [step(state, setup.frozen, {"t2i": half}, {"t2i": keys})[1]["loss"] for half in halves]
-    np.testing.assert_allclose(sum(shares) / 2, loss, rtol=1e-6)  # each half counts its own samples alone
+    np.testing.assert_allclose(sum(shares) / 2, loss, rtol=1e-6)  # each half counts only its samples
 
     # The same at once; samples of unequal weight keep the share they have in their own micro-batch.
     weighted = stacked._replace(weight=jnp.asarray([[1, 3], [1, 1]], jnp.float32))

@@ -74,7 +74,7 @@ def test_rubbish_at_the_end_goes(tmp_path: Path, end: bytes):
 def test_metrics_file(tmp_path: Path):
     with Tracker(tmp_path / "run", FILES_ONLY, {}) as tracker:
         tracker.log(1, {"loss": np.float32(0.5), "bad": float("nan"), "worse": float("inf"), "count": 3})
-        # Flushed: a reader sees the line while the run goes on.
+        # Flushed: a reader sees the line while the run continues.
         assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
         tracker.log(2, {"loss_by_sigma": np.array([1.0, np.nan]), "grad_norm": [1, None]})
     first, second = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -167,7 +167,7 @@ class FakeWandB(types.ModuleType):
         return run
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wandb = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = LogConfig(tensorboard=False, wandb="project")

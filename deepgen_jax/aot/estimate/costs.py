@@ -67,7 +67,7 @@ def sent_to_slices(instruction: Instruction) -> tuple[str, int, int] | None:
 
 
 def _count_slices(text: str) -> int:
-    """Number of slices in ``1,2`` or ``1:4``; two for another form."""
+    """Number of slices in ``1,2`` or ``1:4``; two for any other form."""
     count = 0
     for part in text.split(","):
         first, _, last = part.partition(":")

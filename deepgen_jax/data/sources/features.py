@@ -37,7 +37,7 @@ class Features(Source):
         """Manifest of the features.
 
         Raises:
-          DeepGenError: there is none, or it is of another task.
+          DeepGenError: there is none, or it is of a different task.
         """
         where = f"source {self.config.name}"
         path = join(self.config.path, MANIFEST)

@@ -87,7 +87,7 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 def _message(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise IndexError("a number stands where a message belongs")
+        raise IndexError("a number where a message is expected")
     return value
 
 

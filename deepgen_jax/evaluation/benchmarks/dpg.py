@@ -13,7 +13,7 @@ from deepgen_jax.files import read_text
 
 
 class DPGBench(Benchmark):
-    """The tree holds grids of 2 x 2 alone; the images that they are made of are kept aside."""
+    """The tree holds only grids of 2 x 2; their images are kept separately."""
 
     title = "DPG-Bench"
     images = 4

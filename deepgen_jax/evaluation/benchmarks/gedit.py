@@ -130,7 +130,7 @@ def _shards(data: Path) -> list[Path]:
 
 
 def _records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet or Arrow file, these columns alone, some at a time."""
+    """Selected columns of a Parquet or Arrow file, read in batches of rows."""
     try:
         import pyarrow as arrow
         from pyarrow import ipc, parquet

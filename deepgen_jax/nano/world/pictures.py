@@ -38,7 +38,7 @@ Look = tuple[str, str]
 _CHINESE = 0.15
 #: Where a sign can be.
 SIGN_HEIGHTS = (0.2, 0.5, 0.8)
-# Heights of a sign alone and of one above a thing, and the place of that thing.
+# Heights of a single sign and of one above a thing, and the place of that thing.
 _SIGN_ALONE, _SIGN_ABOVE, _BELOW_SIGN = 0.5, 0.2, (0.5, 0.7)
 
 

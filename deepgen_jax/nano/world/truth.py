@@ -45,7 +45,7 @@ class Truth:
     Attributes:
       skill: one of `SKILLS`.
       things: all that it must show, and nothing else.
-      relation: "left", "right", "above" or "below": how the first thing stands to the second; "" for none.
+      relation: "left", "right", "above" or "below": position of the first thing relative to the second; "" for none.
       background: None where any will do.
       word: on its sign, which is what an edit changes, if there is one; None for no sign.
       gone: what an edit must have taken away.
