@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # File names and prompts may have letters that the terminal's encoding lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _hook_without_closed_loops
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     verify = unverified() if "--no-verify" in words else contextlib.nullcontext()
@@ -74,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed(error, "out of memory; use a smaller batch, size or model, or --mesh", debug)
         text = " ".join(str(error).split())[:500]
         return _failed(error, f"{type(error).__name__}: {text} (a bug? --debug shows the traceback)", debug)
+
+
+def _hook_without_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """The usual hook, but for threads of TensorStore that report to an event loop that a failed read has closed."""
+    if not (issubclass(kind, RuntimeError) and "Event loop is closed" in str(error)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _stopped(status: int, alone: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from deepgen_jax import files
 from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
-from deepgen_jax.stores import checksums
+from deepgen_jax.stores import checksums, orbax_logs
 from deepgen_jax.stores.run_folder import CHECKPOINTS, checkpoint_folder, pinned_steps, saved_steps
 
 Tree = dict[str, Any]
@@ -60,7 +59,7 @@ class Checkpoints:
             raise files.write_error(self._folder, error) from error
 
     def __enter__(self) -> Checkpoints:
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        orbax_logs.hide()
         return self
 
     def __exit__(
@@ -75,7 +74,7 @@ class Checkpoints:
             self._seal()
         finally:
             self._sealing.shutdown(wait=True)
-            logging.getLogger("absl").removeFilter(_is_not_of_orbax)
+            orbax_logs.show()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; None where there is none."""
@@ -185,11 +184,6 @@ def set_aside(run: Path, step: int) -> Path | None:
     except OSError as error:
         raise files.write_error(folder, error) from error
     return folder if later else None
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Filters the tracebacks that Orbax logs of errors that it raises as well."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 class _Pinned(policies.PreservationPolicy):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig, from_dict
 from deepgen_jax.errors import DeepGenError, first_line, is_out_of_memory
 from deepgen_jax.local_paths import refuse_url
-from deepgen_jax.stores import checksums
+from deepgen_jax.stores import checksums, orbax_logs
 from deepgen_jax.stores.path_kinds import Folder, describe, folder_kind, merge_hint
 from deepgen_jax.strict_json import read_json
 
@@ -211,11 +211,14 @@ def stored_tree(folder: Path, name: str = "params") -> dict[str, Any]:
     state = _state(folder / name / "_METADATA")
     if state is None or state not in _trees:
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                metadata = checkpointer.metadata((folder / name).absolute()).item_metadata.tree
+            with orbax_logs.hidden(), ocp.PyTreeCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata((folder / name).absolute()).item_metadata
         except (ValueError, KeyError, OSError, AttributeError) as error:
             raise DeepGenError(f"{folder / name} is damaged ({first_line(error)}); convert the model again") from error
-        tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+        if metadata is None:
+            lacking = "its list of arrays cannot be read"
+            raise DeepGenError(f"{folder / name} is damaged: {lacking}; convert the model again")
+        tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
         _trees.clear()
         _trees[state] = tree
     return jax.tree.map(lambda leaf: leaf, _trees[state])

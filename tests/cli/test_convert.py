@@ -20,7 +20,7 @@ def test_convert_and_export(data_dir: Path, tmp_path: Path, capsys: pytest.Captu
     assert "superseded by the checkpoint: 488 tensors of" in shown.out
     assert f"wrote {tmp_path / 'm'}" in shown.out
     options = read_manifest(tmp_path / "m").provenance["options"]
-    assert options == {"keep_lora": False, "dtype": "bfloat16", "lora_alpha": 4.0}
+    assert options == {"keep_lora": False, "dtype": "bfloat16", "lora_alpha": 4.0, "ema": False}
 
     out = tmp_path / "all.pth"
     assert main(["export", str(tmp_path / "m"), "--format", "pth", "--out", str(out)]) == 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from deepgen_jax.rewards.result import RewardResult, nothing
+from deepgen_jax.rewards.result import RewardResult, empty_result
 from deepgen_jax.rl.step_metrics import over_hosts, own_groups
 
 NAMES = ("clip", "ocr")
@@ -34,7 +34,7 @@ def test_every_group_is_scored_by_one_host(monkeypatch: pytest.MonkeyPatch, host
         scored += own
         flat = [x[own].reshape(-1, len(NAMES)) for x in (rewards, weights)]
         # The last call has gathered what all have sent.
-        together = over_hosts(result(*flat) if own else nothing(NAMES), prompts, 4)
+        together = over_hosts(result(*flat) if own else empty_result(NAMES), prompts, 4)
     assert sorted(scored) == list(range(prompts))
     for got, expected in zip(together, (rewards, weights), strict=True):
         np.testing.assert_array_equal(got, expected.reshape(-1, len(NAMES)))
