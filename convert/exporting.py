@@ -201,7 +201,7 @@ class _Tensors:
         return self._read(stored)[weight.index].astype(self._dtype or stored.dtype, copy=copy)
 
     def specs(self) -> list[Spec]:
-        """What :meth:`under_keys` yields, in its order."""
+        """The values that :meth:`under_keys` yields, in order."""
         specs = []
         for leaf in self._leaves:
             for weight in leaf.members:

@@ -21,7 +21,7 @@ CALL_DEFAULTS: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class HParams:
-    """What the file says; None: nothing.
+    """Contents of the file; None for absent entries.
 
     Attributes:
       connector: sizes of the connector and ``num_queries``.

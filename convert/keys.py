@@ -55,7 +55,7 @@ AVERAGE_LEFT_OUT = "moving average of the weights; the trained ones are converte
 
 
 class Role(enum.Enum):
-    """What a source tensor is to its module."""
+    """Role of a source tensor in its module."""
 
     WEIGHT = "weight"
     LORA_A = "a"
@@ -83,7 +83,7 @@ def parse_key(raw: str, prefix: str = "") -> Key:
 
 
 def average_of(raw: str) -> str | None:
-    """The name of the tensor that ``raw`` is the moving average of, or None where it is none."""
+    """The name of the tensor that ``raw`` is the moving average of, or None if it is none."""
     match = _AVERAGE.match(raw)
     return raw[match.end() :] if match else None
 

@@ -75,7 +75,7 @@ def chunk_shape(weight: Weight, blocks: list[slice | None]) -> Shape:
 
 
 def slice_index(weight: Weight, rows: slice | None) -> Index:
-    """Where a weight, or a range of its rows, goes in its leaf."""
+    """Position of a weight, or of a range of its rows, in its leaf."""
     if rows is None:
         return weight.index
     axis = weight.transform.row_axis

@@ -65,7 +65,7 @@ class Adapter:
 
 @dataclass
 class Inventory:
-    """What the sources hold, by canonical key."""
+    """Contents of the sources by canonical key."""
 
     weights: dict[str, Ref] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -135,7 +135,7 @@ def _warn_of_partial_parts(source: Source, names: set[str], inventory: Inventory
 
 @dataclass(frozen=True)
 class Plan:
-    """How to fill a model.
+    """Plan of a conversion.
 
     Attributes:
       config: the model's configuration, with tying and adapters as they come out.

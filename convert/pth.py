@@ -42,7 +42,7 @@ _RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 
 
 class _Slot(NamedTuple):
-    """Where a tensor's elements are: a record of the zip, then an offset and strides in elements."""
+    """Location of a tensor's elements: a record of the zip, then an offset and strides in elements."""
 
     record: zipfile.ZipInfo
     offset: int
@@ -280,7 +280,7 @@ def _unpickle(small: Mapping[str, bytes], root: str, records: list[str], label: 
 
 
 def _load(file: Path | io.BytesIO, label: str) -> Any:
-    """What ``torch.load`` makes of a file, without running any code in it."""
+    """Loads a file with ``torch.load`` without running code in it."""
     _require_torch(label)
     import torch
 

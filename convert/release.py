@@ -210,7 +210,7 @@ def connector_json(config: BridgeConfig) -> dict[str, Any]:
 
 
 def hparams_json(config: DeepGenConfig) -> dict[str, Any]:
-    """What no checkpoint stores, as ``--hparams`` reads it."""
+    """Hyper-parameters that no checkpoint stores, in the format of ``--hparams``."""
     connector = connector_json(config.bridge)
     values = {"num_queries": connector.pop("num_queries"), "max_length": config.max_prompt_tokens}
     for name in CALL_DEFAULTS:

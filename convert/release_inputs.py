@@ -151,7 +151,7 @@ def _configure(
 
 
 def _token_id(folder: Path, token: str) -> int | None:
-    """The id of a special token, or None where the tokenizer's files lack it."""
+    """The id of a special token, or None if the tokenizer's files lack it."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

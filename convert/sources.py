@@ -44,7 +44,7 @@ def check_names(names: Iterable[Any], label: str) -> None:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read.
+    """Metadata of a tensor, known before reading it.
 
     Attributes:
       shape: its shape.

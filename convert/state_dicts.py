@@ -100,7 +100,7 @@ def _tensors(node: Any) -> dict[str, Any]:
 
 
 def _unwrapped(node: Any, depth: int = 3) -> Any:
-    """The mapping of tensors inside ``node``, which may be it; ``node`` itself where there is none."""
+    """The mapping of tensors inside ``node``, which may be it; ``node`` itself if there is none."""
     if _tensors(node) or not isinstance(node, Mapping) or not depth:
         return node
     inner = (_unwrapped(node[name], depth - 1) for name in _INNER if name in node)

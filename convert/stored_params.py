@@ -62,7 +62,7 @@ class StoredLeaf(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredModel:
-    """Where everything of a model is.
+    """Locations of a model's arrays.
 
     Attributes:
       where: for messages.

@@ -37,7 +37,7 @@ class Spec(NamedTuple):
 
 
 class TensorWriter(Protocol):
-    """What takes the tensors of an export."""
+    """Receives the tensors of an export."""
 
     def add(self, key: str, rows: np.ndarray) -> None:
         """Writes a tensor, or the next part of it in row-major order; keys come in the order announced."""

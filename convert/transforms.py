@@ -1,4 +1,4 @@
-"""How a tensor of a PyTorch release and a parameter of ours hold the same numbers."""
+"""Transforms between tensors of a PyTorch release and our parameters."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a symbolic link or a whole folder; nothing happens where there is none."""
+    """Removes a file, a symbolic link or a whole folder; nothing happens if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -83,7 +83,7 @@ def _holding(what: Path, lock: Path, fix: str, wait: bool) -> Iterator[None]:
 
 
 def _acquire(what: Path, lock: Path, fix: str, wait: bool) -> int | None:
-    """A descriptor of the locked file; None where the system or the file system has no locks."""
+    """A descriptor of the locked file; None if the system or the file system has no locks."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""What random numbers are drawn for: the one registry of purposes, by scheme of keys.
+"""Registry of the purposes of random numbers, by key scheme.
 
 A key is derived from a seed, the number of a sample (or prompt, image, rollout) and a purpose, never from the number of
 devices or the place in a batch; see "Randomness" in docs/training.md. The values are part of every run and picture that

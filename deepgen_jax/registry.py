@@ -108,7 +108,7 @@ class Registry(Generic[T]):
 
 
 def load_object(text: str, where: str) -> Any:
-    """What ``module:Name`` or ``file.py:Name`` names.
+    """The object that ``module:Name`` or ``file.py:Name`` names.
 
     Args:
       text: the name; dots in ``Name`` go into classes.

@@ -33,7 +33,7 @@ _LEAST_COMPUTED = 0.95
 
 @dataclass(frozen=True)
 class Request:
-    """What to compile.
+    """Compilation options.
 
     Attributes:
       config: of the run.

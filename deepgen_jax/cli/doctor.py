@@ -129,7 +129,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Finding:
-    """What JAX computes on; asked in another process, because a device that is held elsewhere can block forever."""
+    """Devices of JAX; queried in a subprocess, because a device in use elsewhere can block forever."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _DEVICES], capture_output=True, text=True, timeout=_JAX_SECONDS, check=False

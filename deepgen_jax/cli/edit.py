@@ -17,7 +17,7 @@ from deepgen_jax.inference.batch import EDIT_NEGATIVE_PROMPT, Settings
 
 @dataclass
 class ReferenceOptions(PromptArguments):
-    """What only editing has."""
+    """Options of editing only."""
 
     image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="FILE")] = ()
     """Reference image; repeat the option for several. With --prompts: for lines that name none."""

@@ -89,7 +89,7 @@ class EvalCommand(EvalArguments):
     size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Side of the images; by default 512 as published, or the model's own."""
     seed: int = 0
-    """Of the run; each image's own seed is derived from it and the image's file."""
+    """Seed of the run; each image's seed is derived from it and the image's file."""
     batch_size: int = 4
     """Images made at once; changes speed and memory, not the images."""
     overwrite: bool = False
@@ -228,7 +228,7 @@ class EvalCommand(EvalArguments):
     def _description(
         self, benchmark: Benchmark, model: Path, name: str, settings: Settings, items: list[Item]
     ) -> dict[str, Any]:
-        """What ``run.json`` holds: everything needed to make and read the run again."""
+        """Contents of ``run.json``: everything needed to repeat and read the run."""
         dtype = resolved_dtype(self.dtype)
         return {
             "benchmark": self.benchmark,
@@ -277,11 +277,11 @@ class ScoreCommand(ScoreArguments):
     concurrency: int = 16
     """Requests under way at once."""
     tries: int = 3
-    """How often a question is asked whose reply cannot be read."""
+    """Number of attempts for a question whose reply cannot be read."""
     clip: Annotated[str | None, arg(metavar="DIR", help_behavior_hint="")] = None
     """CLIP ViT-L/14 as transformers stores it, for CVTG-2K's CLIPScore."""
     results: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """What the official scorer wrote (GenEval, DPG-Bench), to take its scores into reports."""
+    """Output of the official scorer (GenEval, DPG-Bench), to include its scores in reports."""
 
     def run(self) -> int:
         """Prints the figures; returns the exit status."""

@@ -49,7 +49,7 @@ class NanoCommand(NanoArguments):
     size: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Side of the pictures, a multiple of 32; by default what the model is for, and 96 for --renders."""
     seed: int = 0
-    """Of prompts and noise."""
+    """Seed of prompts and noise."""
     steps: int = 20
     """Denoising steps."""
     guidance: Annotated[float | None, arg(help_behavior_hint="")] = None

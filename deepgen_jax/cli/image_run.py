@@ -27,7 +27,7 @@ Finish = Callable[[Mapping[str, Mapping[str, Any]]], Sequence[Path]]
 
 @dataclass(frozen=True)
 class FolderResult:
-    """What a run left in its folder.
+    """Result of a run in its folder.
 
     Attributes:
       metadata: of each finished image by file.

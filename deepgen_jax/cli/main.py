@@ -175,7 +175,7 @@ def _plain(text: str) -> str:
 
 
 def _hint(words: Sequence[str]) -> str:
-    """What to do about words that were not understood because they begin with "-"."""
+    """Advice on words that were parsed as options because they begin with "-"."""
     if "--" in words:
         behind = words[words.index("--") + 1 :]
         return "put options before --" if any(word.startswith("--") for word in behind) else ""
@@ -240,7 +240,7 @@ def _overview(title: str, group: str, commands: Mapping[str, Subcommand | Group]
 
 
 def _say(text: str) -> None:
-    """One line on stderr, above a progress bar where there is one."""
+    """One line on stderr, above a progress bar if there is one."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 

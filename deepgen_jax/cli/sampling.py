@@ -1,4 +1,4 @@
-"""What ``deepgen generate`` and ``deepgen edit`` share: options, one image file or a resumable folder of them."""
+"""Common parts of ``deepgen generate`` and ``deepgen edit``: options, output to one file or a resumable folder."""
 
 from __future__ import annotations
 

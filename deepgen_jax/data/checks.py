@@ -19,7 +19,7 @@ _TAIL = 64
 
 
 class SampleInfo(NamedTuple):
-    """What the index keeps of a sample.
+    """Entry of a sample in the index.
 
     Attributes:
       length: tokens of its prompt, image tokens not counted, not cut.

@@ -96,7 +96,7 @@ def _tile(pictures: Sequence[Image.Image], text: str, font: ImageFont.FreeTypeFo
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The first lines of a text, broken at spaces, or between letters where there are none, as in Chinese."""
+    """The first lines of a text, broken at spaces, or between letters if there are none, as in Chinese."""
     lines: list[str] = []
     rest = " ".join(text.split())
     while rest and len(lines) < _LINES:

@@ -100,7 +100,7 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which samples a run sees, in which order and at which sizes, and how they are read.
+    """Data of a run: sources, order, sizes, and reading.
 
     Attributes:
       micro_batch: samples of a micro-batch over all hosts.

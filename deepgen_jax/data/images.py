@@ -198,7 +198,7 @@ def _open_file(source: str | os.PathLike[str] | BinaryIO, label: str, max_pixels
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where there is none or the block is unreadable."""
+    """The EXIF orientation, 1 (upright) if there is none or the block is unreadable."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:

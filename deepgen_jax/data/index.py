@@ -125,7 +125,7 @@ class IndexWriter:
         return [data[a:b].tobytes() for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
     def add_samples(self, samples: Iterable[SampleInfo | BadSample]) -> None:
-        """What was found about the next rows."""
+        """Entries of the next rows."""
         items = list(samples)
         status = np.array([self._code(item) if isinstance(item, BadSample) else 0 for item in items], np.uint8)
         good = [item if isinstance(item, SampleInfo) else SampleInfo(0, ()) for item in items]

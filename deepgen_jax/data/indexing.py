@@ -81,7 +81,7 @@ def _open(config: DataConfig, opened: Source, prompts: PromptEncoder, files: Seq
 
 
 def _load(folder: Path) -> Index | None:
-    """The index in a folder; None where there is none. One that is damaged is removed with a notice."""
+    """The index in a folder; None if there is none. One that is damaged is removed with a notice."""
     if not folder.is_dir():
         return None
     try:

@@ -18,7 +18,7 @@ def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
 
 def permuted(places: np.ndarray, size: int, seed: int, purpose: str, *indices: int) -> np.ndarray:
-    """Where a pseudo-random permutation of ``range(size)`` takes each of ``places``, without the memory of a table.
+    """Images of ``places`` under a pseudo-random permutation of ``range(size)``, without a table in memory.
 
     A Feistel network over the smallest even number of bits, applied again to what falls beyond ``size``; small
     permutations are drawn as tables.

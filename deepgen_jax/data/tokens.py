@@ -194,7 +194,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def visible_lengths(lengths: Sequence[int], padding: Padding, pair_with: Sequence[int] | None = None) -> list[int]:
-    """How long each left-padded prompt is to look, from the lengths of all prompts.
+    """Visible length of each left-padded prompt, from the lengths of all prompts.
 
     Args:
       lengths: tokens of each prompt.

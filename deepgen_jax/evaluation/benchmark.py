@@ -1,4 +1,4 @@
-"""What a benchmark is: how rows are read, where images go, what a judge is asked, how answers are aggregated."""
+"""Interface of benchmarks: reading rows, file layout of images, questions to judges, aggregation of scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scorer = Literal["judge", "ocr", "official", "exact"]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a benchmark reads, and for whom.
+    """Inputs of a benchmark.
 
     Attributes:
       data: file or folder of the benchmark's inputs.
@@ -70,7 +70,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Question:
-    """What a judge is asked about an image, answered with numbers inside ``<answer></answer>``.
+    """A question to a judge about an image, answered with numbers inside ``<answer></answer>``.
 
     Attributes:
       name: names it among the image's questions.
@@ -170,11 +170,11 @@ class Benchmark(abc.ABC):
         raise DeepGenError(f"results of the official scorer of {self.title} are not read; leave out --results")
 
     def questions(self, item: Item, number: int, out: Path) -> list[Question]:
-        """What the judge is asked about image ``number`` of an item."""
+        """Questions to the judge about image ``number`` of an item."""
         raise DeepGenError(f"{type(self).__name__} has no questions for a judge; implement questions() and score()")
 
     def score(self, item: Item, number: int, answers: Answers) -> ImageScore | None:
-        """An image's score; None where answers that it needs are missing."""
+        """An image's score; None if answers that it needs are missing."""
         raise DeepGenError(f"{type(self).__name__} has no scores from answers; implement score()")
 
     def score_pixels(self, item: Item, image: np.ndarray) -> ImageScore | None:

@@ -21,7 +21,7 @@ _CHUNK = 250
 
 @dataclass(frozen=True)
 class Cell:
-    """What one image adds to a group: to the sum above the line and to that below it."""
+    """Contribution of one image to a group: to its numerator and its denominator."""
 
     group: str
     value: float

@@ -38,7 +38,7 @@ _HOPELESS = ("connection error", "HTTP 400", "HTTP 401", "HTTP 403", "HTTP 404",
 
 @dataclass
 class Answered:
-    """What came back.
+    """Answers of a judge.
 
     Attributes:
       answers: numbers by the question's place in the list that was asked; questions without a readable answer lack.
@@ -132,7 +132,7 @@ async def _ask(
 
 
 def instruction(question: Question) -> str:
-    """How to answer a question."""
+    """Instructions for answering a question."""
     if question.yes_no:
         return "Reply with yes or no inside <answer></answer>."
     what = "whole number" if question.count == 1 else f"{question.count} whole numbers, separated by commas,"

@@ -1,4 +1,4 @@
-"""What a report shows of benchmark runs: scores beside published ones, categories, images, settings, differences."""
+"""Contents of a report on benchmark runs: scores next to published ones, categories, images, settings, differences."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def collect(folders: Sequence[Path]) -> list[Section]:
 
 
 def compare(first: RunReport, second: RunReport, resamples: int = RESAMPLES) -> Comparison | None:
-    """The difference of two scored runs over the images that both have; None where they share none."""
+    """The difference of two scored runs over the images that both have; None if they share none."""
     if not first.scores or not second.scores:
         return None
     ours, theirs = first.scores.images, second.scores.images

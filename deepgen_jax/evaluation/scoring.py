@@ -27,7 +27,7 @@ _SCORES, _ANSWERS, _WORDS = "scores.json", "answers.jsonl", "words.jsonl"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a run scored.
+    """Scores of a run.
 
     Attributes:
       judge: who scored: the judge's model, "rapidocr ...", "official scorer" or "exact".
@@ -61,7 +61,7 @@ class Scores:
 
     @property
     def by(self) -> str:
-        """What is said beside every figure."""
+        """Scorer and protocol, shown with every figure."""
         return f"judge: {self.judge}, protocol: {self.protocol}"
 
 
@@ -73,7 +73,7 @@ def write_scores(folder: RunFolder, scores: Scores) -> Path:
 
 
 def read_scores(folder: RunFolder) -> Scores | None:
-    """The scores of a run; None where it has none.
+    """The scores of a run; None if it has none.
 
     Raises:
       DeepGenError: they are damaged.

@@ -32,7 +32,7 @@ Layout = tuple[int, int, int, float, str, tuple[tuple[int, int], ...]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run's images share, and what stands in where a record leaves something out.
+    """Settings shared by a run's images, and defaults for records that omit some.
 
     Attributes:
       negative_prompt, seed, steps, guidance, sampler, num_images: for records that do not say. Image k of a record is

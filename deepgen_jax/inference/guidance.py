@@ -67,7 +67,7 @@ def velocity_of_sides(
     num_targets: int | None,
     cache: BlockCache | None,
 ) -> tuple[jax.Array, BlockCache | None]:
-    """Velocity of every sample on each of its ``sides``: [sides * B, num_targets, D], and the cache where there is one.
+    """Velocity of every sample on each of its ``sides``: [sides * B, num_targets, D], and the cache if there is one.
 
     The other arguments are as for :func:`guided_velocity`; ``condition`` and ``cache`` are of sides * B samples.
     """

@@ -57,7 +57,7 @@ class KnownWords:
 
 @functools.cache
 def read_known_words(folder: Path) -> KnownWords | None:
-    """The known words of a model folder; None where it lists none. The same object for the same folder.
+    """The known words of a model folder; None if it lists none. The same object for the same folder.
 
     Raises:
       DeepGenError: the file cannot be read.

@@ -40,7 +40,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Model:
-    """What makes the images.
+    """The model that makes the images.
 
     Attributes:
       folder: the model folder.
@@ -138,7 +138,7 @@ def save_image(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata that `save_image` put into a file; None where there is none."""
+    """The metadata that `save_image` put into a file; None if there is none."""
     try:
         with Image.open(path) as image:
             text = image.info.get(_KEY) or image.getexif().get(_EXIF_DESCRIPTION) or ""

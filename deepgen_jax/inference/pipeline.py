@@ -46,7 +46,7 @@ REFERENCE_BUCKET = 64
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What a call gives.
+    """Result of a call.
 
     Attributes:
       images: PIL images, uint8 [B, H, W, 3], or None for ``output_type="latent"``.

@@ -260,7 +260,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def misspelled(name: str, known: tuple[str, ...]) -> str:
-    """The known name that ``name`` is one typing error away from; "" where there is none, and for short names."""
+    """The known name that ``name`` is one typing error away from; "" if there is none, and for short names."""
     return next((other for other in known if min(len(name), len(other)) >= 4 and _one_slip(name.casefold(), other)), "")
 
 

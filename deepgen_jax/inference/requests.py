@@ -19,7 +19,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Requests:
-    """What to make, an entry an image.
+    """Images to make, one entry per image.
 
     Attributes:
       prompts, negative_prompts: texts.

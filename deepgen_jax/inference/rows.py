@@ -14,7 +14,7 @@ from deepgen_jax.inference.requests import Requests
 
 @dataclass(frozen=True)
 class Preview:
-    """What a ``callback`` receives while images are sampled.
+    """Argument of a ``callback`` during sampling.
 
     Attributes:
       rows: places in the call's batch of the images concerned.
@@ -30,7 +30,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What sampling of some requests gives.
+    """Result of sampling some requests.
 
     Attributes:
       pixels: uint8 [B, H, W, 3], None where they are not wanted.

@@ -113,7 +113,7 @@ def _mask(
     segment_ids: jax.Array | None,
     causal: bool,
 ) -> jax.Array | None:
-    """Combined mask, [B, 1 or Q, K] bool; None where everything is visible."""
+    """Combined mask, [B, 1 or Q, K] bool; None if everything is visible."""
     mask = None if key_mask is None else key_mask[:, None, :]
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]

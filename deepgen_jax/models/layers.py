@@ -37,7 +37,7 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
 
 
 def adapter_input(module: nn.Module, x: jax.Array, dropout: float) -> jax.Array:
-    """What the adapters of layers that read ``x`` read: ``x`` with elements dropped at a rate, the others scaled up.
+    """Input of the adapters of layers that read ``x``: ``x`` after dropout.
 
     Layers that read the same share one draw, where PEFT draws for each: an adapter sees the same either way, and a
     layer of the language model writes and reads 4 masked arrays in place of 7.

@@ -20,7 +20,7 @@ Kernel = Literal["xla", "loop", "cudnn", "splash"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network runs. It changes rounding and speed, not what is computed.
+    """Execution plan of a network; affects rounding and speed, not results.
 
     Attributes:
       kernel: of the attention.
@@ -37,7 +37,7 @@ class Plan:
         return "tensor" if parts > 1 and size % parts == 0 else None
 
     def shard_tokens(self, x: jax.Array) -> jax.Array:
-        """Splits the tokens of ``x`` [B, N, D] over the "tensor" axis, where there is one that divides them.
+        """Splits the tokens of ``x`` [B, N, D] over the "tensor" axis, if there is one that divides them.
 
         This is sequence parallelism (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
         Models", section 4.2.2): norms, residual sums and what the backward pass keeps are split as the products between
@@ -79,7 +79,7 @@ class Plan:
         return jax.shard_map(_row_major, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
     def _spec(self, x: jax.Array) -> PartitionSpec | None:
-        """Samples over the batch axes, the second dimension over "tensor"; None where samples do not divide."""
+        """Samples over the batch axes, the second dimension over "tensor"; None if samples do not divide."""
         assert self.mesh is not None
         if x.shape[0] % batch_size_multiple(self.mesh):
             return None

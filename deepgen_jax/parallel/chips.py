@@ -120,13 +120,13 @@ def find_chip(device_kind: str) -> Chip | None:
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 operations a second of a device; None where it is not known."""
+    """Peak bfloat16 operations a second of a device; None if it is not known."""
     chip = find_chip(device.device_kind)
     return chip.peak_flops if chip else None
 
 
 def peak_memory() -> float | None:
-    """Peak bytes in use on any device of this host; None where devices do not report it."""
+    """Peak bytes in use on any device of this host; None if devices do not report it."""
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

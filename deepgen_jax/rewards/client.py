@@ -230,7 +230,7 @@ def _headers(variable: str) -> dict[str, str]:
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for, which holds seconds or a date; None where it is unreadable."""
+    """Seconds that a ``Retry-After`` header asks for, which holds seconds or a date; None if it is unreadable."""
     if text is None:
         return None
     try:

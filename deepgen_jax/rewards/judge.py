@@ -61,7 +61,7 @@ class Judge:
         return jpeg_data_url(image, self.quality)
 
     async def ask(self, text: str, data_urls: Sequence[str], read: Callable[[str], Any]) -> Any:
-        """What ``read`` makes of the judge's reply to a question about images.
+        """The result of ``read`` on the judge's reply to a question about images.
 
         Only that is cached, so that the cache of millions of comparisons stays small, and only if it is not `Missing`:
         an unreadable reply is asked for again with the step's other missing rewards.

@@ -69,7 +69,7 @@ class OCRReward(LocalReward):
 
 
 def target_text(prompt: str) -> str | None:
-    """Text between the first two double quotes of a prompt; None where it quotes nothing or only white space."""
+    """Text between the first two double quotes of a prompt; None if it quotes nothing or only white space."""
     pieces = prompt.split('"', 2)
     if len(pieces) < 3 or not pieces[1].strip():
         return None

@@ -76,7 +76,7 @@ def single_answer(text: str | None) -> str | None:
 
 
 def _without_reasoning(text: str) -> tuple[str, bool]:
-    """What follows the last ``</think>``, up to a ``<think>`` that is left open; and whether there is one."""
+    """Text after the last ``</think>``, up to an unclosed ``<think>``; and whether there is one."""
     start, end = 0, len(text)
     for tag in _THINK_TAG.finditer(text):
         if tag[1]:
@@ -87,7 +87,7 @@ def _without_reasoning(text: str) -> tuple[str, bool]:
 
 
 def excerpt(text: str) -> str:
-    """What a cache keeps of a reply: its ``<answer>`` parts, or its start and end if it has none."""
+    """The part of a reply that a cache keeps: its ``<answer>`` parts, or its start and end if it has none."""
     parts = split_reply(text)
     if parts.answers:
         return "".join(f"<answer>{shortened(answer)}</answer>" for answer in parts.answers)

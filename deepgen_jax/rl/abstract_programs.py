@@ -149,7 +149,7 @@ def _sharded(tree: Tree, run: AbstractRun) -> Tree:
 
 
 def _resident(state: TrainState, programs: GRPOPrograms, run: AbstractRun) -> dict[str, Any]:
-    """What is on the devices in every program of a step."""
+    """Arrays on the devices in every program of a step."""
     return {**state_memory(state), "frozen weights": (run.weights.frozen, programs.reference)}
 
 

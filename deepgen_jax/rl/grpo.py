@@ -170,7 +170,7 @@ class GRPOStage:
             )
 
     def _flops(self, experience: Experience) -> float:
-        """Of rollout, reference and updates."""
+        """FLOPs of rollout, reference and updates."""
         config = self._config
         sides = 2 if config.rollout.guidance_scale else 1
         tokens, length = self._collector.tokens, experience.condition.sequence.shape[1]
@@ -207,12 +207,12 @@ class GRPOStage:
         self.state = state
 
     def pipeline(self, average: bool = True) -> DeepGenPipeline:
-        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
+        """A pipeline of the current weights: of their moving average, if there is one and it is asked for."""
         state = self.state if average else self.state._replace(ema=None)
         return make_pipeline(self._weights, state, self._config.dtype, self._mesh)
 
     def summary(self) -> list[str]:
-        """What trains, on how many images, by which rewards."""
+        """Summary of trained parameters, images and rewards."""
         config = self._config
         shares = zip(self._prompts.datasets, self._prompts.shares, strict=True)
         prompts = ", ".join(f"{dataset.name} {share:.0%}" for dataset, share in shares)

@@ -115,13 +115,13 @@ def jit_update(
 
 
 class GRPOPrograms(NamedTuple):
-    """What a run of reinforcement learning jits and keeps on devices, made from arrays or from shapes.
+    """Compiled programs and device arrays of a reinforcement learning run, built from arrays or from shapes.
 
     Attributes:
       model: the network of rollout and update: with the same attention their rounding is the same, and the first
         ratios are 1.
       frozen: weights that rollout and update take.
-      reference: starting values of what trains, for the KL penalty; None where they are in ``frozen``, or not needed.
+      reference: starting values of what trains, for the KL penalty; None if they are in ``frozen``, or not needed.
       canvas: sizes of the run's images.
       update: (state, frozen, reference, *learned, auxiliary micro-batches, keys, part) -> (state, metrics); ``learned``
         is what the algorithm learns from, see ``update.grpo_step`` and ``nft.nft_step``. The state is donated.

@@ -1,4 +1,4 @@
-"""Which prompts an update uses: a pure function of (seed, step), the same on any host and in a resumed run."""
+"""Prompts of an update: a pure function of (seed, step), the same on any host and in a resumed run."""
 
 from __future__ import annotations
 

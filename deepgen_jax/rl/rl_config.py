@@ -20,7 +20,7 @@ Sampler = Literal["cps", "flow", "dance", "ode"]
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts come from, and how they are drawn; see ``prompts.load_prompts``.
+    """Prompts and how they are drawn; see ``prompts.load_prompts``.
 
     Attributes:
       path: a .txt, .jsonl or .parquet file, or a YAML that lists several with their weights and rewards.
@@ -37,7 +37,7 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How images are sampled for learning.
+    """Settings of the rollout.
 
     Attributes:
       sampler: "cps" (noise-preserving, paper eq. 6), "flow" (Flow-SDE), "dance" (Dance-SDE), or "ode", which only an
@@ -106,7 +106,7 @@ class NFTConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """How the policy learns from its images.
+    """Settings of the policy update.
 
     Attributes:
       algorithm: "grpo" (paper eq. 3), "guard" (GRPO-Guard), "nft" (DiffusionNFT), another name of

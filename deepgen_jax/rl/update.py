@@ -49,7 +49,7 @@ class UpdateSettings:
 
 
 class VelocityLoss(NamedTuple):
-    """What one micro-batch minimises: losses of the velocity at given latents.
+    """Loss of one micro-batch: losses of the velocity at given latents.
 
     Attributes:
       latents: [b, T, D] float32, where the velocity is evaluated.
@@ -167,7 +167,7 @@ def policy_gradients(
       model, settings: static.
       trainable: {"params": ..., "lora": ...} as in ``TrainState``.
       frozen: parameters that do not train.
-      reference: starting values of ``trainable``; None where that is fresh adapters alone, or without a penalty.
+      reference: starting values of ``trainable``; None if that is fresh adapters alone, or without a penalty.
       trajectory: of B images.
       condition: of their prompts, or with guidance of pairs.
       advantages: float32 [B].

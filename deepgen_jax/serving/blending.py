@@ -22,7 +22,7 @@ def latent_mask(mask: np.ndarray, downscale: int) -> np.ndarray:
 
 
 def latent_masks(jobs: Sequence[Job], downscale: int) -> np.ndarray | None:
-    """bool [B, 1, h, w] of a batch, all True for jobs without a mask; None where no job has one."""
+    """bool [B, 1, h, w] of a batch, all True for jobs without a mask; None if no job has one."""
     if all(job.mask is None for job in jobs):
         return None
     shape = (jobs[0].height // downscale, jobs[0].width // downscale)

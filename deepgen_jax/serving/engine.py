@@ -29,7 +29,7 @@ from deepgen_jax.serving.jobs import Checked, EngineInfo, Job, OnPhase, OnPrevie
 
 
 def engine_info(config: DeepGenConfig, name: str) -> EngineInfo:
-    """What clients have to know about a model."""
+    """Properties of a model that clients need."""
     samplers = [config.sampler, *(known for known in SAMPLERS.names() if known != config.sampler)]
     return EngineInfo(
         name=name,

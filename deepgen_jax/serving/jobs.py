@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a client has to know about the model.
+    """Properties of the model that a client needs.
 
     Attributes:
       name: as ``/v1/models`` lists it.

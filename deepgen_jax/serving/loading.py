@@ -9,7 +9,7 @@ from deepgen_jax.serving.engine import PipelineEngine
 
 
 def model_name(folder: Path) -> str:
-    """What ``/v1/models`` calls the model of a folder: the folder's name."""
+    """Model name in ``/v1/models``: the folder's name."""
     return folder.resolve().name
 
 

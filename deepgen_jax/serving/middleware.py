@@ -1,4 +1,4 @@
-"""What happens around every request: its id, the bearer key, metrics and the access log."""
+"""Middleware of every request: id, bearer key, metrics and access log."""
 
 from __future__ import annotations
 

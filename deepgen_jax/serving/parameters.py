@@ -34,7 +34,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a request asks for, pictures excepted.
+    """Parameters of a request, without its images.
 
     ``size`` is (width, height) in pixels, None for "auto"; ``compression`` is the quality of JPEG and WebP, 0 to 100.
     """

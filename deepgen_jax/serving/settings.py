@@ -10,7 +10,7 @@ from deepgen_jax.errors import DeepGenError
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """How requests are batched and what is refused.
+    """Batching and limits of requests.
 
     Attributes:
       max_batch: most images in one batch.

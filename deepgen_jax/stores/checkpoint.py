@@ -77,7 +77,7 @@ class Checkpoints:
             orbax_logs.show()
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; None where there is none."""
+        """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:

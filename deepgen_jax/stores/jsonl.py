@@ -87,7 +87,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """The newest whole line of a log, found from its end; None where there is none."""
+    """The newest whole line of a log, found from its end; None if there is none."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)

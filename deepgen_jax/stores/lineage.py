@@ -1,4 +1,4 @@
-"""Where a run's starting weights come from, pinned when it is first launched.
+"""Origin of a run's starting weights, pinned at its first launch.
 
 A run starts from a model folder, perhaps with what earlier runs trained on top. The latest values of one thing that
 trains may be several runs back: reinforcement learning starts from a run that trained bridge, MMDiT and adapters, and
@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run starts from, all paths absolute.
+    """Starting point of a run, with absolute paths.
 
     Attributes:
       model: the model folder.
@@ -92,7 +92,7 @@ def read_starting_point(run: Path) -> StartingPoint:
 
 
 def starting_point_of(config: Run) -> StartingPoint:
-    """What a run starts from: as its folder pins it, or, before its first launch, what is newest now.
+    """Starting point of a run: as pinned in its folder, or, before its first launch, the newest checkpoint.
 
     Raises:
       DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model, or the folder is damaged.
@@ -104,7 +104,7 @@ def starting_point_of(config: Run) -> StartingPoint:
 
 
 def newest_starting_point(config: Run) -> StartingPoint:
-    """What a run would start from now.
+    """Starting point that a run would have now.
 
     Raises:
       DeepGenError: ``config.start`` is no run, has no checkpoint or is of another model.

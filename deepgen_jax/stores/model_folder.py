@@ -34,7 +34,7 @@ PACKAGED, NANO = Path(__file__).parents[1] / "weights", "nano"
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What a folder holds of one part: number of parameters, their bytes, and the number of parameters by dtype."""
+    """Summary of one part in a folder: number of parameters, their bytes, and the number of parameters by dtype."""
 
     count: int
     bytes: int
@@ -147,7 +147,7 @@ def load_params(
 def load_lora(
     folder: str | Path, parts: Sequence[str] = PARTS, dtype: DTypeLike | None = None, shardings: Any = None
 ) -> dict[str, Any] | None:
-    """Adapters that are kept apart from the base weights, their scale not folded in; None where there are none.
+    """Adapters that are kept apart from the base weights, their scale not folded in; None if there are none.
 
     Arguments, result and errors are as those of :func:`load_params`; parts without adapters are absent.
     """
@@ -229,7 +229,7 @@ _trees: dict[tuple[str, int, int, int] | None, dict[str, Any]] = {}
 
 
 def _state(path: Path) -> tuple[str, int, int, int] | None:
-    """Path, size, time of the last change and inode of a file; None where there is none."""
+    """Path, size, time of the last change and inode of a file; None if there is none."""
     try:
         status = path.stat()
     except OSError:

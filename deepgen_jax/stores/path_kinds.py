@@ -1,4 +1,4 @@
-"""What a path is, by its contents: configurations in folders, first bytes of files. Names decide nothing.
+"""Detects the kind of a path by its contents: configurations in folders, first bytes of files. Ignores names.
 
 Importing this module is light.
 """
@@ -30,7 +30,7 @@ class Folder(Enum):
 
 
 def folder_kind(path: Path) -> Folder | None:
-    """What a folder is, or None where its configurations do not say."""
+    """Kind of a folder; None if its configurations do not determine it."""
     config = _settings(path / "config.json")
     kind = config.get("format")
     if kind in ("deepgen-jax", "deepgen-jax-run"):
@@ -64,7 +64,7 @@ def file_kind(path: Path) -> str | None:
 
 
 def describe(path: Path) -> str:
-    """What a path is, in words."""
+    """Description of a path's kind."""
     if not path.exists():
         return "nothing there"
     if path.is_file():
@@ -100,7 +100,7 @@ def _hint(path: Path, found: Folder | None) -> str:
 
 
 def merge_hint(path: Path) -> str:
-    """What to do with a LoRA adapter that comes without its base model."""
+    """Advice for a LoRA adapter without its base model."""
     base = _settings(path / "adapter_config.json").get("base_model_name_or_path") if path.is_dir() else None
     of = f" ({base})" if isinstance(base, str) and base.isprintable() and base else ""
     how = "peft's merge_and_unload or diffusers' fuse_lora"
@@ -108,7 +108,7 @@ def merge_hint(path: Path) -> str:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is none that can be read."""
+    """A JSON object, or nothing if there is none that can be read."""
     if not path.is_file():
         return {}
     try:

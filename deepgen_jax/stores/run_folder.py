@@ -93,7 +93,7 @@ def newest_step(run: Path) -> int:
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step is.
+    """Path of the checkpoint of a step.
 
     Raises:
       DeepGenError: there is none of that step.

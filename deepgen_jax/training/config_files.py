@@ -20,7 +20,7 @@ _ROUNDS_FILE, ROUNDS = "rounds", "ROUNDS"
 
 
 def load_config(path_or_name: str) -> RunConfig:
-    """What ``get_config()`` returns, in a Python file or in a packaged configuration such as "pretrain".
+    """The result of ``get_config()`` in a Python file or in a packaged configuration such as "pretrain".
 
     Raises:
       DeepGenError: there is no such file, it fails (the message has the line), or it returns something else.

@@ -52,13 +52,13 @@ class Evaluator(Protocol):
     """Scores a run's weights on benchmarks; called on all processes between steps."""
 
     def __call__(self, step: int, pipeline: Callable[[bool], DeepGenPipeline]) -> dict[str, float]:
-        """Metrics by name; ``pipeline(True)`` has the moving average where there is one."""
+        """Metrics by name; ``pipeline(True)`` has the moving average if there is one."""
         ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Outcome of a run.
 
     Attributes:
       step: optimiser steps taken and saved.
@@ -185,7 +185,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
 
 
 def _setting(config: Mapping[str, Any], name: str) -> Any:
-    """A setting by its dotted name; None where a configuration has none."""
+    """A setting by its dotted name; None if a configuration has none."""
     value: Any = config
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

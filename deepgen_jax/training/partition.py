@@ -1,4 +1,4 @@
-"""Which parameters train: the parameter tree is split in two, and joined again inside the step."""
+"""Splits the parameter tree into trainable and frozen parts, which are joined again inside the step."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Progress:
         self._step = step
 
     def _left(self, step: int) -> float | None:
-        """Seconds left at the speed since the first step; None where no other was taken."""
+        """Seconds left at the speed since the first step; None if no other was taken."""
         assert self._first is not None
         first, began = self._first
         return None if step == first else (time.monotonic() - began) / (step - first) * max(self._total - step, 0)

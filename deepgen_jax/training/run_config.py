@@ -59,7 +59,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where metrics go, besides `metrics.jsonl` in the run's folder.
+    """Logging, besides `metrics.jsonl` in the run's folder.
 
     Attributes:
       every: steps between entries.
@@ -110,7 +110,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Benchmarks during training, of the weights of the moment and of their moving average where there is one.
+    """Benchmarks during training, of the weights of the moment and of their moving average if there is one.
 
     Attributes:
       every: steps between them; 0 for none.
@@ -148,7 +148,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What all stages share.
+    """Settings shared by all stages.
 
     Attributes:
       model: model folder that the run starts from, or "nano" for the one in the package.
@@ -197,7 +197,7 @@ class RunConfig:
 
     @property
     def model_folder(self) -> Path:
-        """Where ``model`` is."""
+        """Path of ``model``."""
         return locate(self.model)
 
 

@@ -1,4 +1,4 @@
-"""What the training loop drives: a stage takes steps; the loop does everything that all stages share."""
+"""Interface of training stages: a stage takes steps; the loop does everything that all stages share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ STAGES = {
 
 @dataclass
 class StepReport:
-    """What a step reports to the loop.
+    """Report of a step to the loop.
 
     Attributes:
       metrics: by name; device scalars and vectors are read a step later, so that devices never wait for the host.
@@ -88,7 +88,7 @@ class Stage(Protocol):
         ...
 
     def pipeline(self, average: bool = True) -> DeepGenPipeline:
-        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
+        """A pipeline of the current weights: of their moving average, if there is one and it is asked for."""
         ...
 
     def summary(self) -> list[str]:
@@ -149,12 +149,12 @@ class LoaderStage:
         self.state = state
 
     def pipeline(self, average: bool = True) -> DeepGenPipeline:
-        """A pipeline of the current weights: of their moving average, where there is one and it is asked for."""
+        """A pipeline of the current weights: of their moving average, if there is one and it is asked for."""
         state = self.state if average else self.state._replace(ema=None)
         return make_pipeline(self._weights, state, self._config.dtype, self._mesh)
 
     def summary(self) -> list[str]:
-        """What trains, and the shapes of batches."""
+        """Summary of trained parameters and batch shapes."""
         buckets = ", ".join(str(bucket) for bucket in self._loader.buckets)
         return [
             f"trains {self._trained()} parameters; {self._accumulation * self._data.micro_batch} samples a step in "
@@ -235,7 +235,7 @@ def kind_of(config: RunConfig) -> str:
 
 
 def make_pipeline(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> DeepGenPipeline:
-    """A pipeline of the current weights, or of their moving average where there is one."""
+    """A pipeline of the current weights, or of their moving average if there is one."""
     from deepgen_jax.inference.pipeline import DeepGenPipeline
 
     params = current_params(weights, state, dtype, mesh)

@@ -218,7 +218,7 @@ def widen(batch: Mapping[str, np.ndarray], length: int, config: DeepGenConfig) -
 
 
 def _features(batch: Batch, share: Any) -> Features | None:
-    """Cached features of a batch; None where it holds pictures."""
+    """Cached features of a batch; None if it holds pictures."""
     stored = batch.get("features")
     if stored is None:
         return None

@@ -190,7 +190,7 @@ def supervised_gradients(
 
 
 def at_once(count: int, most: int) -> int:
-    """How many of ``count`` micro-batches become one: the largest divisor up to ``most``."""
+    """Number of micro-batches merged into one: the largest divisor of ``count`` up to ``most``."""
     return max(number for number in range(1, most + 1) if count % number == 0)
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: a model folder, perhaps with an earlier run's weights, as a trainable and a frozen tree."""
+"""Starting weights of a run, from a model folder and optionally an earlier run, as trainable and frozen trees."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
 
 
 def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
-    """What :func:`load_start` gives, as shapes with shardings, for a model of any sizes; no folder is read.
+    """Abstract :func:`load_start`: shapes with shardings for a model of any size, without reading a folder.
 
     The schedule is the default one, and the tokenizer's folder is empty.
     """
@@ -126,7 +126,7 @@ def _dtypes(run: RunConfig, config: DeepGenConfig) -> dict[str, Any]:
 
 
 def current_params(weights: Weights, state: TrainState, dtype: DTypeLike, mesh: Mesh) -> Tree:
-    """All parameters as a pipeline takes them: trained ones (their moving average, where there is one) in ``dtype``,
+    """All parameters as a pipeline takes them: trained ones (their moving average, if there is one) in ``dtype``,
     adapters merged."""
     trained = state.trainable if state.ema is None else state.ema
     layout = rules.shardings(abstract_params(weights.config), mesh)

@@ -118,7 +118,7 @@ def test_inspect(setup: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
 
 
 def test_cache_then_inspect(setup: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    """What the command prints is what the next one takes."""
+    """The command's output is valid input of the next one."""
     config, out, sheet = str(setup / "config.py"), tmp_path / "features", tmp_path / "sheet.png"
     command = ["data", "cache", config, "--out", str(out), "--shard-size", "3", "--compilation-cache", "off"]
     assert main(command) == 0

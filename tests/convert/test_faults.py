@@ -1,4 +1,4 @@
-"""Whatever is wrong with the sources is one clear line, and nothing is left behind."""
+"""Any fault in the sources gives one clear line, and leaves no files behind."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
 
 
 class Echo(Reward):
-    """Scores by metadata; the group's size where there is none."""
+    """Scores by metadata; the group's size if there is none."""
 
     needs_group = True
 

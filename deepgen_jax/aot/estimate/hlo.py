@@ -65,7 +65,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of all results, in any memory."""
+        """Bytes of all results, in any memory."""
         return sum(array.bytes for array in self.results)
 
     def attribute(self, pattern: str) -> str | None:

@@ -34,7 +34,7 @@ _Inputs = Mapping[int, Linear | None]
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often the body of a ``while`` of ``computation`` runs; None if it is not a counted loop."""
+    """Trip count of a ``while`` of ``computation``; None if it is not a counted loop."""
     condition = module.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
     body = module.computations[loop.attribute(r"body=%?([\w.\-]+)") or ""]
     test = _comparison(module, condition, None)
@@ -87,7 +87,7 @@ def _comparison(
 
 
 def _step(module: Module, body: Computation, index: int) -> int | None:
-    """What the body adds to an element of its state."""
+    """Increment of an element of the loop state per iteration."""
     root = body.root
     if root.opcode != "tuple":
         return None
@@ -152,7 +152,7 @@ def _combined(opcode: str, left: Linear, right: Linear) -> Linear | None:
 def _fused(
     module: Module, computation: Computation, fusion: Instruction, index: int | None, inputs: _Inputs | None
 ) -> Linear | None:
-    """What a fusion returns, or an element of it."""
+    """Result of a fusion, or an element of it."""
     given = {place: _evaluate(module, computation, name, inputs) for place, name in enumerate(fusion.operands)}
     body = module.computations[fusion.called()[0]]
     name = body.root.name if index is None else body.root.operands[index]

@@ -118,7 +118,7 @@ class _Batches:
 
 
 def _saved(path: str, name: str, where: str) -> list[Any] | None:
-    """A list in one of the JSON files of `save_to_disk`; None where there is no such file.
+    """A list in one of the JSON files of `save_to_disk`; None if there is no such file.
 
     Raises:
       DeepGenError: the file cannot be read, or holds no such list.

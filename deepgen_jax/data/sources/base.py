@@ -20,7 +20,7 @@ from deepgen_jax.errors import DeepGenError
 
 
 class CachedImage(NamedTuple):
-    """What the frozen encoders made of an image.
+    """Features of an image from the frozen encoders.
 
     Attributes:
       size: (width, height) in pixels of the image that they saw.
@@ -70,7 +70,7 @@ class BadSample(Exception):
         return BadSample(self.reason, self._found, place)
 
     def as_row(self) -> Row:
-        """What `Source.scan` yields in the place of the sample."""
+        """The entry that `Source.scan` yields instead of the sample."""
         return {_BAD: list(self.args)}
 
 
@@ -145,7 +145,7 @@ class Source(abc.ABC):
         return self.read(row)
 
     def place(self, row: Row) -> str:
-        """Where a row is, for messages: the file, and the row or member in it."""
+        """Location of a row for messages: the file, and the row or member in it."""
         path, *rest = row if isinstance(row, list) else [row]
         if not isinstance(path, str):
             return f"row {path}"

@@ -52,7 +52,7 @@ class JsonList(Source):
 
 
 def item_place(path: str, number: int) -> str:
-    """Where an item is: by its line in a ``.jsonl`` file, counted from 1, else by its place in the list, from 0."""
+    """Location of an item: its line in a ``.jsonl`` file, from 1, else its index in the list, from 0."""
     return f"{path}: {'line' if _by_line(path) else 'item'} {number}"
 
 

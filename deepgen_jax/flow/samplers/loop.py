@@ -19,7 +19,7 @@ CachedVelocityFn = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class State(NamedTuple):
-    """Where sampling is; a pytree.
+    """State of sampling; a pytree.
 
     Attributes:
       x: [B, ...] float32, the current sample.

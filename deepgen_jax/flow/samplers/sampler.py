@@ -20,7 +20,7 @@ VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Step:
-    """Where a step starts and ends.
+    """Start and end of a step.
 
     Attributes:
       index: int32 scalar, number of the step in the schedule.

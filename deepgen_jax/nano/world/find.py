@@ -57,7 +57,7 @@ class Found:
 
 @dataclass(frozen=True)
 class View:
-    """What is in a picture.
+    """Contents of an image.
 
     Attributes:
       background: None where it is none of the world's, or not plain.

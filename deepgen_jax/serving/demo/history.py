@@ -79,7 +79,7 @@ class History:
         return sorted(self._of(session).glob("[0-9]*.png"), reverse=True)
 
     def settings(self, path: Path) -> Settings | None:
-        """What made an image; None where that is not known."""
+        """What made an image; None if that is not known."""
         try:
             data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             return Settings(**{**data, "sources": tuple(data["sources"])})
