@@ -49,7 +49,7 @@ DATA = Path(__file__).parent / "fixtures"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the groups, which take longest, so that no process is left with one at the end."""
+    """Runs the groups first, as they take longest, so that no process is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 

@@ -273,7 +273,7 @@ def test_json_is_read_back(value: object) -> None:
     ["", "{", "[1,]", "NaN", "-Infinity", "1e400", "9" * 500, '{"a": 1, "a": 2}', '"\\ud800"', '{"\\udfff": 1}',
      "[" * 100_000, '{"a":' * 100_000],
 )  # fmt: skip
-def test_what_is_no_json_is_one_line(text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DeepGenError, match=r"x\.json cannot be read \(.*\); write it again") as caught:
         strict_json.read_json(tmp_path / "x.json")

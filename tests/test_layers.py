@@ -89,7 +89,7 @@ def test_nothing_imports_from_a_layer_above():
     assert wrong == []
 
 
-def test_there_is_no_circle_of_modules():
+def test_modules_have_no_import_cycles():
     """Among imports at the top of modules, which run when a module is first imported."""
     known = modules()
     graph: dict[str, set[str]] = {}

@@ -319,7 +319,7 @@ def test_a_missing_compiler_is_reported_with_what_to_install(topology, extra, ca
 
 
 def test_a_program_with_less_arithmetic_than_its_model_is_refused(model):
-    """Such as one whose loops or products are written in a way that the parser does not know."""
+    """For example if the parser does not know the syntax of its loops or products."""
     config = settings.apply(config_files.load_config("tiny_sft"), [f"model={model}", *SIZES])
     job = compiling.Job(compiling.Request(config, parse_topology("h100:1")), jax.devices())
     text = "ENTRY %main (x: f32[8,8]) -> f32[8,8] {\n  %x = f32[8,8] parameter(0)\n  ROOT %y = f32[8,8] negate(%x)\n}\n"

@@ -208,7 +208,7 @@ def test_memory_counts_slices_as_slices_and_leaves_on_chip_memory_out(module):
     assert moved["loop"] == moved["start"] == 0
 
 
-def test_a_collective_runs_beside_what_stands_before_its_end(estimated):
+def test_a_collective_overlaps_what_precedes_its_end(estimated):
     assert estimated.seconds < estimated.device_seconds + estimated.network_seconds
     assert estimated.seconds >= max(estimated.device_seconds, estimated.network_seconds)
 
@@ -394,7 +394,7 @@ ENTRY %main (x: bf16[1,256], layers: bf16[6,64,64], i: s32[]) -> bf16[4,256] {{
     assert found.seconds == pytest.approx(found.memory_seconds)
 
 
-def test_collectives_between_slices_run_beside_what_follows():
+def test_collectives_between_slices_overlap_what_follows():
     """Each of two slices sends half of what it reduces, twice, and the result is there when both have."""
     names = '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
     both = f'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_rendezvous="all-reduce.1_0",{names}}}'

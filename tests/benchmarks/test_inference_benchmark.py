@@ -1,4 +1,4 @@
-"""The inference benchmark: refuses bad arguments in a line, and agrees with its PyTorch peer."""
+"""The inference benchmark: refuses bad arguments with one line, and agrees with its PyTorch peer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = ("--preset", "tiny", "--dtype", "float32")
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """`benchmark(*arguments)` runs the script in this process; ``benchmark.module(name)`` imports one beside it."""
+    """`benchmark(*arguments)` runs the script in this process; ``benchmark.module(name)`` imports another script."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def run(*arguments):

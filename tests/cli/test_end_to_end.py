@@ -30,7 +30,7 @@ def pixels(image: Path | str | Image.Image) -> np.ndarray:
 
 
 def again(pipe, metadata: dict) -> np.ndarray:
-    """The image once more, from what its metadata says."""
+    """Regenerates the image from its metadata."""
     out = pipe(
         metadata["prompt"],
         image=[Image.open(path) for path in metadata["images"]] or None,
@@ -102,8 +102,8 @@ def test_refusals(model: str, capsys: pytest.CaptureFixture, words: list[str], m
     assert not list(Path().iterdir())
 
 
-def test_a_process_of_its_own(folders, pipelines, tmp_path: Path):
-    """Loading, the mesh option and the compilation cache as a person meets them."""
+def test_in_a_separate_process(folders, pipelines, tmp_path: Path):
+    """Loading, the mesh option and the compilation cache as a user meets them."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     words = ["a red fox", "--steps", "2", "--size", "32", "--mesh", "fsdp=2", "--compilation-cache", "kept"]
     command = [sys.executable, "-m", "deepgen_jax.cli.main", "generate", str(folders("sft")), *words]

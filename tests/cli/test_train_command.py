@@ -1,4 +1,4 @@
-"""`deepgen train` as a user meets it: what it says of bad input, before anything is loaded or written."""
+"""`deepgen train` as a user meets it: errors on bad input, before anything is loaded or written."""
 
 from __future__ import annotations
 

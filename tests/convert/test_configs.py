@@ -30,7 +30,7 @@ FILES: dict[str, tuple[Parser, dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_written_is_read_back(name: str) -> None:
+def test_written_configurations_are_read_back(name: str) -> None:
     parse, values, expected = FILES[name]
     assert parse(json.loads(json.dumps(values)), "x.json") == expected
 

@@ -361,7 +361,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
 def test_a_checkpoint_of_part_of_the_mmdit_is_told_of(
     stage: Stage, bases: dict[str, Path], data_dir: Path, tmp_path: Path
 ) -> None:
-    """What is left is the base model's, which is hardly what a person wants of one shard of two."""
+    """The remaining tensors are the base model's; one shard of two is almost certainly a mistake."""
     transformer = load_file(data_dir / "sd3_5_kontext" / "transformer" / "diffusion_pytorch_model.safetensors")
     stage |= {f"transformer.{name}": transformer[name] for name in sorted(transformer)[:2]}
     torch.save({"state_dict": stage}, tmp_path / "stage.pth")

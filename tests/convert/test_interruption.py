@@ -38,7 +38,7 @@ def test_an_error_while_writing_leaves_nothing(
 
 @pytest.fixture
 def slow_conversion(data_dir: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A process in the middle of a conversion, and the folder it writes beside."""
+    """A process in the middle of a conversion, and its temporary output folder."""
     place = tmp_path / "place"
     place.mkdir()
     program = f"""

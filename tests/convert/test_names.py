@@ -116,7 +116,7 @@ def test_adapter_keys_of_any_name() -> None:
     assert table == Key("lmm.model.language_model.embed_tokens.weight", Role.LORA_B, "default")
 
 
-def test_what_may_be_left_out_is_listed() -> None:
+def test_optional_tensors_are_listed() -> None:
     assert unused_reason("ema.transformer.proj_out.weight")
     assert unused_reason("lmm.model.visual.rotary_pos_emb.inv_freq")
     assert unused_reason("transformer.proj_out.weight") is None

@@ -114,7 +114,7 @@ def test_averages_beside_the_weights(
     assert_same(read_flat(tmp_path / "m"), read_flat(folders("pretrain")))
 
 
-def test_an_average_that_is_not_there_is_refused(stage: Stage, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_missing_average_is_refused(stage: Stage, bases: dict[str, Path], tmp_path: Path) -> None:
     torch.save(stage, tmp_path / "stage.pth")
     with pytest.raises(DeepGenError, match=r"--ema: .*stage\.pth holds no moving average"):
         convert(out=tmp_path / "m", checkpoint=tmp_path / "stage.pth", ema=True, **bases)

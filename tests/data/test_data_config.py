@@ -1,4 +1,4 @@
-"""Configuration mistakes are named, with what was perhaps meant."""
+"""Errors in configurations are named, with suggestions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index: what it finds bad and why, when it is built anew, and what it costs nobody twice."""
+"""The index: bad samples and reasons, when it is rebuilt, and what is not computed twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(source: SourceConfig, tmp_path: Path, **options) -> DataConfig:
 
 
 def huge_png(side: int = 20_000) -> bytes:
-    """A header that promises 400 megapixels, and no more than a row of them."""
+    """A header that declares 400 megapixels, followed by at most one row."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -96,7 +96,7 @@ def config_source(path: Path) -> SourceConfig:
     return SourceConfig("s", "json", str(path))
 
 
-def test_what_is_whole_though_odd(tmp_path: Path, prompts: PromptEncoder):
+def test_unusual_but_intact_files(tmp_path: Path, prompts: PromptEncoder):
     path = write_json(tmp_path, t2i_samples(4))
     with_tail = encoded(96, 96) + b"appended by some program" * 100
     exif = Image.Exif()
@@ -172,7 +172,7 @@ def test_processes_find_the_same(tmp_path: Path, prompts: PromptEncoder, monkeyp
 def test_a_file_that_cannot_be_read_leaves_no_index(
     tmp_path: Path, prompts: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ):
-    """What a store says once in a while must not take half of the samples away for good."""
+    """A transient error of a store must not discard samples permanently."""
     write_tar(tmp_path, t2i_samples(5))
     source = SourceConfig("w", "webdataset", str(tmp_path))
 

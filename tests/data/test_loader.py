@@ -230,7 +230,7 @@ def broken_copy(tmp_path: Path, spoilt: dict[int, bytes | None], samples: int = 
     return config
 
 
-def test_what_breaks_during_the_run_is_replaced_alike_everywhere(tmp_path: Path, open_loader):
+def test_samples_that_break_during_a_run_are_replaced_alike(tmp_path: Path, open_loader):
     whole = t2i_samples(24, ((96, 96),))
     smaller = t2i_samples(1, ((96, 64),))[0].image
     config = broken_copy(tmp_path, {3: None, 7: whole[7].image[:-200], 11: b"", 12: smaller})

@@ -32,7 +32,7 @@ def bomb() -> bytes:
 
 
 def spoil(path: Path, number: int, huge: bytes) -> str | None:
-    """Breaks one file in five hundred in each of five ways; the reason under which it has to be counted."""
+    """Breaks one file in five hundred in each of five ways; returns the expected reasons."""
     kind = number % 500
     if kind == 7:
         path.write_bytes(path.read_bytes()[:-200])

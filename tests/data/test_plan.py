@@ -1,4 +1,4 @@
-"""The global sequence: every sample once an epoch, shares kept, any position alone, filters and buckets."""
+"""The global sequence: every sample once an epoch, exact shares, random access, filters and buckets."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def test_broken_examples_are_value_errors(junk: bytes, cut: int):
 
 
 def test_folders_of_hugging_face(tmp_path: Path):
-    """As ``save_to_disk`` writes them: one data set, several splits, caches beside the shards; edits as well."""
+    """As ``save_to_disk`` writes them: one data set, several splits, caches next to the shards; edits as well."""
     for form in ("struct", "bytes", "path"):
         write_arrow(tmp_path / form, T2I, form, shards=2)
         assert contents(config("arrow", tmp_path / form)) == T2I

@@ -1,4 +1,4 @@
-"""What each benchmark reads and the tree that it writes, by name."""
+"""Inputs and output tree of each benchmark."""
 
 from __future__ import annotations
 
@@ -237,8 +237,8 @@ def test_geneval_rows_are_passed_on(tmp_path: Path, pipe: FakePipeline):
         assert json.loads((out / f"{i:05d}/metadata.jsonl").read_text()) == row
 
 
-def test_trees_are_what_the_official_readers_walk(tmp_path: Path, pipe: FakePipeline):
-    """How each scorer finds its files, done again here."""
+def test_official_readers_find_the_trees(tmp_path: Path, pipe: FakePipeline):
+    """Reimplements how each official scorer finds its files."""
     outs = {}
     for name in ("geneval", "dpg", "unigenbench", "corebench", "imgedit"):
         (tmp_path / name).mkdir()

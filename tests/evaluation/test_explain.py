@@ -1,4 +1,4 @@
-"""Explanations on nano: the same image as the pipeline's, maps that add up, knock-outs that knock out."""
+"""Explanations on nano: the pipeline's image, normalised maps, effective knock-outs."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_killed_runs_go_on_where_they_were(name: str, tmp_path: Path):
 
 
 def evaluate(words: list[str], devices: int = 1, processes: int = 1) -> list[str]:
-    """``deepgen eval`` in processes of their own; what each printed."""
+    """Runs ``deepgen eval`` in separate processes; returns their output."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"

@@ -284,7 +284,7 @@ def test_unreadable_answers_are_missing_and_never_zero(tmp_path: Path, pipe: Any
     assert len(count) == 2
 
 
-def test_a_judge_that_is_not_there_ends_the_command(tmp_path: Path, pipe: Any, capsys: pytest.CaptureFixture):
+def test_an_unreachable_judge_ends_the_command(tmp_path: Path, pipe: Any, capsys: pytest.CaptureFixture):
     out = make("wise", tmp_path)
     with JudgeServer(lambda number, body: Reply("no such model", status=404)) as server:
         words = ["eval", "score", str(out), "--judge", server.url, "--judge-model", "x"]

@@ -154,7 +154,7 @@ def test_a_damaged_reference_fails_alone(tmp_path: Path, pictures: list[Path]):
     assert all(isinstance(image, np.ndarray) for image in images.values())
 
 
-def test_a_refused_batch_goes_on_with_the_next():
+def test_a_refused_batch_does_not_stop_the_next():
     requests, _ = plan([record(0, "refused"), record(1), record(2)], SETTINGS, check_prompt)
     images = rendered(FakePipeline(), requests, batch_size=2)
     assert [isinstance(image, DeepGenError) for image in images.values()] == [True, True, False]

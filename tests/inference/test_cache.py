@@ -73,7 +73,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
 
 
 def test_programs_are_kept(tmp_path: Path):
-    """In a process of its own: JAX opens the cache once."""
+    """In a separate process, as JAX opens the cache once."""
     script = (
         "import sys, jax, jax.numpy as jnp\n"
         "from deepgen_jax.inference.cache import enable_compilation_cache\n"

@@ -269,7 +269,7 @@ def test_reference_sizes(size: tuple[int, int], expected: tuple[int, int]):
     assert reference_size(*expected) == expected
 
 
-def test_fit_reference_tells_only_what_it_changes():
+def test_fit_reference_reports_only_changes():
     small = quadrants(64, 32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -46,7 +46,7 @@ def test_batch_padding_does_depend_on_the_batch(pipelines, noise):
     assert np.max(np.abs(alone[0] - together[0])) > 1e-3
 
 
-def test_seeds_make_their_own_noise(pipelines):
+def test_each_seed_gives_its_noise(pipelines):
     pipe = pipelines("sft")
     listed = pipe(PROMPTS[:3], seed=[5, 6, 5], **SETTINGS).latents
     np.testing.assert_allclose(pipe(PROMPTS[1], seed=6, **SETTINGS).latents[0], listed[1], **CLOSE)

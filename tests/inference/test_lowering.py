@@ -1,4 +1,4 @@
-"""The full-size programs lower quickly, from shapes alone, to a text that does not grow with depth."""
+"""The full-size programs lower quickly, from shapes only, to a text that does not grow with depth."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def requests(count: int) -> list[Request]:
     return [dataclasses.replace(REQUEST, file=f"{i:05d}.png", seed=i) for i in range(count)]
 
 
-def test_what_an_image_tells(tmp_path: Path, model: Model):
+def test_read_metadata_of_an_image(tmp_path: Path, model: Model):
     reference = tmp_path / "ref.png"
     IMAGE.save(reference)
     metadata = describe(dataclasses.replace(REQUEST, images=(reference,)), SETTINGS, model)
@@ -174,7 +174,7 @@ def test_changed_requests_are_made_again(tmp_path: Path, model: Model):
         assert output.missing(wanted) == ["00000.png"]
 
 
-def test_what_another_request_has_made_can_be_kept_and_all_be_made_again(tmp_path: Path, model: Model):
+def test_images_of_other_requests_are_kept_or_made_again(tmp_path: Path, model: Model):
     folder = tmp_path / "out"
     cat, dog = (describe(dataclasses.replace(REQUEST, prompt=what), SETTINGS, model) for what in ("a cat", "a dog"))
     with OutputFolder(folder) as output:

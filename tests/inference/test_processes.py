@@ -1,4 +1,4 @@
-"""Images that several processes make together are those of one."""
+"""Several processes together make the same images as one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_and_four_processes(tmp_path):
 
 
 def generate(*words, numbers=(None,), extra=((), ()), status=0):
-    """``deepgen generate`` in a process for each of ``numbers``, and what each printed."""
+    """Runs ``deepgen generate`` in one process per entry of ``numbers``; returns their output."""
     address, started = free_address(), []
     for number, more in zip(numbers, extra, strict=False):
         others = [] if number is None else ["--coordinator", address, "--num-processes", "2", "--process-id"]

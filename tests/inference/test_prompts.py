@@ -1,4 +1,4 @@
-"""Prompt files: every format, every way in which a line can be bad."""
+"""Prompt files: every format, every kind of bad line."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ TYPES = {"STRING", "INT", "FLOAT", "IMAGE", "MASK"}
 
 @pytest.fixture(scope="module")
 def pack():
-    """The package loaded as ComfyUI loads a folder of custom_nodes: by its path, under another name."""
+    """The package loaded as ComfyUI loads a folder of custom_nodes: by its path, under a different name."""
     spec = importlib.util.spec_from_file_location(
         "custom_nodes_deepgen", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
     )

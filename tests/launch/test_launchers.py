@@ -1,4 +1,4 @@
-"""What the launchers run, seen through programs that stand in for those of clusters."""
+"""Commands that the launchers run, recorded by fake cluster programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEEDED = {
 }
 #: Words that a careless shell would take apart.
 WORDS = ("train", "sft", "out=runs/my run", 'rewards.clip.options={"folder": "it\'s $HOME"}')
-#: Stands in for deepgen and cluster programs: writes its arguments, one a line, and exits as instructed.
+#: A fake of deepgen and cluster programs: writes its arguments, one a line, and exits as instructed.
 RECORD = '#!/usr/bin/env bash\nprintf "%s\\n" "$@" > "$RECORD/$(basename "$0").$$"\nexit "${STATUS:-0}"\n'
 
 

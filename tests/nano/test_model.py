@@ -122,7 +122,7 @@ def test_encoders_of_other_sizes_are_refused(folders, tmp_path: Path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-def test_ablations_lack_what_they_are_without(tmp_path: Path):
+def test_ablations_lack_the_ablated_part(tmp_path: Path):
     folder = tmp_path / "model"
     words = ["--without", "think_tokens", "--without", "stacked_channels"]
     assert main(["nano", "init", "--out", str(folder), *words]) == 0
@@ -205,7 +205,7 @@ def test_the_packaged_model_draws_colours_in_the_named_place():
     assert sum(right) >= 14, right
 
 
-def test_the_packages_model_understands_other_wordings():
+def test_the_packaged_model_understands_other_wordings():
     """Words and marks that no caption has, and some that all have."""
     wordings = (
         "a red circle", "A red circle.", "a photo of a red circle", "could you draw a red circle",
@@ -219,7 +219,7 @@ def test_the_packages_model_understands_other_wordings():
     assert sum(right) >= 7, dict(zip(wordings, right, strict=True))
 
 
-def test_the_packages_model_draws_and_edits_what_it_never_saw():
+def test_the_packaged_model_generalises_to_held_out_samples():
     pipe = DeepGenPipeline.from_pretrained("nano")
     least = {
         "single": 15, "two": 15, "relation": 15, "count": 15, "reasoning": 15, "text": 13,

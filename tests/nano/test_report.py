@@ -107,7 +107,7 @@ def test_the_report(folder: Path, capsys: pytest.CaptureFixture):
         (["--out", "nothing.md"], "nothing.md cannot be read"),
     ],
 )
-def test_what_cannot_be_used_changes_nothing(
+def test_unusable_inputs_change_nothing(
     folder: Path, capsys: pytest.CaptureFixture, words: list[str], message: str
 ):
     Path("list.json").write_text("[]")

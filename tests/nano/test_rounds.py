@@ -21,7 +21,7 @@ def test_names_and_folders():
         assert load_config(f"nano/{name}").out == expected
 
 
-def test_rounds_differ_in_what_they_say():
+def test_rounds_differ_only_in_their_changes():
     words, swaps = load_config("nano/sft_words"), load_config("nano/sft_swaps")
     assert (words.start, words.steps, words.data.seed, words.noise_shift) == ("out/nano/sft_long", 1800, 0, 3.0)
     assert (swaps.start, swaps.steps, swaps.data.seed, swaps.noise_shift) == ("out/nano/sft_names", 1300, 9, 20.0)

@@ -48,7 +48,7 @@ def test_things_without_a_named_place_have_one_arrangement(skill):
 
 
 @pytest.mark.parametrize("skill", ["single", "two", "relation", "count", "reasoning", "text"])
-def test_what_a_caption_leaves_open_is_the_same_in_all_pictures(skill):
+def test_unspecified_attributes_are_constant(skill):
     for index in range(200):
         sample = make_sample("train", skill, seed=0, index=index)
         assert sample.scene.background == (sample.truth.background or "white")

@@ -25,7 +25,7 @@ def test_a_run_compiles_with_what_was_estimated(kind, topology, ahead):
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
-def test_gpus_get_what_does_not_stand_for_the_missing_device(kind):
+def test_gpus_get_options_valid_without_the_device(kind):
     usual, ahead = (compiler_options(kind, latency_hiding) for latency_hiding in (False, True))
     assert usual
     assert usual.items() < ahead.items() < parse_topology("h100:8").compiler_options(latency_hiding=True).items()

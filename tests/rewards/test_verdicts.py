@@ -231,7 +231,7 @@ NOT_VERDICTS = [
 
 
 @given(st.sampled_from(NOT_VERDICTS), st.sampled_from(MENTIONS[:7]), st.booleans(), st.sampled_from(WRAPS[:-1]))
-def test_what_decides_nothing_is_unreadable(text, names, swap, wrap):
+def test_undecided_replies_are_unreadable(text, names, swap, wrap):
     x, y = names[::-1] if swap else names
     assert read_verdict(wrap.replace("{}", text.replace("{x}", x).replace("{y}", y))) == NO_VERDICT
 

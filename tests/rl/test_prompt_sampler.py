@@ -229,7 +229,7 @@ def test_a_prompt_that_cannot_be_used_is_named_before_it_is_drawn():
         check_prompts([dataset("a", 3), dataset("b", 3)], tokenize)
 
 
-def test_what_the_order_of_draws_depends_on():
+def test_dependencies_of_the_draw_order():
     order = PromptSampler([dataset("a", 4), dataset("b", 6)], 2, seed=1).order
     assert json.loads(json.dumps(order)) == order == PromptSampler([dataset("a", 4), dataset("b", 6)], 2).order
     others = [([dataset("a", 4), dataset("b", 6)], 4), ([dataset("a", 5), dataset("b", 6)], 2), ([dataset("a", 4)], 2)]

@@ -79,7 +79,7 @@ def test_rollout_golden(sampler, cases, pipelines, goldens, check_golden, monkey
     np.testing.assert_array_equal(images, states[-1])
 
 
-def test_an_image_does_not_depend_on_what_is_rolled_out_with_it(case):
+def test_an_image_does_not_depend_on_its_rollout_batch(case):
     _, together = case.rollout()
     pieces = [case.rollout(first=i, prompts=1)[1] for i in range(case.prompts)]
     apart = concatenated(pieces)

@@ -109,7 +109,7 @@ def test_truncated_or_missing_files_are_damage(tmp_path_factory, data):
     restore(run, 1)
 
 
-def test_going_back_keeps_what_is_put_aside(tmp_path):
+def test_going_back_keeps_checkpoints_put_aside(tmp_path):
     save(tmp_path, 1, 2, 3)
     assert set_aside(tmp_path, 3) is None
     assert set_aside(tmp_path, 1) == tmp_path / "set-aside"
@@ -121,7 +121,7 @@ def test_going_back_keeps_what_is_put_aside(tmp_path):
         set_aside(tmp_path, 7)
 
 
-def test_what_other_runs_start_from_is_not_put_aside(tmp_path):
+def test_checkpoints_that_runs_start_from_are_not_put_aside(tmp_path):
     save(tmp_path, 1, 2, 3)
     pin(tmp_path, 2)
     with pytest.raises(DeepGenError, match="other runs started from its checkpoint of step 2"):

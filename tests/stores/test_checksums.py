@@ -94,7 +94,7 @@ def test_a_flipped_bit_of_a_checkpoint(data: st.DataObject, step: int, run: Path
         path.write_bytes(content)
 
 
-def test_what_is_whole_is_read_and_checked_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intact_files_are_read_and_checked_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     real = checksums.checksum
 

@@ -80,7 +80,7 @@ def test_the_run_loads_and_exports(folder: Path):
     assert changed == {part: part == "bridge" for part in changed} | {"text": changed["text"]}
 
 
-def test_the_run_continues_as_it_would_have(folder: Path):
+def test_the_run_continues_unchanged(folder: Path):
     runs.finish(runs.start(folder))
     expected = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = runs.metrics(folder / "run")

@@ -1,4 +1,4 @@
-"""Small training runs for tests: pictures, a configuration file, and the command line in processes of its own."""
+"""Small training runs for tests: pictures, a configuration file, and the command line in separate processes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def printed(program: str, *words: str, devices: int = 1) -> str:
-    """What Python code prints in a process of its own, which must succeed."""
+    """Output of Python code in a separate process, which must succeed."""
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
         env=environment(devices), timeout=600, capture_output=True, text=True,
@@ -132,7 +132,7 @@ def printed(program: str, *words: str, devices: int = 1) -> str:
 def start(
     folder: Path, *words: str, devices: int = 1, config: str = "config.py", program: str = ""
 ) -> subprocess.Popen:
-    """``deepgen train`` in a process of its own; ``program`` replaces its entry point, to inject faults."""
+    """``deepgen train`` in a separate process; ``program`` replaces its entry point, to inject faults."""
     entry = ["-c", program] if program else ["-m", "deepgen_jax.cli.main"]
     command = [sys.executable, *entry, "train", str(folder / config), *words]
     return subprocess.Popen(

@@ -150,7 +150,7 @@ def test_too_many_of_them_in_a_row_end_the_run(config, run):
         ({"optimizer": OptimizerConfig(name="muon")}, r"was begun with optimizer\.name=adamw, not muon"),
     ],
 )
-def test_a_run_stays_what_it_was(config, run, changes, message):
+def test_a_run_cannot_change_its_settings(config, run, changes, message):
     run(config, stop=1)
     with pytest.raises(DeepGenError, match=message):
         loop.describe(Path(config.out), replace(config, **changes))

@@ -196,7 +196,7 @@ def test_weights_from_several_runs_back(first: Run, second: Run, model: Path, tm
     assert starting_point_of(again).inherited["mmdit_lora"] == Saved(third.folder, 3)
 
 
-def test_what_a_run_starts_from_is_pinned_and_may_move(
+def test_the_starting_point_is_pinned_and_may_move(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither training the earlier run on nor working in another folder changes it."""
@@ -226,7 +226,7 @@ def test_what_a_run_starts_from_is_pinned_and_may_move(
     assert Path("by_run.pth").read_bytes() == Path("by_folder.pth").read_bytes()
 
 
-def test_what_others_start_from_is_kept(model: Path, tmp_path: Path) -> None:
+def test_checkpoints_that_runs_start_from_are_kept(model: Path, tmp_path: Path) -> None:
     """However many checkpoints come after it; the rest go as the run's settings say."""
     earlier = begin(tmp_path / "earlier", model, ("bridge",))
     begin(tmp_path / "run", model, ("mmdit",), start=str(tmp_path / "earlier"))
