@@ -173,8 +173,9 @@ def data(rng: random.Random, folder: Path) -> Case:
         path = folder / "data.json"
         rows = [{"image": "a.png", "annotation": "a.json", "txt": corpus.text(rng)}, corpus.value(rng)]
         path.write_bytes(corpus.deep(rng) if rng.random() < 0.1 else json.dumps(rows).encode())
-    source = f'{{"kind": {json.dumps(kind)}, "path": {json.dumps(str(path))}}}'
-    return Case(["data", "inspect", "tiny_sft", f'data.sources={{"fuzz": {source}}}', "--seconds", "0.1"])
+    source = json.dumps([{"name": "fuzz", "kind": kind, "path": str(path)}])
+    settings = [f"data.sources={source}", "model=nano", "start=none", "data.mixture.cycle=t2i", "data.max_bad_share=1"]
+    return Case(["data", "inspect", "tiny_sft", *settings, "--seconds", "0.1"])
 
 
 def _release(folder: Path, name: str) -> Path:
