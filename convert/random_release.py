@@ -99,7 +99,7 @@ def write_release(
       max_shard_size: of the safetensors files.
       overwrite: replace ``folder``.
       merges: of the tokenizer's byte pairs; without any its tokens are single bytes.
-      for_training: for models that are to be trained in earnest. The MMDiT's table of positions, which never trains, is
+      for_training: for models to be trained. The MMDiT's table of positions, which never trains, is
         that of the released model's kind; its modulation starts small; and latents start with little noise.
 
     Raises:

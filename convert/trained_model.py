@@ -38,7 +38,7 @@ def open_run(
       run: folder of the run.
       step: of the checkpoint; the newest by default.
       ema: take the moving average of what the run trained.
-      keep_lora: the adapters are to be kept apart.
+      keep_lora: keep the adapters separate.
       model: new path of the model folder that the run started from.
       start: new path of the run that it continued.
 
@@ -102,7 +102,7 @@ def _check_shapes(leaves: dict[TreePath, Stored], base: StoredModel, run: Path) 
 
 
 def _common_adapters(updates: dict[TreePath, Update]) -> LoRAConfig:
-    """Rank and alpha of adapters that are to be kept."""
+    """Rank and alpha of adapters to keep."""
     if not updates:
         raise DeepGenError("there are no adapters to keep; leave out --keep-lora")
     if any(path[0] == "mmdit" for path in updates):

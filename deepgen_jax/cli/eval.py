@@ -77,7 +77,7 @@ class EvalCommand(EvalArguments):
     limit: Annotated[int | None, arg(help_behavior_hint="(default: all)")] = None
     """Only the first prompts."""
     spread: bool = False
-    """With --limit: evenly spaced prompts, which see all categories, in place of the first."""
+    """With --limit: evenly spaced prompts, which cover all categories, instead of the first."""
     num_images: Annotated[int | None, arg(help_behavior_hint="(default: the benchmark's)")] = None
     """Fewer images of each prompt."""
     steps: Annotated[int | None, arg(help_behavior_hint="")] = None

@@ -221,7 +221,7 @@ class OutputFolder:
         (changed prompt file or model) is made again, with a warning.
 
         Args:
-          wanted: what is to be in the folder.
+          wanted: wanted contents of the folder.
           overwrite: make all of it, whatever is there.
           keep_others: refuse to replace what was made from other requests.
 

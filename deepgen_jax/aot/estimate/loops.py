@@ -55,7 +55,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _turns(first: int, change: int, direction: str, limit: int) -> int | None:
-    """How often ``first, first + change, ...`` compares true with the limit before it does not; None if for ever."""
+    """How often ``first, first + change, ...`` compares true with the limit before it does not; None if always."""
     if not _COMPARE[direction](first, limit):
         return 0
     distance = limit - first
