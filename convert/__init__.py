@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .conversion import Report, convert
     from .exporting import export
+    from .quantizing import quantize
 
-__all__ = ["Report", "convert", "export"]
+__all__ = ["Report", "convert", "export", "quantize"]
 
-_MODULES = {"Report": "conversion", "convert": "conversion", "export": "exporting"}
+_MODULES = {"Report": "conversion", "convert": "conversion", "export": "exporting", "quantize": "quantizing"}
 
 
 def __getattr__(name: str) -> Any:

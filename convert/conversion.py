@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import deepgen_jax
+from deepgen_jax.config import QuantizationConfig
 from deepgen_jax.errors import DeepGenError
 
 from . import configs
@@ -18,6 +19,7 @@ from .folder_writer import Contents, write_arrays, write_manifest
 from .hparams import parse_hparams
 from .output import staged
 from .plan import Plan, make_plan
+from .quantized_leaves import quantized_contents
 from .release_inputs import Release, lora_config, open_bases, open_release
 from .sources import BFLOAT16
 
@@ -76,6 +78,8 @@ def convert(
     dtype: str | None = None,
     member: str | None = None,
     ema: bool = False,
+    quantize: str | None = None,
+    products: bool = False,
     overwrite: bool = False,
     seed: int = 0,
 ) -> Report:
@@ -95,6 +99,8 @@ def convert(
       member: part of the name of the checkpoint inside an archive that holds several.
       ema: take the checkpoint's moving average of the weights; what it does not cover is taken as trained. Without it
         the trained weights are taken, unless the checkpoint has nothing but an average.
+      quantize: "int8" or "fp8" to store the weights of large layers in 8 bits.
+      products: with ``quantize``, matrix products are 8-bit, too.
       overwrite: replace ``out``.
       seed: of a newly initialised bridge.
 
@@ -110,6 +116,11 @@ def convert(
         raise DeepGenError("--checkpoint goes with --qwen and --sd3; a diffusers release is complete by itself")
     if ema and checkpoint is None:
         raise DeepGenError("--ema is for --checkpoint; leave it out")
+    if products and quantize is None:
+        raise DeepGenError("--products is for --quantize; leave it out")
+    if quantize is not None and keep_lora:
+        raise DeepGenError("8-bit weights have adapters merged; leave out --keep-lora or --quantize")
+    how = None if quantize is None else QuantizationConfig(quantize, products)
     with staged(out, overwrite=overwrite) as partial, contextlib.ExitStack() as stack:
         given = None if hparams is None else parse_hparams(configs.read_json(Path(hparams)), str(hparams))
         if diffusers is not None:
@@ -123,11 +134,22 @@ def convert(
         stored = None if dtype is None else DTYPES[dtype]
         plan = make_plan(release.config, release.inventory, lora, keep_lora=keep_lora, dtype=stored)
         options = {"keep_lora": keep_lora, "dtype": dtype, "lora_alpha": lora.alpha if lora else None, "ema": ema}
-        return _write(partial, out, plan, release, options)
+        if how is not None:
+            options |= {"quantize": how.weights, "products": how.products}
+        return _write(partial, out, plan, release, options, how)
 
 
-def _write(partial: Path, out: Path, plan: Plan, release: Release, options: dict[str, Any]) -> Report:
+def _write(
+    partial: Path,
+    out: Path,
+    plan: Plan,
+    release: Release,
+    options: dict[str, Any],
+    how: QuantizationConfig | None,
+) -> Report:
     contents = Contents(plan.config, release.scheduler, release.tokenizer, plan.params, plan.lora)
+    if how is not None:
+        contents = quantized_contents(contents, how)
     write_arrays(partial, out, contents, "converting")
     if plan.not_finite:
         names = sorted(plan.not_finite)

@@ -95,7 +95,7 @@ def export(
             raise DeepGenError(f"--{used[0]} is for training runs, and {folder} is a model folder; leave it out")
         if format == "model":
             raise DeepGenError(f"{folder} is a model folder already; copy it, or choose another --format")
-    tensors = _Tensors(opened, merge=merge, dtype=None if dtype is None else DTYPES[dtype])
+    tensors = StoredTensors(opened, merge=merge, dtype=None if dtype is None else DTYPES[dtype])
     with staged(out, overwrite=overwrite) as partial:
         if format == "model":
             contents = tensors.contents()
@@ -112,7 +112,7 @@ def export(
     return out
 
 
-def _write_release(partial: Path, out: Path, tensors: _Tensors, format: str, shard_bytes: int) -> None:
+def _write_release(partial: Path, out: Path, tensors: StoredTensors, format: str, shard_bytes: int) -> None:
     specs, model = tensors.specs(), tensors.model
     total = sum(spec.nbytes for spec in specs)
     require_space(out, total)
@@ -133,7 +133,7 @@ def _write_release(partial: Path, out: Path, tensors: _Tensors, format: str, sha
         writer.close()
 
 
-class _Tensors:
+class StoredTensors:
     """Everything of a model, read leaf by leaf: as leaves of a model folder or under the keys of a release.
 
     Args:

@@ -122,9 +122,14 @@ def open_folder(folder: Path) -> StoredModel:
     """A model folder.
 
     Raises:
-      DeepGenError: it is none, or something in it is missing or damaged.
+      DeepGenError: it is none, its weights are 8-bit, or something in it is missing or damaged.
     """
     manifest = read_manifest(folder)
+    if manifest.config.quantization is not None:
+        raise DeepGenError(
+            f"{folder} has {manifest.config.quantization.weights} weights, which can be neither exported nor "
+            "quantized again; name the model folder that it was made from"
+        )
     lora = manifest.config.lora
     updates = {} if lora is None else pairs(located(folder / "lora", stored_tree(folder, "lora")), lora.scale)
     params = located(folder / "params", stored_tree(folder))

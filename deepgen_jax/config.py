@@ -231,9 +231,32 @@ class LoRAConfig:
         return self.alpha / self.rank
 
 
+#: Storage types of 8-bit weights.
+WEIGHT_FORMATS = ("int8", "fp8")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """8-bit weights: see `deepgen_jax.models.quantized`.
+
+    ``weights`` is "int8" or "fp8" (float8_e4m3fn). With ``products`` layers also round their inputs, so that matrix
+    products run in 8 bits (W8A8).
+    """
+
+    weights: str = "int8"
+    products: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHT_FORMATS:
+            raise DeepGenError(f"config: weights is {self.weights!r}; it must be {' or '.join(WEIGHT_FORMATS)}")
+
+
 @dataclass(frozen=True)
 class DeepGenConfig:
-    """A whole model. ``lora`` is set where adapters are stored apart from the base weights."""
+    """A whole model.
+
+    ``lora`` is set where adapters are stored apart from the base weights, ``quantization`` where weights are 8-bit.
+    """
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -251,6 +274,7 @@ class DeepGenConfig:
     image_size: int | None = field(default=None, metadata=_OPTIONAL)
     #: A guidance scale above this ruins images, so that it is worth a warning; None where no such limit is known.
     max_guidance_scale: float | None = field(default=None, metadata=_OPTIONAL)
+    quantization: QuantizationConfig | None = field(default=None, metadata=_OPTIONAL)
 
     def __post_init__(self) -> None:
         checks = [
@@ -264,6 +288,8 @@ class DeepGenConfig:
             ("mmdit.in_channels", self.mmdit.in_channels, "vae.latent_channels", self.vae.latent_channels),
         ]
         _check_numbers(self)
+        if self.lora is not None and self.quantization is not None:
+            raise DeepGenError("config: lora and quantization are both set; 8-bit weights have adapters merged")
         if not 0 <= self.guidance_scale < math.inf:
             raise DeepGenError(f"config: guidance_scale is {self.guidance_scale}; it must be 0 or more")
         if self.num_inference_steps < 1:

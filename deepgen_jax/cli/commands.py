@@ -202,6 +202,15 @@ COMMANDS: dict[str, Subcommand | Group] = {
             "deepgen export deepgen --format diffusers --out DeepGen-diffusers",
         ),
     ),
+    "quantize": Subcommand(
+        "deepgen_jax.cli.quantize",
+        "QuantizeCommand",
+        "write a model folder with 8-bit weights, about half as large, for inference",
+        (
+            "deepgen quantize deepgen --to int8 --out deepgen-int8",
+            "deepgen quantize nano --to fp8 --products --out nano-fp8",
+        ),
+    ),
     "reward-server": Subcommand(
         "deepgen_jax.cli.reward_server",
         "RewardServerCommand",

@@ -39,6 +39,10 @@ class ConvertCommand:
     """Numerator of the adapters' scale alpha / rank; 2 x rank where neither this nor --hparams says."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype to store all weights in; by default each keeps its own, and merged ones are float32."""
+    quantize: Literal["int8", "fp8"] | None = None
+    """Store the weights of large layers in 8 bits, for inference alone; see docs/quantize.md."""
+    products: bool = False
+    """With --quantize: compute matrix products in 8 bits, too."""
     overwrite: bool = False
     """Replace OUT if it exists."""
     seed: int = 0
@@ -54,7 +58,7 @@ class ConvertCommand:
             out=self.out, qwen=self.qwen, sd3=self.sd3, checkpoint=self.checkpoint, diffusers=self.diffusers,
             hparams=self.hparams, member=self.member, ema=self.ema, keep_lora=self.keep_lora,
             lora_alpha=self.lora_alpha,
-            dtype=self.dtype, overwrite=self.overwrite, seed=self.seed,
+            dtype=self.dtype, quantize=self.quantize, products=self.products, overwrite=self.overwrite, seed=self.seed,
         )  # fmt: skip
         print(report)
         return 0

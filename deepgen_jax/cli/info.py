@@ -71,6 +71,9 @@ def lines(folder: Path, manifest: Manifest, scheduler: SchedulerConfig) -> Itera
     yield ""
     yield from (f"{title:<15} {text}" for title, text in _architecture(manifest.config))
     yield f"{'LoRA':<15} {_lora(manifest)}"
+    if (how := manifest.config.quantization) is not None:
+        products = "in 8 bits" if how.products else "in the dtype of the computation"
+        yield f"{'quantization':<15} {how.weights} weights, products {products}"
     yield f"{'schedule':<15} {_schedule(scheduler)}"
     yield ""
     yield from _sources(manifest.provenance)

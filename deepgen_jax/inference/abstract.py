@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -16,6 +18,7 @@ from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.guidance import Condition
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import abstract_params, make_network
+from deepgen_jax.models.quantized import keeps_dtype
 from deepgen_jax.parallel.abstract import AbstractProgram, Tree, abstract_array, abstract_tree
 from deepgen_jax.stores.merged_params import part_dtypes
 
@@ -25,8 +28,13 @@ def abstract_weights(config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike) -> Tre
     dtypes = part_dtypes(config, jnp.dtype(dtype))
     weights: Tree = {}
     for part, tree in abstract_params(config).items():
-        weights |= abstract_tree({part: tree}, mesh, dtypes[part])
+        held = jax.tree_util.tree_map_with_path(partial(_held, dtypes[part]), tree)
+        weights |= abstract_tree({part: held}, mesh, None)
     return weights
+
+
+def _held(dtype: DTypeLike, path: tuple[Any, ...], leaf: Any) -> Any:
+    return leaf if keeps_dtype(path[-1].key, leaf.dtype) else jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def abstract_condition(

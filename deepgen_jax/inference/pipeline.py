@@ -91,7 +91,7 @@ class DeepGenPipeline:
         Args:
           folder: the model folder, or "nano"; a folder of that name comes first.
           dtype: dtype of weights and computation, "float32" or "bfloat16"; the VAE stays float32 where its config says
-            so. Adapters stored beside the weights are merged on loading.
+            so, and 8-bit weights stay 8-bit. Adapters stored beside the weights are merged on loading.
           mesh: a mesh with the axes ("data", "fsdp", "tensor"), its sizes as text ("fsdp=8"), or None for one device.
 
         Raises:

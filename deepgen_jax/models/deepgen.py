@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from deepgen_jax.models.block_cache import BlockCache
 from deepgen_jax.models.bridge import Bridge
 from deepgen_jax.models.mmdit import MMDiT
 from deepgen_jax.models.plan import Plan, fastest_plan
+from deepgen_jax.models.quantized import Format, quantize_tree
 from deepgen_jax.models.qwen_text import QwenText
 from deepgen_jax.models.qwen_vision import QwenVision
 from deepgen_jax.models.stack import Remat
@@ -167,8 +168,12 @@ def init_params(config: DeepGenConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def abstract_params(config: DeepGenConfig) -> dict[str, Any]:
-    """Shapes of the parameters without making them: a tree of float32 ``ShapeDtypeStruct``, not to be changed."""
-    return _abstract_params(dataclasses.replace(config, lora=None))
+    """Shapes of the parameters without making them: a tree of ``ShapeDtypeStruct``, not to be changed.
+
+    All are float32, except 8-bit kernels and tables of a quantised model.
+    """
+    shapes, how = _abstract_params(dataclasses.replace(config, lora=None, quantization=None)), config.quantization
+    return shapes if how is None else quantize_tree(shapes, cast("Format", how.weights), how.products)
 
 
 @functools.lru_cache(maxsize=4)  # tracing takes seconds

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
+from deepgen_jax.errors import DeepGenError
+
 WEIGHT_SCALE, PRODUCT_SCALE = "weight_scale", "product_scale"
 Format = Literal["int8", "fp8"]
 
@@ -34,6 +36,9 @@ FORMATS: Mapping[str, _Type] = {
     "int8": _Type(np.dtype(np.int8), 127.0),
     "fp8": _Type(np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
 }
+
+# Subnormal scales lose precision.
+_SMALLEST = np.finfo(np.float32).tiny
 
 #: (pattern, reason) of parameters that keep 16 or 32 bits; the first full match of the path applies.
 KEPT: tuple[tuple[str, str], ...] = (
@@ -55,10 +60,10 @@ WEIGHTS_ONLY: tuple[tuple[str, str], ...] = (
 
 
 def treatment(path: str, products: bool) -> str:
-    """"kept", "weights" or "products" for a parameter's path, such as "mmdit/blocks_0/attn/to_q/kernel".
+    """Treatment of a parameter: "kept", "weights" (8-bit weights only) or "products" (8-bit products, too).
 
     Args:
-      path: keys joined by slashes.
+      path: keys joined by slashes, such as "mmdit/blocks_0/attn/to_q/kernel".
       products: quantise products as well as weights.
     """
     if not path.endswith(("/kernel", "/embedding")) or any(re.fullmatch(pattern, path) for pattern, _ in KEPT):
@@ -88,19 +93,37 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
       to: storage type.
 
     Returns:
-      Values with the shape of ``value``, and scales of :func:`scale_shape`. A channel of zeros has scale 1.
+      Values with the shape of ``value``, and scales of :func:`scale_shape`. A channel whose scale would be 0 or
+      subnormal has scale 1.
+
+    Raises:
+      DeepGenError: a value is NaN or infinite.
     """
     dtype, largest = FORMATS[to]
     axis = -1 if path.endswith("/embedding") else -2
     exact = value.astype(np.float32)
     most = np.abs(exact).max(axis=axis, keepdims=True)
-    scale = np.where(most > 0, most / largest, 1).astype(np.float32)
+    if not np.isfinite(most).all():
+        raise DeepGenError(f"NaN or infinite weights in {path}; download or train them again")
+    scale = most / np.float32(largest)
+    scale = np.where(scale >= _SMALLEST, scale, np.float32(1))
     exact /= scale
     if to == "int8":
         np.rint(exact, out=exact)
     # Rounding may exceed the largest value by one part in 10^7.
     np.clip(exact, -largest, largest, out=exact)
     return exact.astype(dtype), np.squeeze(scale, axis=axis)
+
+
+def dequantize(path: str, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Returns float32 ``values * scale``, the inverse of :func:`quantize` up to rounding."""
+    return values.astype(np.float32) * np.expand_dims(scale, -1 if path.endswith("/embedding") else -2)
+
+
+def keeps_dtype(path: str, dtype: DTypeLike) -> bool:
+    """Whether an array keeps its stored dtype whatever the compute dtype: 8-bit values and their scales."""
+    eight_bits = any(jnp.dtype(dtype) == kind.dtype for kind in FORMATS.values())
+    return eight_bits or path.rpartition("/")[2] in (WEIGHT_SCALE, PRODUCT_SCALE)
 
 
 def quantize_tree(params: Mapping[str, Any], to: Format, products: bool, prefix: str = "") -> dict[str, Any]:
@@ -142,7 +165,8 @@ def matmul(
     largest = FORMATS["int8" if integers else "fp8"].largest
     exact = x.astype(jnp.float32)
     most = jnp.max(jnp.abs(exact), axis=-1, keepdims=True)
-    step = jnp.where(most > 0, most / largest, 1)
+    step = most / largest
+    step = jnp.where(step >= _SMALLEST, step, 1)
     scaled = jnp.clip(exact / step, -largest, largest)
     rounded = (jnp.rint(scaled) if integers else scaled).astype(kernel.dtype)
     # Pass 8-bit operands: on Hopper, quantise-dequantise pairs before a product make it run in bfloat16.

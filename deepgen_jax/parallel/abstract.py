@@ -67,11 +67,11 @@ def key_dtype() -> Any:
     return jax.eval_shape(lambda: jax.random.key(0)).dtype
 
 
-def abstract_tree(tree: Tree, mesh: Mesh, dtype: DTypeLike) -> Tree:
-    """Shapes of a parameter tree in ``dtype``, sharded by `deepgen_jax.parallel.rules`."""
+def abstract_tree(tree: Tree, mesh: Mesh, dtype: DTypeLike | None) -> Tree:
+    """Shapes of a parameter tree in ``dtype`` (None: each in its own), sharded by `deepgen_jax.parallel.rules`."""
 
     def place(x: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype, sharding=sharding)
 
     return jax.tree.map(place, tree, rules.shardings(tree, mesh)) if tree else {}
 

@@ -131,7 +131,7 @@ def load_params(
     Args:
       folder: the model folder.
       parts: which parts to read; "unused" only if named.
-      dtype: dtype of every array; None keeps what is stored.
+      dtype: dtype of every array but 8-bit weights and their scales; None keeps what is stored.
       shardings: a ``jax.sharding.Sharding`` for every array, or a tree like the result with one for each; None puts
         everything on the default device.
 
@@ -160,6 +160,8 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
     import jax
     import orbax.checkpoint as ocp
 
+    from deepgen_jax.models.quantized import keeps_dtype
+
     stored = stored_tree(folder, name)
     wanted = {part: stored[part] for part in parts if part in stored}
     absent = [part for part in parts if part not in stored]
@@ -167,16 +169,16 @@ def _restore(folder: Path, name: str, parts: Sequence[str], dtype: Any, sharding
         raise DeepGenError(f"{folder / name} lacks {', '.join(absent)} (it has {', '.join(stored)})")
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def arguments(leaf: Any, sharding: jax.sharding.Sharding) -> ocp.ArrayRestoreArgs:
-        return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=leaf.dtype if dtype is None else dtype, sharding=sharding
-        )
+    def arguments(path: tuple[Any, ...], leaf: Any, sharding: jax.sharding.Sharding) -> ocp.ArrayRestoreArgs:
+        as_stored = dtype is None or keeps_dtype(path[-1].key, leaf.dtype)
+        return ocp.ArrayRestoreArgs(restore_type=jax.Array, dtype=leaf.dtype if as_stored else dtype, sharding=sharding)
 
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         one = default if shardings is None else shardings
-        restore_args = jax.tree.map(lambda leaf: arguments(leaf, one), wanted)
+        restore_args = jax.tree_util.tree_map_with_path(lambda path, leaf: arguments(path, leaf, one), wanted)
     else:
-        restore_args = jax.tree.map(arguments, wanted, {part: shardings[part] for part in wanted})
+        chosen = {part: shardings[part] for part in wanted}
+        restore_args = jax.tree_util.tree_map_with_path(arguments, wanted, chosen)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)

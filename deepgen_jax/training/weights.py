@@ -65,6 +65,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """
     folder = run.model_folder
     manifest = model_folder.read_manifest(folder)
+    _refuse_quantized(manifest.config, folder)
     adapted = _adapted_parts(run)
     config = _with_adapters(manifest.config, run)
     inherited = starting_point_of(run).inherited
@@ -97,6 +98,7 @@ def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
 
     The schedule is the default one, and the tokenizer's folder is empty.
     """
+    _refuse_quantized(model, run.model_folder)
     config, shapes = _with_adapters(model, run), abstract_params(model)
     params: Tree = {}
     for part, dtype in _dtypes(run, config).items():
@@ -107,6 +109,15 @@ def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
         new = jax.eval_shape(partial(init_lora, shapes[part], run.lora.rank, part=part), jax.random.key(0))
         adapters |= abstract_tree(new, mesh, jnp.float32)
     return Weights(config, SchedulerConfig(), Path(), {"params": trainable, "lora": adapters}, frozen)
+
+
+def _refuse_quantized(config: DeepGenConfig, folder: Path) -> None:
+    """8-bit weights neither train nor export, so that a run cannot start from them."""
+    if config.quantization is not None:
+        raise DeepGenError(
+            f"{folder} has {config.quantization.weights} weights, which cannot be trained; name the model folder that "
+            "it was made from"
+        )
 
 
 def _adapted_parts(run: RunConfig) -> list[str]:

@@ -14,7 +14,8 @@ from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.stores.model_folder import NANO, PACKAGED
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("install", "generate", "troubleshooting"))]
+NAMES = ("install", "generate", "quantize", "troubleshooting")
+PAGES = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in NAMES)]
 EXAMPLES = [
     example
     for entry in COMMANDS.values()

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,10 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.aot.estimate import hlo
+from deepgen_jax.config import DeepGenConfig, QuantizationConfig, from_dict, to_dict
+from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.abstract import abstract_weights
 from deepgen_jax.models import quantized
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.models.layers import Embedding, Linear
+from deepgen_jax.models.packing import pack_kernels
+from deepgen_jax.nano.model import nano_config
 from deepgen_jax.parallel.rules import matching_rules
 
 KERNELS = arrays(np.float32, array_shapes(min_dims=2, max_dims=3, max_side=6), elements=st.floats(-1e4, 1e4, width=32))
@@ -99,9 +111,142 @@ def test_the_full_model_is_half_as_large(products):
 
 def test_every_reason_is_used():
     paths = flatten_dict(abstract_params(DeepGenConfig()), sep="/")
-    import re
-
     for table in (quantized.KEPT, quantized.WEIGHTS_ONLY):
         for pattern, reason in table:
             assert any(re.fullmatch(pattern, path) for path in paths), pattern
             assert reason
+
+
+def operand_types(text):
+    """Element types of the operands of each matrix product of an optimised program, pairs sorted."""
+    found = []
+    for computation in hlo.parse(text).computations.values():
+        types = {each.name: [array.dtype for array in each.results] for each in computation.instructions}
+        for each in computation.instructions:
+            if each.opcode in ("dot", "convolution"):
+                found.append(tuple(sorted(types[name][0] for name in each.operands)))
+    return found
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program of a CPU")
+def test_products_are_of_8_bit_integers():
+    def operands(name):
+        layer = {"params": {"kernel": jnp.ones((64, 32), jnp.int8), name: jnp.ones(32)}}
+        apply = jax.jit(Linear(32, use_bias=False, dtype=jnp.bfloat16).apply)
+        return operand_types(apply.lower(layer, jnp.ones((8, 64), jnp.bfloat16)).compile().as_text())
+
+    assert operands(quantized.PRODUCT_SCALE) == [("s8", "s8")]
+    assert operands(quantized.WEIGHT_SCALE) != [("s8", "s8")]
+
+
+TPU_PROGRAM = """
+from deepgen_jax.aot.topology import describe, parse_topology, prepare
+
+topology = parse_topology("v6e:2x2")
+prepare(topology)
+import jax
+import jax.numpy as jnp
+from deepgen_jax.models.layers import Linear
+
+place = jax.sharding.SingleDeviceSharding(describe(topology)[0])
+
+
+def array(*shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+
+layer = {"kernel": array(512, 256, dtype=jnp.int8), NAME: array(256, dtype=jnp.float32)}
+apply = jax.jit(Linear(256, use_bias=False, dtype=jnp.bfloat16).apply)
+print(apply.lower({"params": layer}, array(1024, 512, dtype=jnp.bfloat16)).compile().as_text())
+"""
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    ("name", "types"), [(quantized.PRODUCT_SCALE, ("s8", "s8")), (quantized.WEIGHT_SCALE, ("bf16", "s8"))]
+)
+def test_a_tpu_multiplies_8_bit_integers(name, types):
+    """The TPU's compiler hands 8-bit operands to the matrix unit; weights alone are never widened in memory."""
+    program = TPU_PROGRAM.replace("NAME", repr(name))
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=300, capture_output=True, text=True)
+    assert operand_types(done.stdout) == [types]
+
+
+def test_8_bit_kernels_are_not_packed():
+    kernels = {"int8": jnp.ones((2, 2), jnp.int8), "fp8": jnp.ones((2, 2), jnp.float8_e4m3fn)}
+    packed = pack_kernels({"mmdit": {name: {"kernel": value} for name, value in kernels.items()}})
+    for name, value in kernels.items():
+        assert packed["mmdit"][name]["kernel"] is value
+
+
+@pytest.mark.parametrize("to", ["int8", "fp8"])
+def test_shapes_of_a_quantised_model_keep_their_dtypes(to):
+    config = dataclasses.replace(nano_config(), quantization=QuantizationConfig(to, products=True))
+    whole, shapes = abstract_params(nano_config()), abstract_params(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {np.dtype(np.float32)}
+    assert shapes == quantized.quantize_tree(whole, to, products=True)
+    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    held = flatten_dict(abstract_weights(config, mesh, jnp.bfloat16), sep="/")
+    for path, leaf in flatten_dict(shapes, sep="/").items():
+        if quantized.keeps_dtype(path, leaf.dtype):
+            assert held[path].dtype == leaf.dtype, path
+        else:
+            assert held[path].dtype == (jnp.float32 if path.startswith("vae/") else jnp.bfloat16), path
+    assert sum(leaf.dtype == quantized.FORMATS[to].dtype for leaf in held.values()) > 20
+
+
+def test_values_too_small_for_a_scale_are_zero():
+    for largest in (1e-45, 190 * 1.4e-45, 1e-37):
+        values, scale = quantized.quantize("x/kernel", np.float32([[largest], [-largest]]), "int8")
+        assert not values.any()
+        np.testing.assert_array_equal(scale, 1)
+    tiny = jnp.full((1, 2), 1e-38, jnp.float32)
+    kernel = {"params": {"kernel": jnp.ones((2, 2), jnp.int8), quantized.PRODUCT_SCALE: jnp.ones(2)}}
+    assert jnp.isfinite(Linear(2, use_bias=False).apply(kernel, tiny)).all()
+
+
+def test_not_finite_weights_are_refused():
+    for bad in (np.nan, np.inf):
+        with pytest.raises(DeepGenError, match="NaN or infinite weights in x/kernel"):
+            quantized.quantize("x/kernel", np.array([[1, bad]], np.float32), "int8")
+
+
+@pytest.mark.parametrize("path", ["x/kernel", "x/embedding"])
+def test_dequantize_is_the_inverse(path):
+    value = np.random.default_rng(0).standard_normal((3, 6, 4)).astype(np.float32)
+    values, scale = quantized.quantize(path, value, "int8")
+    back = quantized.dequantize(path, values, scale)
+    assert 0 < np.abs(back - value).max() < 0.05
+    np.testing.assert_array_equal(quantized.quantize(path, back, "int8")[0], values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantization": {"weights": "int4", "products": False}}, "weights is 'int4'; it must be int8 or fp8"),
+        ({"quantization": "int8"}, "QuantizationConfig is 'int8', expected a JSON object"),
+        ({"quantization": {"weights": "int8", "products": 1}}, "products is 1, expected bool"),
+        (
+            {"quantization": {"weights": "int8", "products": False}, "lora": {"rank": 4, "alpha": 8.0}},
+            "lora and quantization are both set",
+        ),
+    ],
+)
+def test_wrong_configurations(values, message):
+    with pytest.raises(DeepGenError, match=message):
+        from_dict(DeepGenConfig, to_dict(DeepGenConfig()) | values)
+
+
+def test_earlier_configurations_are_not_quantised():
+    values = to_dict(DeepGenConfig())
+    del values["quantization"]
+    assert from_dict(DeepGenConfig, values).quantization is None
+
+
+def test_the_page_lists_every_reason():
+    page = (Path(__file__).parents[2] / "docs/quantize.md").read_text(encoding="utf-8")
+    for table in (quantized.KEPT, quantized.WEIGHTS_ONLY):
+        rows = ["| `{}` | {} |".format(pattern.replace("|", "\\|"), reason) for pattern, reason in table]
+        assert "\n".join(rows) in page
+    assert len(page.encode()) <= 4000

@@ -15,6 +15,7 @@ from PIL import Image
 
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.pipeline import DeepGenPipeline
+from deepgen_jax.models.quantized import WEIGHT_SCALE, dequantize
 from deepgen_jax.models.qwen_text import selected_layers
 from deepgen_jax.stores import model_folder
 
@@ -42,7 +43,10 @@ def logit_lens(
     if not config.text.tie_word_embeddings:
         raise DeepGenError("the logit lens needs tied embeddings, which this language model lacks; use --no-lens")
     norm = _final_norm(folder)
-    table = np.asarray(pipe.params["text"]["embed_tokens"]["embedding"], np.float32)
+    embedding = pipe.params["text"]["embed_tokens"]
+    table = np.asarray(embedding["embedding"], np.float32)
+    if WEIGHT_SCALE in embedding:
+        table = dequantize("embed_tokens/embedding", table, np.asarray(embedding[WEIGHT_SCALE]))
     states = pipe.hidden_states(prompt, list(images) or None)[:, -config.bridge.num_queries :]
     layers = selected_layers(config.text.num_layers, config.bridge.selection_stride)
     readings = []
