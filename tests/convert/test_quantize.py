@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepgen_jax import DeepGenPipeline
+from deepgen_jax import DeepGenPipeline, settings
 from deepgen_jax.cli.main import main
 from deepgen_jax.config import QuantizationConfig
 from deepgen_jax.convert import convert, lazy_params, quantize
@@ -21,7 +21,10 @@ from deepgen_jax.convert.stored_params import flatten
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models import quantized
 from deepgen_jax.models.deepgen import abstract_params
+from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores.model_folder import load_params, locate, read_manifest
+from deepgen_jax.training.config_files import load_config
+from deepgen_jax.training.weights import abstract_start, load_start
 
 Flat = dict[str, np.ndarray]
 Make = Callable[..., Path]
@@ -191,7 +194,7 @@ def test_an_error_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPatch, 
         (["quantize", "/nowhere", "--to", "int8", "--out", "{out}"], "/nowhere is not a folder"),
         (["quantize", "{int8}", "--to", "fp8", "--out", "{out}"], "{int8} has int8 weights, which can be neither"),
         (["quantize", "nano", "--to", "int8", "--out", "{int8}"], "{int8} exists; choose another --out"),
-        (["quantize", "nano", "--to", "int4", "--out", "{out}"], "--to"),
+        (["quantize", "nano", "--to", "int4", "--out", "{out}"], "invalid choice 'int4' for argument '--to'"),
         (["export", "{int8}", "--format", "diffusers", "--out", "{out}"], "{int8} has int8 weights, which can be"),
         (["export", "{int8}", "--format", "pth", "--out", "{out}"], "{int8} has int8 weights, which can be neither"),
         (
@@ -201,10 +204,6 @@ def test_an_error_while_writing_leaves_nothing(monkeypatch: pytest.MonkeyPatch, 
         (
             ["convert", "--diffusers", "{release}", "--quantize", "int8", "--keep-lora", "--out", "{out}"],
             "8-bit weights have adapters merged; leave out --keep-lora or --quantize",
-        ),
-        (
-            ["train", "tiny_sft", "model={int8}", "out={out}", "steps=1"],
-            "{int8} has int8 weights, which cannot be trained; name the model folder that it was made from",
         ),
     ],
 )
@@ -217,6 +216,15 @@ def test_errors_are_one_line(
     assert shown.err.startswith(f"deepgen: error: {message.format(**names)}")
     assert shown.err.count("\n") == 1
     assert not (tmp_path / "m").exists()
+
+
+def test_training_is_refused(nano8: Make) -> None:
+    folder = nano8("int8")
+    run = settings.apply(load_config("tiny_pretrain"), [f"model={folder}"])
+    with pytest.raises(DeepGenError, match=f"{folder} has int8 weights, which cannot be trained; name the model"):
+        load_start(run, make_mesh(None))
+    with pytest.raises(DeepGenError, match="which cannot be trained"):
+        abstract_start(run, read_manifest(folder).config, make_mesh(None))
 
 
 def test_not_finite_weights_are_refused(release: Path, tmp_path: Path, edit_safetensors: Callable[..., None]) -> None:
