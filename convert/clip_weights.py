@@ -137,10 +137,11 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
             raise DeepGenError(f"{pickled} cannot be read ({type(error).__name__}); download it again") from error
     source = open_safetensors(folder, "clip")
     try:
-        wrong = [n for n, info in source.tensors.items() if not _UNUSED.search(n) and info.dtype not in WEIGHT_DTYPES]
+        used = {name: tensor for name, tensor in source.tensors.items() if not _UNUSED.search(name)}
+        wrong = next((tensor for tensor in used.values() if tensor.dtype not in WEIGHT_DTYPES), None)
         if wrong:
-            raise DeepGenError(f"{source.label}: {wrong[0]} is {source.tensors[wrong[0]].dtype}, which is no weight")
-        return {name: source.read(name) for name in source.tensors if not _UNUSED.search(name)}
+            raise DeepGenError(f"{source.label}: {wrong.name} is {wrong.dtype}, which is no weight")
+        return {name: tensor.read() for name, tensor in used.items()}
     finally:
         source.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from deepgen_jax.config import DeepGenConfig
 
 from .names import weights
-from .sources import Source, TensorInfo
+from .sources import Source, SourceTensor
 from .transforms import Shape, rows_of
 
 
@@ -34,15 +35,18 @@ class InitialBridge(Source):
         self.label = f"a fresh bridge (seed {seed})"
         self._seed = seed
         shapes = {key: w.shape for key, w in weights(config).items() if w.part == "bridge"}
-        self.tensors = {key: TensorInfo(shape, "F32") for key, shape in shapes.items()}
+        self.tensors = {
+            key: SourceTensor(self, key, shape, "F32", functools.partial(self._load, key, shape))
+            for key, shape in shapes.items()
+        }
         self._fan_in = {key: self._inputs(key, shapes) for key in shapes}
 
     @staticmethod
     def _inputs(key: str, shapes: dict[str, Shape]) -> int:
         return shapes.get(key.replace(".bias", ".weight"), (1,))[-1]
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        return rows_of(self._draw(name, self.tensors[name].shape).astype(np.float32), rows)
+    def _load(self, name: str, shape: Shape, rows: slice | None) -> np.ndarray:
+        return rows_of(self._draw(name, shape).astype(np.float32), rows)
 
     def _draw(self, name: str, shape: Shape) -> np.ndarray:
         rng = keyed_rng(self._seed, name)

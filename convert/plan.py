@@ -23,51 +23,28 @@ from deepgen_jax.user_warnings import warn_user
 from .keys import Role, average_of, parse_key, unused_reason
 from .lazy_params import Leaf, Piece, chunk_shape, row_blocks, slice_index
 from .names import EMBEDDING_KEY, LM_HEAD_KEY, Weight, weights
-from .sources import BFLOAT16, WEIGHT_DTYPES, Source
+from .sources import BFLOAT16, WEIGHT_DTYPES, Source, SourceTensor
 from .transforms import Transform, to_target
-
-
-@dataclass(frozen=True)
-class Ref:
-    """One tensor of one source."""
-
-    source: Source
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.tensors[self.name].shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return WEIGHT_DTYPES[self.source.tensors[self.name].dtype]
-
-    @property
-    def position(self) -> int:
-        return self.source.tensors[self.name].position
-
-    def __str__(self) -> str:
-        return f"{self.name} of {self.source.label}"
 
 
 @dataclass
 class Adapter:
     """The two factors of one adapted weight."""
 
-    a: Ref | None = None
-    b: Ref | None = None
+    a: SourceTensor | None = None
+    b: SourceTensor | None = None
     names: set[str] = field(default_factory=set)
 
     @property
-    def refs(self) -> list[Ref]:
-        return [ref for ref in (self.a, self.b) if ref is not None]
+    def factors(self) -> list[SourceTensor]:
+        return [factor for factor in (self.a, self.b) if factor is not None]
 
 
 @dataclass
 class Inventory:
     """Contents of the sources by canonical key."""
 
-    weights: dict[str, Ref] = field(default_factory=dict)
+    weights: dict[str, SourceTensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     #: Superseded tensors by the label of their source.
     superseded: dict[str, int] = field(default_factory=dict)
@@ -95,28 +72,27 @@ def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) 
         averages = {raw: of for raw in source.tensors if ema and (of := average_of(raw)) is not None}
         covered = {parse_key(of, prefix) for of in averages.values()}
         inventory.averages += len(covered)
-        for raw in source.tensors:
+        for raw, tensor in source.tensors.items():
             key = parse_key(averages.get(raw, raw), prefix)
             if raw not in averages and key in covered:
-                inventory.unused[f"{raw} of {source.label}"] = "the moving average is taken in its place"
+                inventory.unused[str(tensor)] = "the moving average is taken in its place"
                 continue
             reason = unused_reason(key.name)
             if reason is not None:
-                inventory.unused[f"{raw} of {source.label}"] = reason
+                inventory.unused[str(tensor)] = reason
                 continue
             if found.setdefault((key.name, key.role), raw) != raw:
                 inventory.duplicated.append(f"{raw} and {found[key.name, key.role]} of {source.label}")
                 continue
-            ref = Ref(source, raw)
             if key.role is Role.WEIGHT:
                 old = inventory.weights.get(key.name)
                 if old is not None:
                     inventory.superseded[old.source.label] = inventory.superseded.get(old.source.label, 0) + 1
-                inventory.weights[key.name] = ref
+                inventory.weights[key.name] = tensor
             else:
                 adapter = inventory.adapters.setdefault(key.name, Adapter())
                 adapter.names.add(key.adapter)
-                setattr(adapter, key.role.value, ref)
+                setattr(adapter, key.role.value, tensor)
         _warn_of_partial_parts(source, {name for name, role in found if role is Role.WEIGHT}, inventory)
     return inventory
 
@@ -124,7 +100,8 @@ def take_inventory(sources: Iterable[tuple[Source, str]], *, ema: bool = False) 
 def _warn_of_partial_parts(source: Source, names: set[str], inventory: Inventory) -> None:
     """Warns where a source holds some tensors of a part, and the rest comes from an earlier source."""
     for part in sorted({name.partition(".")[0] for name in names}):
-        rest = [ref for name, ref in inventory.weights.items() if name.startswith(f"{part}.") and name not in names]
+        held = {name: tensor for name, tensor in inventory.weights.items() if name.startswith(f"{part}.")}
+        rest = [tensor for name, tensor in held.items() if name not in names]
         if rest:
             count = sum(name.startswith(f"{part}.") for name in names)
             warn_user(
@@ -197,35 +174,31 @@ def make_plan(
 
 
 def _check(
-    table: Mapping[str, Weight], filled: Mapping[str, Ref], inventory: Inventory, lora: LoRAConfig | None
+    table: Mapping[str, Weight], filled: Mapping[str, SourceTensor], inventory: Inventory, lora: LoRAConfig | None
 ) -> None:
     """Raises one error that lists everything that does not fit."""
     missing = [key for key in table if key not in filled]
-    unknown = [str(ref) for key, ref in inventory.weights.items() if key not in table]
+    unknown = [str(tensor) for key, tensor in inventory.weights.items() if key not in table]
     misshaped, dtypes = [], []
-    for key, ref in filled.items():
-        if ref.source.tensors[ref.name].dtype not in WEIGHT_DTYPES:
-            dtypes.append(f"{ref} is {ref.source.tensors[ref.name].dtype}")
-        if key in table and ref.shape != table[key].shape:
-            misshaped.append(f"{ref} is {list(ref.shape)}, expected {list(table[key].shape)}")
+    for key, tensor in filled.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            dtypes.append(f"{tensor} is {tensor.dtype}")
+        if key in table and tensor.shape != table[key].shape:
+            misshaped.append(f"{tensor} is {list(tensor.shape)}, expected {list(table[key].shape)}")
     for key, adapter in inventory.adapters.items():
-        refs = adapter.refs
+        factors = adapter.factors
         if key not in table or not table[key].adaptable:
-            unknown += [str(ref) for ref in refs]
+            unknown += [str(factor) for factor in factors]
             continue
-        if len(refs) < 2:
-            missing.append(f"the other factor of {refs[0]}")
+        if len(factors) < 2:
+            missing.append(f"the other factor of {factors[0]}")
             continue
-        dtypes += [
-            f"{r} is {r.source.tensors[r.name].dtype}"
-            for r in refs
-            if r.source.tensors[r.name].dtype not in WEIGHT_DTYPES
-        ]
+        dtypes += [f"{factor} is {factor.dtype}" for factor in factors if factor.dtype not in WEIGHT_DTYPES]
         rank = lora.rank if lora else 0
         rows, columns = table[key].target_shape
-        for ref, shape in zip(refs, ((rank, rows), (columns, rank)), strict=True):
-            if ref.shape != shape:
-                misshaped.append(f"{ref} is {list(ref.shape)}, expected {list(shape)}")
+        for factor, shape in zip(factors, ((rank, rows), (columns, rank)), strict=True):
+            if factor.shape != shape:
+                misshaped.append(f"{factor} is {list(factor.shape)}, expected {list(shape)}")
     names = set(itertools.chain.from_iterable(adapter.names for adapter in inventory.adapters.values()))
     several = [f"adapters {', '.join(sorted(names))} where one is expected"] if len(names) > 1 else []
     problems = [
@@ -255,7 +228,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 class _Builder:
     """Makes leaves of weights."""
 
-    filled: Mapping[str, Ref]
+    filled: Mapping[str, SourceTensor]
     adapters: Mapping[str, Adapter]
     scale: float
     dtype: np.dtype | None
@@ -264,37 +237,36 @@ class _Builder:
     def leaf(self, group: list[Weight], merge: Mapping[str, Adapter]) -> Leaf:
         """One parameter leaf, from the weights stacked in it."""
         dtype = self.dtype or _common_dtype(
-            np.dtype(np.float32) if weight.key in merge else self.filled[weight.key].dtype for weight in group
+            np.dtype(np.float32) if weight.key in merge else self.filled[weight.key].numpy_dtype for weight in group
         )
         first = group[0]
         pieces, chunks = [], first.target_shape
         for weight in group:
-            ref, adapter = self.filled[weight.key], merge.get(weight.key)
-            blocks: list[slice | None] = [None] if ref.source.sequential else row_blocks(weight, dtype)
+            tensor, adapter = self.filled[weight.key], merge.get(weight.key)
+            blocks: list[slice | None] = [None] if tensor.source.sequential else row_blocks(weight, dtype)
             factors = None if adapter is None else self._factors(adapter)
             if factors is not None and len(blocks) > 1:
                 factors = functools.cache(factors)
-            refs = [ref, *([] if adapter is None else adapter.refs)]
-            order = self._order(refs)
+            order = self._order([tensor, *([] if adapter is None else adapter.factors)])
             for number, rows in enumerate(blocks):
-                value = self._value(weight, ref, factors, rows, dtype)
+                value = self._value(weight, tensor, factors, rows, dtype)
                 pieces.append(Piece(slice_index(weight, rows), (*order, number), value))
             chunks = chunk_shape(weight, blocks)
         ones = (1,) * len(first.stack)
         return Leaf(first.path, (*first.stack, *first.target_shape), dtype, (*ones, *chunks), pieces)
 
     @staticmethod
-    def _order(refs: Sequence[Ref]) -> tuple[bool, int, int]:
+    def _order(tensors: Sequence[SourceTensor]) -> tuple[bool, int, int]:
         """Sorts pieces so that a source that cannot go back cheaply is read from its start to its end."""
-        sequential = [ref for ref in refs if ref.source.sequential]
-        first = min(sequential or refs[:1], key=lambda ref: ref.position)
+        sequential = [tensor for tensor in tensors if tensor.source.sequential]
+        first = min(sequential or tensors[:1], key=lambda tensor: tensor.position)
         return first.source.sequential, id(first.source), first.position
 
     def _factors(self, adapter: Adapter) -> Callable[[], Factors]:
         """A function that reads a [in, rank] and b [rank, out] in float32."""
 
         def read() -> Factors:
-            a, b = (self._read(ref, None).T.astype(np.float32) for ref in adapter.refs)
+            a, b = (self._read(factor, None).T.astype(np.float32) for factor in adapter.factors)
             return a, b
 
         return read
@@ -302,7 +274,7 @@ class _Builder:
     def _value(
         self,
         weight: Weight,
-        ref: Ref,
+        tensor: SourceTensor,
         factors: Callable[[], Factors] | None,
         rows: slice | None,
         dtype: np.dtype,
@@ -310,7 +282,7 @@ class _Builder:
         """A function that makes a weight, or a block of it, with its adapter folded in."""
 
         def make() -> np.ndarray:
-            value = to_target(weight.transform, self._read(ref, rows))
+            value = to_target(weight.transform, self._read(tensor, rows))
             if factors is not None:
                 a, b = factors()
                 if rows is not None:
@@ -325,27 +297,27 @@ class _Builder:
         first = group[0]
         rows, columns = first.target_shape
         shape = (rows, rank) if role is Role.LORA_A else (rank, columns)
-        refs = {w.key: getattr(self.adapters[w.key], role.value) for w in group if w.key in self.adapters}
-        dtype = self.dtype or _common_dtype(ref.dtype for ref in refs.values())
+        factors = {w.key: getattr(self.adapters[w.key], role.value) for w in group if w.key in self.adapters}
+        dtype = self.dtype or _common_dtype(factor.numpy_dtype for factor in factors.values())
 
-        def value(ref: Ref | None) -> Callable[[], np.ndarray]:
-            if ref is None:
+        def value(factor: SourceTensor | None) -> Callable[[], np.ndarray]:
+            if factor is None:
                 return lambda: np.zeros(shape, dtype)
-            return lambda: self._read(ref, None).T.astype(dtype, copy=False)
+            return lambda: self._read(factor, None).T.astype(dtype, copy=False)
 
         pieces = []
         for weight in group:
-            ref = refs.get(weight.key)
-            order = (*self._order([ref]), 0) if ref else (False, 0, 0, 0)
-            pieces.append(Piece(weight.index, order, value(ref)))
+            factor = factors.get(weight.key)
+            order = (*self._order([factor]), 0) if factor else (False, 0, 0, 0)
+            pieces.append(Piece(weight.index, order, value(factor)))
         path = (*first.path[:-1], role.value)
         return Leaf(path, (*first.stack, *shape), dtype, (*(1,) * len(first.stack), *shape), pieces)
 
-    def _read(self, ref: Ref, rows: slice | None) -> np.ndarray:
-        tensor = ref.source.read(ref.name, rows)
-        if not all_finite(tensor):
-            self.not_finite.add(str(ref))
-        return tensor
+    def _read(self, tensor: SourceTensor, rows: slice | None) -> np.ndarray:
+        value = tensor.read(rows)
+        if not all_finite(value):
+            self.not_finite.add(str(tensor))
+        return value
 
 
 def _common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:

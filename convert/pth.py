@@ -8,6 +8,7 @@ in files that were zipped again they are compressed, which torch reads, too.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -19,13 +20,13 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError, first_line
 
-from .sources import WEIGHT_DTYPES, Source, TensorInfo, check_names, read_exactly, read_rows
+from .sources import WEIGHT_DTYPES, Source, SourceTensor, check_names, read_exactly, read_rows
 from .state_dicts import find_weights
 from .transforms import Shape, rows_of
 from .zipparts import DAMAGE, member_start
@@ -39,20 +40,6 @@ MAX_PICKLE_BYTES = 16 * 2**20
 _UNREADABLE_FLAGS = 0x1 | 0x20 | 0x40 | 0x2000
 #: How many times smaller each method of compression that torch reads makes data at most.
 _RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
-
-
-class _Slot(NamedTuple):
-    """Location of a tensor's elements: a record of the zip, then an offset and strides in elements."""
-
-    record: zipfile.ZipInfo
-    offset: int
-    strides: Shape
-
-    def end(self, shape: Shape) -> int:
-        """Number of the record's elements up to the last of a tensor of ``shape``."""
-        if not math.prod(shape):
-            return 0
-        return 1 + self.offset + sum((n - 1) * s for n, s in zip(shape, self.strides, strict=True))
 
 
 class TorchFile(Source):
@@ -96,8 +83,7 @@ class TorchFile(Source):
         weights = find_weights(loaded, label, ema=ema)
         self.layout, self.ignored, self.hparams = weights.layout, weights.ignored, weights.hparams
         self.average = weights.average
-        self._slots = {name: self._slot(name, tensor, record_names) for name, tensor in weights.tensors.items()}
-        self.tensors = {name: self._info(tensor, self._slots[name]) for name, tensor in weights.tensors.items()}
+        self.tensors = {name: self._tensor(name, tensor, record_names) for name, tensor in weights.tensors.items()}
         check_names(self.tensors, label)
 
     def _small_members(self, root: str) -> dict[str, bytes]:
@@ -124,36 +110,39 @@ class TorchFile(Source):
             int(small.pop(name, b"0"))
         return small
 
-    def _slot(self, name: str, tensor: Any, record_names: Mapping[int, str]) -> _Slot:
+    def _tensor(self, name: str, tensor: Any, record_names: Mapping[int, str]) -> SourceTensor:
+        """The tensor that a fake tensor of the structure stands for."""
         check_tensor(tensor, name, self.label)
         # torch says where a storage is by its offset in the zip that it reads.
         record_name = record_names.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
         if record_name is None:
             raise DeepGenError(f"{self.label}: {name} has no values in this file; save the weights themselves")
         record = self._records[record_name]
-        slot = _Slot(record, tensor.storage_offset(), tuple(tensor.stride()))
+        shape, strides, offset = tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
         held = record.file_size
         if record.compress_type == zipfile.ZIP_STORED and record.compress_size != held:
             raise DeepGenError(f"{self.label}: the record of {name} has two sizes; download it again")
         if held > (record.compress_size + 1) * _RATIOS[record.compress_type]:
             raise DeepGenError(f"{self.label}: the size of the record of {name} is damaged; download it again")
-        if tensor.untyped_storage().nbytes() != held or slot.end(tuple(tensor.shape)) * tensor.element_size() > held:
+        end = _end(shape, strides, offset) * tensor.element_size()
+        if tensor.untyped_storage().nbytes() != held or end > held:
             raise DeepGenError(f"{self.label}: the record of {name} is too short or too long; download it again")
-        return slot
+        position = record.header_offset + _LOCAL_HEADER_BYTES + offset * tensor.element_size()
+        dtype = dtype_name(tensor)
+        load = functools.partial(self._load, record, shape, dtype, strides, offset)
+        return SourceTensor(self, name, shape, dtype, load, position)
 
-    @staticmethod
-    def _info(tensor: Any, slot: _Slot) -> TensorInfo:
-        position = slot.record.header_offset + _LOCAL_HEADER_BYTES + slot.offset * tensor.element_size()
-        return TensorInfo(tuple(tensor.shape), dtype_name(tensor), position)
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        info, slot = self.tensors[name], self._slots[name]
+    def _load(
+        self, record: zipfile.ZipInfo, shape: Shape, dtype: str, strides: Shape, offset: int, rows: slice | None
+    ) -> np.ndarray:
+        """A tensor, or a range of its rows, that is stored in ``record`` at an offset and with strides in elements."""
+        view = functools.partial(_read, shape=shape, dtype=WEIGHT_DTYPES[dtype], strides=strides, offset=offset)
         try:
-            if slot.record.compress_type == zipfile.ZIP_STORED:
-                return _read(self._file, member_start(self._file, slot.record), info, slot, rows, self.label)
-            with self._archive.open(slot.record) as record:
-                value = _read(record, 0, info, slot, rows, self.label)  # type: ignore[arg-type]
-                while record.read(2**20):  # at the end its checksum is checked
+            if record.compress_type == zipfile.ZIP_STORED:
+                return view(self._file, member_start(self._file, record), rows=rows, label=self.label)
+            with self._archive.open(record) as data:
+                value = view(data, 0, rows=rows, label=self.label)  # type: ignore[arg-type]
+                while data.read(2**20):  # at the end its checksum is checked
                     pass
                 return value
         except DAMAGE as error:
@@ -176,22 +165,18 @@ class LegacyTorchFile(Source):
     def __init__(self, path: Path, origin: Mapping[str, Any], *, ema: bool = False) -> None:
         self.label, self._origin = str(path), origin
         weights = find_weights(_load(path, self.label), self.label, ema=ema)
-        self._tensors, self.layout, self.ignored = weights.tensors, weights.layout, weights.ignored
+        self.layout, self.ignored = weights.layout, weights.ignored
         self.hparams, self.average = weights.hparams, weights.average
-        check_names(self._tensors, self.label)
-        for name, tensor in self._tensors.items():
+        check_names(weights.tensors, self.label)
+        for name, tensor in weights.tensors.items():
             check_tensor(tensor, name, self.label)
-        self.tensors = {name: TensorInfo(tuple(t.shape), dtype_name(t)) for name, t in self._tensors.items()}
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        import torch
-
-        tensor = self._tensors[name].detach().contiguous()
-        values = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        return rows_of(values.numpy().view(WEIGHT_DTYPES[self.tensors[name].dtype]), rows)
+        self.tensors = {
+            name: SourceTensor(self, name, tuple(t.shape), dtype_name(t), functools.partial(_rows, t))
+            for name, t in weights.tensors.items()
+        }
 
     def provenance(self) -> dict[str, Any]:
-        table = sorted((name, info.dtype, info.shape) for name, info in self.tensors.items())
+        table = sorted((name, tensor.dtype, tensor.shape) for name, tensor in self.tensors.items())
         digest = hashlib.sha256(repr(table).encode()).hexdigest()
         return {**self._origin, "layout": self.layout, "header_sha256": digest}
 
@@ -221,15 +206,40 @@ def check_tensor(tensor: Any, name: str, label: str) -> None:
     raise DeepGenError(f"{label}: {name} is a {kind} tensor; save it as a plain one, with its values")
 
 
-def _read(file: BinaryIO, start: int, info: TensorInfo, slot: _Slot, rows: slice | None, label: str) -> np.ndarray:
+def _rows(tensor: Any, rows: slice | None) -> np.ndarray:
+    """A torch tensor, or a range of its rows, as a numpy array."""
+    import torch
+
+    values = tensor.detach().contiguous()
+    values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+    return rows_of(values.numpy().view(WEIGHT_DTYPES[dtype_name(tensor)]), rows)
+
+
+def _read(
+    file: BinaryIO,
+    start: int,
+    *,
+    shape: Shape,
+    dtype: np.dtype,
+    strides: Shape,
+    offset: int,
+    rows: slice | None,
+    label: str,
+) -> np.ndarray:
     """A tensor, or a range of its rows, of a record whose data are at ``start`` of a file."""
-    dtype = WEIGHT_DTYPES[info.dtype]
-    if slot.strides == _contiguous(info.shape):
-        return read_rows(file, start + slot.offset * dtype.itemsize, info.shape, dtype, rows, label)
-    data = read_exactly(file, start, slot.end(info.shape) * dtype.itemsize, label).view(dtype)
-    strides = tuple(stride * dtype.itemsize for stride in slot.strides)
-    tensor = np.lib.stride_tricks.as_strided(data[slot.offset :], info.shape, strides)
+    if strides == _contiguous(shape):
+        return read_rows(file, start + offset * dtype.itemsize, shape, dtype, rows, label)
+    data = read_exactly(file, start, _end(shape, strides, offset) * dtype.itemsize, label).view(dtype)
+    in_bytes = tuple(stride * dtype.itemsize for stride in strides)
+    tensor = np.lib.stride_tricks.as_strided(data[offset:], shape, in_bytes)
     return np.ascontiguousarray(rows_of(tensor, rows))
+
+
+def _end(shape: Shape, strides: Shape, offset: int) -> int:
+    """Number of a record's elements up to the last one of a tensor; offset and strides in elements."""
+    if not math.prod(shape):
+        return 0
+    return 1 + offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def _contiguous(shape: Shape) -> Shape:

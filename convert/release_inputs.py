@@ -137,7 +137,7 @@ def _configure(
     pad = _token_id(tokenizer, "<|endoftext|>")
     if pad is not None:
         text = dataclasses.replace(text, pad_token_id=pad)
-    shapes = {key: ref.shape for key, ref in inventory.weights.items()}
+    shapes = {key: tensor.shape for key, tensor in inventory.weights.items()}
     config = DeepGenConfig(
         text=text,
         vision=vision,

@@ -6,11 +6,12 @@ Reading is by position in the file, not by memory maps: mapped pages would count
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -42,19 +43,41 @@ def check_names(names: Iterable[Any], label: str) -> None:
             raise DeepGenError(f"{label}: the key {name!r} of a tensor is {kind}; save a state dict of a module")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Metadata of a tensor, known before reading it.
+@dataclass(frozen=True, eq=False)
+class SourceTensor:
+    """One tensor of a source, read on demand.
 
     Attributes:
-      shape: its shape.
-      dtype: its name as safetensors spells it ("BF16").
-      position: position in the file; reading in order of position is sequential.
+      source: holds it.
+      name: in the source.
+      shape: as stored.
+      dtype: as safetensors spells it ("BF16"); torch's name for dtypes that weights do not have.
+      load: reads a range of its rows (None: all); :meth:`read` calls it.
+      position: offset in the source; reading in order of position is sequential.
     """
 
+    source: Source
+    name: str
     shape: Shape
     dtype: str
+    load: Callable[[slice | None], np.ndarray] = field(repr=False)
     position: int = 0
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The dtype of what :meth:`read` returns; ``dtype`` must be one of ``WEIGHT_DTYPES``."""
+        return WEIGHT_DTYPES[self.dtype]
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """The tensor, or a range of its rows (see ``row_count``). ``dtype`` must be one of ``WEIGHT_DTYPES``.
+
+        Raises:
+          DeepGenError: the file is truncated or damaged.
+        """
+        return self.load(rows)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.source.label}"
 
 
 class Source(abc.ABC):
@@ -63,7 +86,7 @@ class Source(abc.ABC):
     Attributes:
       label: path for messages.
       layout: what kind of release it is, in words.
-      tensors: what it holds.
+      tensors: its tensors by name.
       ignored: further entries that are no weights, with the reason.
       sequential: going back in the file is slow, since it means decompressing it again.
       average: its tensors are the moving average of the trained ones.
@@ -72,15 +95,11 @@ class Source(abc.ABC):
 
     label: str
     layout: str
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, SourceTensor]
     ignored: Mapping[str, str] = {}
     sequential: bool = False
     average: bool = False
     hparams: Mapping[str, Any] | None = None
-
-    @abc.abstractmethod
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """One tensor, or a range of its rows (see ``row_count``). Its dtype must be one of ``WEIGHT_DTYPES``."""
 
     @abc.abstractmethod
     def provenance(self) -> dict[str, Any]:
@@ -150,17 +169,18 @@ class SafetensorsFile(Source):
             raise DeepGenError(f"{self.label}: its header cannot be used ({reason}); download it again") from None
         table = parse_json(header.decode("utf-8"), f"{self.label}: its header", "download it again")
         table.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        check_names(table, self.label)
+        self.tensors = {
+            name: self._tensor(name, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
             for name, entry in table.items()
         }
-        check_names(infos, self.label)
-        self.tensors = infos
         self._size, self._digest = size, hashlib.sha256(header).hexdigest()
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        info = self.tensors[name]
-        return read_rows(self._file, info.position, info.shape, WEIGHT_DTYPES[info.dtype], rows, self.label)
+    def _tensor(self, name: str, shape: Shape, dtype: str, position: int) -> SourceTensor:
+        def load(rows: slice | None) -> np.ndarray:
+            return read_rows(self._file, position, shape, WEIGHT_DTYPES[dtype], rows, self.label)
+
+        return SourceTensor(self, name, shape, dtype, load, position)
 
     def provenance(self) -> dict[str, Any]:
         return {"path": self.label, "layout": self.layout, "bytes": self._size, "header_sha256": self._digest}
@@ -198,19 +218,15 @@ class Shards(Source):
     label: str
     layout: str
     files: list[SafetensorsFile]
-    tensors: Mapping[str, TensorInfo] = field(init=False)
+    tensors: Mapping[str, SourceTensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._owner = {name: file for file in self.files for name in file.tensors}
         tensors, start = {}, 0
         for file in self.files:
-            for name, info in file.tensors.items():
-                tensors[name] = TensorInfo(info.shape, info.dtype, start + info.position)
+            for name, tensor in file.tensors.items():
+                tensors[name] = dataclasses.replace(tensor, source=self, position=start + tensor.position)
             start += file.provenance()["bytes"]
         self.tensors = tensors
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        return self._owner[name].read(name, rows)
 
     def provenance(self) -> dict[str, Any]:
         parts = [file.provenance() for file in self.files]

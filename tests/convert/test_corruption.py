@@ -30,8 +30,7 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 def read_all(source: Source) -> dict[str, np.ndarray]:
     """Every tensor of a dtype that weights have."""
-    names = [name for name, info in source.tensors.items() if info.dtype in WEIGHT_DTYPES]
-    return {name: source.read(name) for name in names}
+    return {name: tensor.read() for name, tensor in source.tensors.items() if tensor.dtype in WEIGHT_DTYPES}
 
 
 def one_line(message: str) -> None:

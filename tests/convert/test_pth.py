@@ -36,11 +36,11 @@ def test_tensors_of_every_kind(legacy: bool, tmp_path: Path) -> None:
     for name, tensor in _tensors().items():
         expected = tensor.detach().float().numpy()
         assert source.tensors[name].shape == expected.shape
-        value = source.read(name)
+        value = source.tensors[name].read()
         assert value.dtype.name == str(tensor.dtype).removeprefix("torch.")
         np.testing.assert_array_equal(value.astype(np.float32), expected)
         if len(expected) > 1 if expected.ndim else False:
-            np.testing.assert_array_equal(source.read(name, slice(1, 3)).astype(np.float32), expected[1:3])
+            np.testing.assert_array_equal(source.tensors[name].read(slice(1, 3)).astype(np.float32), expected[1:3])
 
 
 def test_reading_touches_only_what_is_asked_for(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_reading_touches_only_what_is_asked_for(tmp_path: Path) -> None:
         source = TorchFile(Counting(), "a.pth", {})  # type: ignore[arg-type]
         assert taken < 10_000
         taken = 0
-        assert (source.read("t3", slice(10, 12)) == 3).all()
+        assert (source.tensors["t3"].read(slice(10, 12)) == 3).all()
         assert taken < 10_000
 
 
