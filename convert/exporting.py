@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 import deepgen_jax
@@ -24,8 +25,8 @@ from .names import Weight
 from .output import staged
 from .progress import progress_bar
 from .release import ReleaseWriter, hparams_json
-from .stored_params import Reader, Stored, StoredLeaf, StoredModel, open_folder
-from .tensor_files import Spec, TensorWriter, TorchWriter, parse_size
+from .stored_params import Reader, StoredArray, StoredModel, open_folder
+from .tensor_files import TensorWriter, TorchWriter, nbytes, parse_size
 from .transforms import to_source
 
 Format = Literal["model", "diffusers", "pth"]
@@ -113,8 +114,9 @@ def export(
 
 
 def _write_release(partial: Path, out: Path, tensors: StoredTensors, format: str, shard_bytes: int) -> None:
-    specs, model = tensors.specs(), tensors.model
-    total = sum(spec.nbytes for spec in specs)
+    released, model = list(tensors.released()), tensors.model
+    specs = {key: spec for key, spec, _ in released}
+    total = sum(map(nbytes, specs.values()))
     require_space(out, total)
     writer: TensorWriter
     if format == "diffusers":
@@ -125,16 +127,17 @@ def _write_release(partial: Path, out: Path, tensors: StoredTensors, format: str
         writer = TorchWriter(partial, specs, {"deepgen_config": hparams_json(tensors.config)})
     try:
         with progress_bar(total, "exporting") as progress:
-            for key, value in tensors.under_keys():
+            for key, _, read in released:
+                value = read()
                 writer.add(key, value)
                 progress(value.nbytes)
-                del value  # a view that would keep its leaf while the next is read
+                del value  # a view that would keep its array while the next is read
     finally:
         writer.close()
 
 
 class StoredTensors:
-    """Everything of a model, read leaf by leaf: as leaves of a model folder or under the keys of a release.
+    """Everything of a model, read array by array: as leaves of a model folder or under the keys of a release.
 
     Args:
       model: where it is.
@@ -145,82 +148,87 @@ class StoredTensors:
     def __init__(self, model: StoredModel, *, merge: bool, dtype: np.dtype | None) -> None:
         self.model, self._merge, self._dtype = model, merge, dtype
         self.config = model.merged_config() if merge else model.config
-        self._leaves = model.leaves()
-        self._read = Reader(leaf.arrays for leaf in self._leaves)
+        self._groups = model.groups()
+        self._read = Reader([model.params[group[0].path], *self._factors_of(group[0])] for group in self._groups)
 
     @property
     def merged(self) -> int:
         """Number of weights that adapters are folded into."""
-        return sum(len(leaf.members) for leaf in self._leaves if leaf.update) if self._merge else 0
+        return sum(len(group) for group in self._groups if self.model.adapter(group[0])) if self._merge else 0
 
     def contents(self) -> Contents:
         """All as leaves to write."""
-        adapted = [leaf for leaf in self._leaves if self._apart(leaf)]
-        if adapted:  # their adapters are written after everything else, and so read then
-            self._read = Reader([*([leaf.stored] for leaf in self._leaves), *(leaf.arrays[1:] for leaf in adapted)])
-        params = [self._leaf(number, leaf) for number, leaf in enumerate(self._leaves)]
-        factors = [factor for number, leaf in enumerate(adapted) for factor in self._factors(number, leaf)]
-        return Contents(self.config, self.model.scheduler, self.model.tokenizer, params, factors)
+        apart = [group for group in self._groups if self._apart(group[0])]
+        if apart:  # their adapters are written after everything else, and so read then
+            params = ([self.model.params[group[0].path]] for group in self._groups)
+            self._read = Reader([*params, *(self._factors_of(group[0]) for group in apart)])
+        leaves = [self._leaf(number, group) for number, group in enumerate(self._groups)]
+        factors = [factor for number, group in enumerate(apart) for factor in self._factors(number, group)]
+        return Contents(self.config, self.model.scheduler, self.model.tokenizer, leaves, factors)
 
-    def _leaf(self, number: int, leaf: StoredLeaf) -> Leaf:
-        dtype, first = self._dtype_of(leaf), leaf.members[0]
+    def _leaf(self, number: int, group: Sequence[Weight]) -> Leaf:
+        first = group[0]
+        stored, dtype = self.model.params[first.path], self._dtype_of(first)
         pieces: list[Piece] = []
-        for weight in leaf.members:
+        for weight in group:
             blocks = row_blocks(weight, dtype)
             for rows in blocks:
-                value = functools.partial(self._value, leaf, weight, rows, copy=True)
+                value = functools.partial(self._value, weight, rows, copy=True)
                 pieces.append(Piece(slice_index(weight, rows), (number, len(pieces)), value))
         chunks = (*(1,) * len(first.stack), *chunk_shape(first, blocks))
-        return Leaf(leaf.path, leaf.stored.shape, dtype, chunks, pieces)
+        return Leaf(first.path, stored.shape, dtype, chunks, pieces)
 
-    def _factors(self, number: int, leaf: StoredLeaf) -> Iterator[Leaf]:
-        for role, stored in self._apart(leaf):
-            stack = leaf.members[0].stack
+    def _factors(self, number: int, group: Sequence[Weight]) -> Iterator[Leaf]:
+        path, stack = group[0].path, group[0].stack
+        for role, stored in self._apart(group[0]):
             pieces = [
                 Piece(weight.index, (number, role, weight.index), functools.partial(self._factor, stored, weight, True))
-                for weight in leaf.members
+                for weight in group
             ]
             chunks = (*(1,) * len(stack), *stored.shape[len(stack) :])
-            yield Leaf((*leaf.path[:-1], role), stored.shape, self._dtype or stored.dtype, chunks, pieces)
+            yield Leaf((*path[:-1], role), stored.shape, self._dtype or stored.dtype, chunks, pieces)
 
-    def _dtype_of(self, leaf: StoredLeaf) -> np.dtype:
-        merged = np.dtype(np.float32) if leaf.update and self._merge else leaf.stored.dtype
-        return self._dtype or merged
+    def _dtype_of(self, weight: Weight) -> np.dtype:
+        merged = self._merge and self.model.adapter(weight) is not None
+        return self._dtype or (np.dtype(np.float32) if merged else self.model.params[weight.path].dtype)
 
-    def _value(self, leaf: StoredLeaf, weight: Weight, rows: slice | None = None, copy: bool = False) -> np.ndarray:
+    def _value(self, weight: Weight, rows: slice | None = None, copy: bool = False) -> np.ndarray:
         """One tensor in our layout, or a range of its rows; a view of what was read where nothing has to be done."""
-        index = slice_index(weight, rows)
-        value = self._read(leaf.stored)[index]
-        if leaf.update and self._merge:
+        index, adapter = slice_index(weight, rows), self.model.adapter(weight)
+        value = self._read(self.model.params[weight.path])[index]
+        if adapter is not None and self._merge:
             row, column = index[len(weight.stack) :] or (slice(None), slice(None))
-            a, b = self._read(leaf.update.a)[weight.index], self._read(leaf.update.b)[weight.index]
-            value = folded(value, a[row], b[:, column], leaf.update.scale)
-        return value.astype(self._dtype_of(leaf), copy=copy)
+            a, b = self._read(adapter.a)[weight.index], self._read(adapter.b)[weight.index]
+            value = folded(value, a[row], b[:, column], adapter.scale)
+        return value.astype(self._dtype_of(weight), copy=copy)
 
-    def _factor(self, stored: Stored, weight: Weight, copy: bool = False) -> np.ndarray:
+    def _factor(self, stored: StoredArray, weight: Weight, copy: bool = False) -> np.ndarray:
         return self._read(stored)[weight.index].astype(self._dtype or stored.dtype, copy=copy)
 
-    def specs(self) -> list[Spec]:
-        """The values that :meth:`under_keys` yields, in order."""
-        specs = []
-        for leaf in self._leaves:
-            for weight in leaf.members:
-                specs.append(Spec(self._key(weight), weight.shape, self._dtype_of(leaf)))
-                for role, stored in self._apart(leaf):
+    def released(self) -> Iterator[tuple[str, jax.ShapeDtypeStruct, Callable[[], np.ndarray]]]:
+        """(key, shape and dtype, a function that reads it) of every tensor of a release, in the order of reading."""
+        for group in self._groups:
+            for weight in group:
+                spec = jax.ShapeDtypeStruct(weight.shape, self._dtype_of(weight))
+                yield self._key(weight), spec, functools.partial(self._released_value, weight)
+                for role, stored in self._apart(weight):
                     shape = stored.shape[len(weight.stack) :][::-1]
-                    specs.append(Spec(_adapter_key(weight, role), shape, self._dtype or stored.dtype))
-        return specs
+                    spec = jax.ShapeDtypeStruct(shape, self._dtype or stored.dtype)
+                    yield _adapter_key(weight, role), spec, functools.partial(self._released_factor, stored, weight)
 
-    def under_keys(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, tensor) of everything."""
-        for leaf in self._leaves:
-            for weight in leaf.members:
-                yield self._key(weight), to_source(weight.transform, self._value(leaf, weight), weight.shape)
-                for role, stored in self._apart(leaf):
-                    yield _adapter_key(weight, role), self._factor(stored, weight).T
+    def _released_value(self, weight: Weight) -> np.ndarray:
+        return to_source(weight.transform, self._value(weight), weight.shape)
 
-    def _apart(self, leaf: StoredLeaf) -> Sequence[tuple[str, Stored]]:
-        return [("a", leaf.update.a), ("b", leaf.update.b)] if leaf.update and not self._merge else []
+    def _released_factor(self, stored: StoredArray, weight: Weight) -> np.ndarray:
+        return self._factor(stored, weight).T
+
+    def _apart(self, weight: Weight) -> Sequence[tuple[str, StoredArray]]:
+        """(role, factor) of the adapter that stays beside a weight."""
+        return [] if self._merge else list(zip("ab", self._factors_of(weight), strict=False))
+
+    def _factors_of(self, weight: Weight) -> list[StoredArray]:
+        adapter = self.model.adapter(weight)
+        return [] if adapter is None else [adapter.a, adapter.b]
 
     def _key(self, weight: Weight) -> str:
         """The canonical key; weight and bias of a layer with an adapter beside it stand in ``base_layer``."""
@@ -231,7 +239,7 @@ class StoredTensors:
     @functools.cached_property
     def _adapted(self) -> set[str]:
         """Names of the layers that have adapters beside them."""
-        return {weight.module for leaf in self._leaves if self._apart(leaf) for weight in leaf.members}
+        return {weight.module for group in self._groups for weight in group if self._apart(weight)}
 
 
 def _adapter_key(weight: Weight, role: str) -> str:

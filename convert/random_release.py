@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from deepgen_jax.config import (
@@ -29,7 +30,7 @@ from .names import Weight, weights
 from .output import staged
 from .progress import progress_bar
 from .release import ReleaseWriter
-from .tensor_files import Spec, parse_size, write_json
+from .tensor_files import nbytes, parse_size, write_json
 
 #: The pattern by which Qwen2's tokenizer splits text into words.
 WORDS = (
@@ -109,8 +110,8 @@ def write_release(
     if dtype not in DTYPES:
         raise DeepGenError(f"dtype {dtype} is unknown; use {' or '.join(DTYPES)}")
     table = weights(config)
-    specs = [Spec(weight.key, weight.shape, DTYPES[dtype]) for weight in table.values()]
-    total = sum(spec.nbytes for spec in specs)
+    specs = {key: jax.ShapeDtypeStruct(weight.shape, DTYPES[dtype]) for key, weight in table.items()}
+    total = sum(map(nbytes, specs.values()))
     with staged(folder, overwrite=overwrite) as partial, progress_bar(total, "writing") as progress:
         require_space(folder, total)
         partial.mkdir()

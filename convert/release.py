@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from deepgen_jax.config import (
@@ -22,7 +22,7 @@ from deepgen_jax.config import (
 
 from .hparams import CALL_DEFAULTS
 from .names import LM_HEAD, MMDIT, TEXT, VAE, VISION
-from .tensor_files import SafetensorsWriter, Spec, write_json
+from .tensor_files import SafetensorsWriter, TensorSpecs, write_json
 
 #: (prefix of canonical keys, folder, prefix there); the first that fits counts.
 _PLACES = (
@@ -60,18 +60,18 @@ class ReleaseWriter:
         folder: Path,
         config: DeepGenConfig,
         scheduler: SchedulerConfig,
-        specs: Sequence[Spec],
+        specs: TensorSpecs,
         max_shard_bytes: int,
     ) -> None:
-        by_folder: dict[str, list[Spec]] = {name: [] for name in _STEMS}
-        for spec in specs:
-            name, key = place(spec.key)
-            by_folder[name].append(spec._replace(key=key))
+        by_folder: dict[str, dict[str, jax.ShapeDtypeStruct]] = {name: {} for name in _STEMS}
+        for canonical, spec in specs.items():
+            name, key = place(canonical)
+            by_folder[name][key] = spec
         self._writers = {
             name: SafetensorsWriter(folder / name, _STEMS[name], group, max_shard_bytes)
             for name, group in by_folder.items()
         }
-        dtypes = {spec.dtype for spec in by_folder["vlm"]}
+        dtypes = {spec.dtype for spec in by_folder["vlm"].values()}
         vlm_dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         files = {
             "vlm/config.json": qwen_json(config.text, config.vision, vlm_dtype.name),

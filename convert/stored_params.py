@@ -23,11 +23,14 @@ from .transforms import Shape
 #: Arrays are read together up to about this many bytes.
 _BATCH_BYTES = 256 * 2**20
 
+#: Names of the parameters that a layer's adapter adds to.
+_ADAPTED = ("kernel", "embedding")
+
 TreePath = tuple[str, ...]
 
 
-class Stored(NamedTuple):
-    """One array: the Orbax checkpoint that holds it, its path there, and what is known before it is read."""
+class StoredArray(NamedTuple):
+    """One array of an Orbax checkpoint, by its path there; :class:`Reader` reads it."""
 
     checkpoint: Path
     path: TreePath
@@ -39,30 +42,17 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Update(NamedTuple):
-    """An adapter: ``scale * a @ b`` is added to its layer's weight."""
+class StoredAdapter(NamedTuple):
+    """A LoRA adapter: ``scale * a @ b`` is added to its layer's weight."""
 
-    a: Stored
-    b: Stored
+    a: StoredArray
+    b: StoredArray
     scale: float
-
-
-class StoredLeaf(NamedTuple):
-    """A parameter: where it is, the tensors of a release that are stacked in it, and its adapter."""
-
-    path: TreePath
-    stored: Stored
-    members: Sequence[Weight]
-    update: Update | None
-
-    @property
-    def arrays(self) -> list[Stored]:
-        return [self.stored] if self.update is None else [self.stored, self.update.a, self.update.b]
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """Locations of a model's arrays.
+    """A model whose parameters are in Orbax checkpoints.
 
     Attributes:
       where: for messages.
@@ -70,22 +60,26 @@ class StoredModel:
       scheduler: its noise schedule.
       tokenizer: folder of the tokenizer.
       params: parameters by path.
-      updates: adapters by the path of their layer.
+      adapters: by the path of their layer.
     """
 
     where: str
     config: DeepGenConfig
     scheduler: SchedulerConfig
     tokenizer: Path
-    params: Mapping[TreePath, Stored]
-    updates: Mapping[TreePath, Update]
+    params: Mapping[TreePath, StoredArray]
+    adapters: Mapping[TreePath, StoredAdapter]
 
     def merged_config(self) -> DeepGenConfig:
         """The configuration once adapters are merged."""
         return dataclasses.replace(self.config, lora=None)
 
-    def leaves(self) -> list[StoredLeaf]:
-        """All parameters in the order of the name tables.
+    def adapter(self, weight: Weight) -> StoredAdapter | None:
+        """The adapter of the layer whose kernel or embedding holds ``weight``; None for other parameters."""
+        return self.adapters.get(weight.path[:-1]) if weight.path[-1] in _ADAPTED else None
+
+    def groups(self) -> list[list[Weight]]:
+        """The tensors of a release that are stacked in each parameter, in the order of the name tables.
 
         Raises:
           DeepGenError: they are not those of the configuration.
@@ -97,23 +91,20 @@ class StoredModel:
         for path in set(groups) & set(self.params):
             if self.params[path].shape != (*groups[path][0].stack, *groups[path][0].target_shape):
                 wrong.add(path)
-        layers = {path: path[:-1] for path in groups if path[-1] in ("kernel", "embedding")}
-        wrong |= set(self.updates) - set(layers.values())
+        layers = {path: path[:-1] for path in groups if path[-1] in _ADAPTED}
+        wrong |= set(self.adapters) - set(layers.values())
         wrong |= {path for path, layer in layers.items() if not self._fits(path, layer)}
         if wrong:
             raise DeepGenError(
                 f"{self.where}: params/ does not fit config.json at {'/'.join(min(wrong))}; convert the model again"
             )
-        return [
-            StoredLeaf(path, self.params[path], members, self.updates.get(layers[path]) if path in layers else None)
-            for path, members in groups.items()
-        ]
+        return list(groups.values())
 
     def _fits(self, path: TreePath, layer: TreePath) -> bool:
         """Whether a layer's adapter, if it has one, has the shapes that its weight asks for."""
-        if layer not in self.updates or path not in self.params:
+        if layer not in self.adapters or path not in self.params:
             return True
-        a, b, _ = self.updates[layer]
+        a, b, _ = self.adapters[layer]
         *stack, rows, columns = self.params[path].shape
         return a.shape[:-1] == (*stack, rows) and b.shape == (*stack, a.shape[-1], columns)
 
@@ -131,23 +122,25 @@ def open_folder(folder: Path) -> StoredModel:
             "quantized again; name the model folder that it was made from"
         )
     lora = manifest.config.lora
-    updates = {} if lora is None else pairs(located(folder / "lora", stored_tree(folder, "lora")), lora.scale)
-    params = located(folder / "params", stored_tree(folder))
+    params, adapters = stored_arrays(folder / "params", stored_tree(folder)), {}
+    if lora is not None:
+        adapters = stored_adapters(stored_arrays(folder / "lora", stored_tree(folder, "lora")), lora.scale)
     scheduler = read_scheduler(folder)
-    return StoredModel(str(folder), manifest.config, scheduler, folder / "tokenizer", params, updates)
+    return StoredModel(str(folder), manifest.config, scheduler, folder / "tokenizer", params, adapters)
 
 
-def located(checkpoint: Path, tree: Mapping[str, Any], root: TreePath = ()) -> dict[TreePath, Stored]:
+def stored_arrays(checkpoint: Path, tree: Mapping[str, Any], root: TreePath = ()) -> dict[TreePath, StoredArray]:
     """The leaves of a tree of shapes that is stored in ``checkpoint`` below ``root``, by path."""
     return {
-        path: Stored(checkpoint, (*root, *path), tuple(leaf.shape), np.dtype(leaf.dtype))
+        path: StoredArray(checkpoint, (*root, *path), tuple(leaf.shape), np.dtype(leaf.dtype))
         for path, leaf in flatten(tree).items()
     }
 
 
-def pairs(leaves: Mapping[TreePath, Stored], scale: float) -> dict[TreePath, Update]:
-    """Adapters by the path of their layer, from the leaves of a LoRA tree."""
-    return {path[:-1]: Update(leaf, leaves[*path[:-1], "b"], scale) for path, leaf in leaves.items() if path[-1] == "a"}
+def stored_adapters(arrays: Mapping[TreePath, StoredArray], scale: float) -> dict[TreePath, StoredAdapter]:
+    """Adapters by the path of their layer, from the arrays of a LoRA tree."""
+    layers = [path[:-1] for path in arrays if path[-1] == "a"]
+    return {layer: StoredAdapter(arrays[*layer, "a"], arrays[*layer, "b"], scale) for layer in layers}
 
 
 class Reader:
@@ -157,14 +150,14 @@ class Reader:
     writes.
     """
 
-    def __init__(self, groups: Iterable[Sequence[Stored]]) -> None:
+    def __init__(self, groups: Iterable[Sequence[StoredArray]]) -> None:
         """``groups``: arrays that are used together, in the order in which they will be asked for."""
         self._batches = list(_batches(groups))
         self._number = {stored: number for number, batch in enumerate(self._batches) for stored in batch}
-        self._held: tuple[int, dict[Stored, np.ndarray]] = (-1, {})
+        self._held: tuple[int, dict[StoredArray, np.ndarray]] = (-1, {})
         self._thread = ThreadPoolExecutor(1, "deepgen-export")
 
-    def __call__(self, stored: Stored) -> np.ndarray:
+    def __call__(self, stored: StoredArray) -> np.ndarray:
         """One of the arrays.
 
         Raises:
@@ -177,8 +170,8 @@ class Reader:
         return self._held[1][stored]
 
 
-def _batches(groups: Iterable[Sequence[Stored]]) -> Iterator[list[Stored]]:
-    batch: list[Stored] = []
+def _batches(groups: Iterable[Sequence[StoredArray]]) -> Iterator[list[StoredArray]]:
+    batch: list[StoredArray] = []
     size = 0
     for group in groups:
         nbytes = sum(stored.nbytes for stored in group)
@@ -191,11 +184,11 @@ def _batches(groups: Iterable[Sequence[Stored]]) -> Iterator[list[Stored]]:
         yield batch
 
 
-def _read(batch: Sequence[Stored]) -> dict[Stored, np.ndarray]:
+def _read(batch: Sequence[StoredArray]) -> dict[StoredArray, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    values: dict[Stored, np.ndarray] = {}
+    values: dict[StoredArray, np.ndarray] = {}
     for checkpoint in dict.fromkeys(stored.checkpoint for stored in batch):
         chosen = [stored for stored in batch if stored.checkpoint == checkpoint]
         wanted = nested({stored.path: jax.ShapeDtypeStruct((), np.float32) for stored in chosen})

@@ -9,10 +9,11 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from deepgen_jax.errors import DeepGenError
@@ -24,16 +25,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in WEIGHT_DTYPES.items()}
 _ALIGNMENT = 64
 
 
-class Spec(NamedTuple):
-    """A tensor that is going to be written."""
+#: Tensors that are going to be written, by key and in this order.
+TensorSpecs = Mapping[str, jax.ShapeDtypeStruct]
 
-    key: str
-    shape: Shape
-    dtype: np.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+def nbytes(spec: jax.ShapeDtypeStruct) -> int:
+    """Size of a tensor's values."""
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 class TensorWriter(Protocol):
@@ -56,27 +54,27 @@ class SafetensorsWriter:
       max_shard_bytes: a file holds no more, unless a single tensor is larger.
     """
 
-    def __init__(self, folder: Path, stem: str, specs: Sequence[Spec], max_shard_bytes: int) -> None:
+    def __init__(self, folder: Path, stem: str, specs: TensorSpecs, max_shard_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shards: list[list[Spec]] = [[]]
+        shards: list[dict[str, jax.ShapeDtypeStruct]] = [{}]
         size = 0
-        for spec in specs:
-            if shards[-1] and size + spec.nbytes > max_shard_bytes:
-                shards.append([])
+        for key, spec in specs.items():
+            if shards[-1] and size + nbytes(spec) > max_shard_bytes:
+                shards.append({})
                 size = 0
-            shards[-1].append(spec)
-            size += spec.nbytes
+            shards[-1][key] = spec
+            size += nbytes(spec)
         count = len(shards)
         names = [f"{stem}.safetensors"]
         if count > 1:
             names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
             index = {
-                "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
-                "weight_map": {spec.key: name for name, shard in zip(names, shards, strict=True) for spec in shard},
+                "metadata": {"total_size": sum(map(nbytes, specs.values()))},
+                "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
             }
             write_json(folder / f"{stem}.safetensors.index.json", index)
-        self._paths = {spec.key: folder / name for name, shard in zip(names, shards, strict=True) for spec in shard}
-        self._specs = {spec.key: spec for spec in specs}
+        self._paths = {key: folder / name for name, shard in zip(names, shards, strict=True) for key in shard}
+        self._specs = specs
         self._headers = {folder / name: _header(shard) for name, shard in zip(names, shards, strict=True)}
         self._path: Path | None = None
         self._file: BinaryIO | None = None
@@ -94,13 +92,13 @@ class SafetensorsWriter:
             self._file.close()
 
 
-def _header(specs: Sequence[Spec]) -> bytes:
+def _header(specs: TensorSpecs) -> bytes:
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for spec in specs:
-        offsets = [start, start + spec.nbytes]
-        table[spec.key] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
-        start += spec.nbytes
+    for key, spec in specs.items():
+        offsets = [start, start + nbytes(spec)]
+        table[key] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        start += nbytes(spec)
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -151,13 +149,13 @@ class TorchWriter:
       meta: plain values to store beside them.
     """
 
-    def __init__(self, path: Path, specs: Sequence[Spec], meta: dict[str, Any]) -> None:
+    def __init__(self, path: Path, specs: TensorSpecs, meta: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._specs = {spec.key: spec for spec in specs}
-        self._numbers = {spec.key: number for number, spec in enumerate(specs)}
+        self._specs = specs
+        self._numbers = {key: number for number, key in enumerate(specs)}
         state = OrderedDict(
-            (spec.key, _Tensor(_Storage(spec.dtype, number, math.prod(spec.shape)), spec.shape))
-            for number, spec in enumerate(specs)
+            (key, _Tensor(_Storage(spec.dtype, number, math.prod(spec.shape)), spec.shape))
+            for number, (key, spec) in enumerate(specs.items())
         )
         program = io.BytesIO()
         _Pickler(program, protocol=2).dump({"state_dict": state, "meta": meta})
@@ -178,7 +176,7 @@ class TorchWriter:
     def _begin_record(self, key: str) -> Any:
         """Opens the record of a tensor, its data aligned so that torch can map it into memory."""
         info = zipfile.ZipInfo(f"{self._root}/data/{self._numbers[key]}")
-        info.file_size = self._specs[key].nbytes
+        info.file_size = nbytes(self._specs[key])
         zip64 = 20 if info.file_size * 1.05 > zipfile.ZIP64_LIMIT else 0
         start = self._file.tell() + 30 + len(info.filename) + zip64 + 4
         padding = -start % _ALIGNMENT

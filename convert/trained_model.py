@@ -13,7 +13,15 @@ from deepgen_jax.stores.lineage import ADAPTED, Saved, StartingPoint, adapter_sc
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import checkpoint_folder, newest_step, read_run
 
-from .stored_params import Stored, StoredModel, TreePath, Update, located, open_folder, pairs
+from .stored_params import (
+    StoredAdapter,
+    StoredArray,
+    StoredModel,
+    TreePath,
+    open_folder,
+    stored_adapters,
+    stored_arrays,
+)
 
 
 class TrainedModel(NamedTuple):
@@ -53,7 +61,7 @@ def open_run(
     if not origin.model.is_dir():
         raise DeepGenError(f"{run} was trained on {origin.model}, which is gone; give --model FOLDER, its place now")
     base = open_folder(origin.model)
-    params, updates = dict(base.params), dict(base.updates)
+    params, adapters = dict(base.params), dict(base.adapters)
     trained = trained_until(run, step, origin)
     for name, at in trained.items():
         _require(at, name, run, origin)
@@ -61,20 +69,21 @@ def open_run(
         stored, state = stored_weights(at.run, at.step, tree), checkpoint_folder(at.run, at.step) / STATE
         if name in ADAPTED:
             part = ADAPTED[name]
-            found = pairs(located(state, {part: stored["lora"][part]}, (tree, "lora")), adapter_scale(at.run))
-            updates = {path: update for path, update in updates.items() if path[0] != part} | found
+            factors = stored_arrays(state, {part: stored["lora"][part]}, (tree, "lora"))
+            adapters = {path: adapter for path, adapter in adapters.items() if path[0] != part}
+            adapters |= stored_adapters(factors, adapter_scale(at.run))
         else:
-            leaves = located(state, {name: stored["params"][name]}, (tree, "params"))
-            _check_shapes(leaves, base, at.run)
-            params |= leaves
-    config = dataclasses.replace(base.config, lora=_common_adapters(updates) if keep_lora else None)
+            arrays = stored_arrays(state, {name: stored["params"][name]}, (tree, "params"))
+            _check_shapes(arrays, base, at.run)
+            params |= arrays
+    config = dataclasses.replace(base.config, lora=_common_adapters(adapters) if keep_lora else None)
     sources = [
         {"path": str(at.run), "layout": f"{kind} run, step {at.step}{', moving average' if ema and at == here else ''}"}
         | {"kind": kind, "step": at.step, "ema": ema and at == here, "trained": names}
         for at, kind, names in _by_checkpoint(trained, here, description["kind"])
     ]
     folder = {"path": str(origin.model), "layout": "model folder", "provenance": read_manifest(origin.model).provenance}
-    whole = StoredModel(str(run), config, base.scheduler, base.tokenizer, params, updates)
+    whole = StoredModel(str(run), config, base.scheduler, base.tokenizer, params, adapters)
     return TrainedModel(whole, [*sources, folder])
 
 
@@ -93,21 +102,21 @@ def _require(at: Saved, name: str, run: Path, origin: StartingPoint) -> None:
         raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {fix}")
 
 
-def _check_shapes(leaves: dict[TreePath, Stored], base: StoredModel, run: Path) -> None:
-    for path, leaf in leaves.items():
-        if path not in base.params or base.params[path].shape != leaf.shape:
+def _check_shapes(arrays: dict[TreePath, StoredArray], base: StoredModel, run: Path) -> None:
+    for path, array in arrays.items():
+        if path not in base.params or base.params[path].shape != array.shape:
             raise DeepGenError(
                 f"{run} does not fit {base.where} at {'/'.join(path)}; give the model it was trained on as --model"
             )
 
 
-def _common_adapters(updates: dict[TreePath, Update]) -> LoRAConfig:
+def _common_adapters(adapters: dict[TreePath, StoredAdapter]) -> LoRAConfig:
     """Rank and alpha of adapters to keep."""
-    if not updates:
+    if not adapters:
         raise DeepGenError("there are no adapters to keep; leave out --keep-lora")
-    if any(path[0] == "mmdit" for path in updates):
+    if any(path[0] == "mmdit" for path in adapters):
         raise DeepGenError("model folders and releases have no adapters on the MMDiT; leave out --keep-lora")
-    kinds = {(update.a.shape[-1], update.scale) for update in updates.values()}
+    kinds = {(adapter.a.shape[-1], adapter.scale) for adapter in adapters.values()}
     if len(kinds) > 1:
         listed = ", ".join(f"rank {rank} with scale {scale:g}" for rank, scale in sorted(kinds))
         raise DeepGenError(f"adapters of several kinds cannot be kept ({listed}); leave out --keep-lora")
