@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -21,7 +20,7 @@ from typing import Any
 from deepgen_jax import __version__
 from deepgen_jax.cli.commands import COMMANDS, Group, Subcommand
 from deepgen_jax.cli.stopping import Terminated, raise_for
-from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.errors import DeepGenError, did_you_mean, is_out_of_memory
 from deepgen_jax.local_paths import refuse_urls
 from deepgen_jax.parallel.chips import GPU_MEMORY_FRACTION
 from deepgen_jax.stores.checksums import unverified
@@ -124,9 +123,7 @@ def _dispatch(words: list[str]) -> int:
             entry = other
             break
         if entry is None:
-            close = difflib.get_close_matches(rest[0], commands, n=1)
-            fix = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(commands)}"
-            raise DeepGenError(f"unknown command {f'{name} {rest[0]}'.strip()!r}; {fix}")
+            raise DeepGenError(f"unknown command {f'{name} {rest[0]}'.strip()!r}{did_you_mean(rest[0], commands)}")
         name, rest = f"{name} {rest[0]}".strip(), rest[1:]
         if isinstance(entry, Subcommand):
             break

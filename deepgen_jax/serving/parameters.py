@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import secrets
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deepgen_jax.errors import did_you_mean
 from deepgen_jax.inference.prompts import parse_size
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.serving.errors import APIError, invalid
@@ -70,9 +70,8 @@ def parse(
     known = FIELDS[kind]
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known fields: {', '.join(known)}"
-            raise invalid(f"Unknown parameter: '{name}'; {hint}", name, "unknown_parameter")
+            message = f"Unknown parameter: '{name}'{did_you_mean(name, known)}"
+            raise invalid(message, name, "unknown_parameter")
     given = {name: value for name, value in fields.items() if value is not None}
     model = _text(given, "model", names[0])
     if model not in names:

@@ -56,8 +56,8 @@ def test_help_of_the_group(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["exmple"], "unknown command 'data exmple'; did you mean 'example'?"),
-        (["zzz"], "unknown command 'data zzz'; choose one of inspect, cache, example"),
+        (["exmple"], "unknown command 'data exmple'; did you mean example? known: inspect, cache, example"),
+        (["zzz"], "unknown command 'data zzz'; known: inspect, cache, example"),
         (["inspect"], "CONFIG missing; see deepgen data inspect --help"),
         (["cache", "tiny_sft"], "--out missing; see deepgen data cache --help"),
         (["inspect", "tiny_stf"], "tiny_stf: no configuration of that name; did you mean tiny_sft?"),

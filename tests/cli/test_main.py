@@ -65,8 +65,8 @@ def test_version(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["genrate"], "unknown command 'genrate'; did you mean 'generate'?"),
-        (["zzz"], f"unknown command 'zzz'; choose one of {', '.join(COMMANDS)}"),
+        (["genrate"], "unknown command 'genrate'; did you mean generate? known: "),
+        (["zzz"], f"unknown command 'zzz'; known: {', '.join(COMMANDS)}"),
         (["info"], "FOLDER missing; see deepgen info --help"),
         (["generate", "m", "a fox", "--stps", "4"], "Unrecognized options: --stps, 4; did you mean --steps?"),
         (["generate", "m", "a", "red", "fox"], "Unrecognized options: red, fox; put a text of several words in quotes"),

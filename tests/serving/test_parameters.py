@@ -79,7 +79,7 @@ def test_any_json_is_read_or_refused_by_name(fields):
         ({}, 400, "'prompt' is missing or empty"),
         ({"prompt": " "}, 400, "'prompt' is missing or empty"),
         ({"prompt": "x", "num_steps": 4}, 400, "Unknown parameter: 'num_steps'"),
-        ({"prompt": "x", "guidance_scal": 4}, 400, "did you mean 'guidance_scale'?"),
+        ({"prompt": "x", "guidance_scal": 4}, 400, "did you mean guidance_scale? known: "),
         ({"prompt": "x", "model": "dall-e-9"}, 404, "this server has fake, deepgen"),
         ({"prompt": "x", "n": 11}, 400, "expected 1 to 10"),
         ({"prompt": "x", "n": True}, 400, "expected a whole number"),
