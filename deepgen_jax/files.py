@@ -27,12 +27,16 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or a folder to; it becomes ``path`` when the block succeeds.
 
     The yielded path is in the same folder and does not exist yet. Its content is flushed to the disk before it is
     renamed, so that after a power cut, too, ``path`` is either the old or the new version. A file that is replaced
     passes on its permissions. An exception of any kind removes what was written and leaves ``path`` as it was.
+
+    Args:
+      path: of the file or folder.
+      keep_existing: for folders that several processes write with the same content: the first one stays.
 
     Raises:
       DeepGenError: an ``OSError`` in the block or while renaming; it names the file concerned.
@@ -41,7 +45,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _flush(partial)
-        _rename(partial, path)
+        if keep_existing:
+            _rename_first(partial, path)
+        else:
+            _rename(partial, path)
         _flush_entry(path.parent)
     except OSError as error:
         raise write_error(path, error, partial) from error
@@ -225,6 +232,15 @@ def _flush_entry(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _rename_first(partial: Path, path: Path) -> None:
+    """Renames the folder ``partial`` to ``path`` unless there is a folder with files."""
+    try:
+        os.rename(partial, path)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def _rename(partial: Path, path: Path) -> None:

@@ -79,6 +79,32 @@ def test_a_folder_takes_any_place(tmp_path, before):
         assert (target / "kept").read_text() == "kept"
 
 
+@pytest.mark.parametrize("before", [None, "folder", "empty folder", "file"])
+def test_the_first_folder_can_stay(tmp_path, before):
+    """Whoever comes second keeps what is there; what is no folder is an error."""
+    path = tmp_path / "out"
+    if before == "file":
+        path.write_text("old")
+    elif before:
+        path.mkdir()
+        if before == "folder":
+            (path / "old").write_text("old")
+
+    def write():
+        with files.replacing(path, keep_existing=True) as partial:
+            partial.mkdir()
+            (partial / "new").write_text("new")
+
+    if before == "file":
+        with pytest.raises(DeepGenError, match=f"{path} cannot be written"):
+            write()
+        assert path.read_text() == "old"
+    else:
+        write()
+        assert [entry.name for entry in path.iterdir()] == ["old" if before == "folder" else "new"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
 def test_permissions(tmp_path):
     new, old = tmp_path / "new", tmp_path / "old"
     old.write_text("1")

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from deepgen_jax.data.sources import BadSample, Source, open_source
 from deepgen_jax.data.sources.base import bad_row_at
 from deepgen_jax.data.storage import FileInfo, cache_folder, is_remote
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.files import remove, write_error
+from deepgen_jax.files import remove, replacing
 from deepgen_jax.user_warnings import warn_user
 
 T = TypeVar("T")
@@ -104,29 +103,21 @@ def _fingerprint(config: DataConfig, source: SourceConfig, prompts: PromptEncode
 
 
 def _build(config: DataConfig, source: Source, prompts: PromptEncoder, files: Sequence[FileInfo], folder: Path) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise DeepGenError(
-            f"the index of source {source.config.name} cannot be written ({error}); name another folder with cache_dir "
-            "or DEEPGEN_CACHE"
-        ) from error
-    try:
-        with contextlib.ExitStack() as stack:
-            writer = IndexWriter(temporary, source.config.name)
-            pools = _Pools(config, stack)
-            _scan(source, files, writer, pools)
-            _check(source, prompts, config.max_pixels, writer, pools)
-            writer.finish()
-        # Another process may have been faster with the same result.
-        with contextlib.suppress(OSError):
-            os.rename(temporary, folder)
-    except OSError as error:
-        # Reading errors are of other types by now.
-        raise write_error(folder, error, temporary) from error
-    finally:
-        remove(temporary)
+    # Another process may be faster with the same result. An OSError is one of writing: those of reading are
+    # DeepGenErrors by now.
+    with replacing(folder, keep_existing=True) as partial, contextlib.ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise DeepGenError(
+                f"the index of source {source.config.name} cannot be written ({error}); name another folder with "
+                "cache_dir or DEEPGEN_CACHE"
+            ) from error
+        writer = IndexWriter(partial, source.config.name)
+        pools = _Pools(config, stack)
+        _scan(source, files, writer, pools)
+        _check(source, prompts, config.max_pixels, writer, pools)
+        writer.finish()
 
 
 class _Pools:
