@@ -25,7 +25,7 @@ from deepgen_jax.training.run_config import RunConfig, SampleConfig
 
 URLS = ["gs://bucket/x", "s3://bucket/x", "file:///tmp/x", "memory://x", "hf://user/x", "https://host/x.png"]
 #: Values that let the parser get as far as the paths.
-REQUIRED = {"--rewards": "jpeg", "--format": "model", "--topology": "h100:8"}
+REQUIRED = {"--rewards": "jpeg", "--format": "model", "--topology": "h100:8", "--to": "int8"}
 
 
 def subcommands() -> Iterator[tuple[list[str], Subcommand]]:
