@@ -133,7 +133,7 @@ def test_intervals_are_two_numbers_or_refused(values):
     [
         (["--cache", "-1"], "threshold is -1"),
         (["--cache", "nan"], "threshold is nan"),
-        (["--taylor"], "set a threshold"),
+        (["--taylor"], "set its threshold"),
         (["--guidance-interval", "0.5"], "not two numbers"),
         (["--guidance-interval", "0.6,0.2"], "0.6 to 0.2"),
     ],
