@@ -62,10 +62,11 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
 
     EXIF rotation is applied; colours are converted to sRGB through the file's ICC profile (a damaged one is left out
     with a notice; one that is sRGB changes no pixel); transparency is laid over white; greyscale of 16 or 32 bits or
-    floating point is scaled to eight bits; and of an animation the first frame is taken with a notice.
+    floating point is scaled to eight bits; and of an animation the first frame is taken with a notice. An open image
+    is treated as its file would be, except that the frame it is at is taken; it is not changed.
 
     Args:
-      source: a file's path, an open file, or an image that is already open.
+      source: a file's path, an open file, or an open image.
       max_pixels: an image of more pixels is refused by its header, before anything is decoded.
 
     Raises:
@@ -77,7 +78,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         rgb, problem = _decoded(image, label, max_pixels)
         if problem:
             warn_user(f"{label}: its colour profile is left out ({problem}); its colours are taken as sRGB")
-        if _animated(image):
+        if not image.tell() and _animated(image):
             warn_user(f"{label} has more than one frame; the first is used")
         # A plain image: an orientation left in its metadata would be applied a second time by others.
         plain = Image.new("RGB", rgb.size)
@@ -112,6 +113,20 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
         # Pillow reports a TIFF's size as it will be once turned.
         sideways = image.format != "TIFF" and _orientation(image) in _SIDEWAYS
         return (height, width) if sideways else (width, height)
+
+
+def load_alpha(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """The alpha channel of an image, upright, uint8 [height, width]; None if it has none.
+
+    Raises:
+      ImageError: as `load_image`.
+    """
+    label = image_label(source)
+    with _opened(source, label, max_pixels) as image, _decoding(label, max_pixels):
+        image.load()
+        if not image.has_transparency_data:
+            return None
+        return np.asarray(_upright(image.convert("RGBA").getchannel("A"), _orientation(image)))
 
 
 def image_label(source: ImageSource) -> str:
@@ -216,8 +231,15 @@ def _animated(image: Image.Image) -> bool:
 
 def _decoded(image: Image.Image, label: str, max_pixels: int) -> tuple[Image.Image, str]:
     """Upright 8-bit sRGB, and what is wrong with the image's colour profile, "" for nothing."""
-    try:
+    with _decoding(label, max_pixels):
         return _upright_rgb(image, label)
+
+
+@contextlib.contextmanager
+def _decoding(label: str, max_pixels: int) -> Iterator[None]:
+    """Turns what Pillow's decoders raise into an `ImageError`."""
+    try:
+        yield
     except DeepGenError:
         raise
     except Image.DecompressionBombError as error:
@@ -230,8 +252,6 @@ def _decoded(image: Image.Image, label: str, max_pixels: int) -> tuple[Image.Ima
 
 
 def _upright_rgb(image: Image.Image, label: str) -> tuple[Image.Image, str]:
-    if image.tell():
-        image.seek(0)
     image.load()
     # Read after decoding: Pillow turns a TIFF by itself and drops the tag.
     orientation = _orientation(image)
@@ -241,10 +261,12 @@ def _upright_rgb(image: Image.Image, label: str) -> tuple[Image.Image, str]:
         raise ImageError(
             f"{label} has the colour mode {image.mode}, not supported; save it as RGB", "colour mode"
         ) from error
-    if orientation in _TURNS:
-        # After the conversion, because not every mode can be turned (big-endian 16-bit).
-        rgb = rgb.transpose(_TURNS[orientation])
-    return rgb, problem
+    # After the conversion, because not every mode can be turned (big-endian 16-bit).
+    return _upright(rgb, orientation), problem
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _rgb(image: Image.Image) -> tuple[Image.Image, str]:

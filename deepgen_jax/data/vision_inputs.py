@@ -26,8 +26,14 @@ _SCALE = (28, 32)
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """An RGB picture as float32 [H, W, 3] in [-1, 1]."""
-    return np.asarray(image.convert("RGB"), np.float32) / 255 * 2 - 1
+    """A picture read by `deepgen_jax.data.images.load_image` as float32 [H, W, 3] in [-1, 1].
+
+    Raises:
+      ValueError: it is not RGB.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"a picture of mode {image.mode}; read it with load_image first")
+    return np.asarray(image, np.float32) / 255 * 2 - 1
 
 
 def to_uint8(pixels: ArrayT) -> ArrayT:

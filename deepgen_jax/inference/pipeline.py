@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
+from deepgen_jax.data.images import load_image
 from deepgen_jax.data.tokens import Padding, PromptTokenizer, round_up
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.errors import DeepGenError
@@ -138,7 +139,8 @@ class DeepGenPipeline:
         Args:
           prompt: one prompt or B of them.
           image: None for text-to-image; one PIL image; a list, the references of the one prompt; or a list of lists,
-            the references of each prompt. Any number of any size whose sides are multiples of 32 pixels.
+            the references of each prompt. Any number of any size whose sides are multiples of 32 pixels. They are
+            read as files are: turned upright (EXIF), converted to sRGB (ICC profile), and laid over white.
           negative_prompt: one for all, or one each. In editing it is seen with the same references.
           height, width: of the result in pixels, multiples of 32; by default those of the first reference, or the
             model's own.
@@ -361,9 +363,11 @@ class DeepGenPipeline:
             )
 
     def _checked(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        for image in images:
+        """Pictures as their files would be read: upright, 8-bit sRGB, over white."""
+        loaded = [load_image(image) for image in images]
+        for image in loaded:
             self._check_size(image.height, image.width)
-        return [image.convert("RGB") for image in images]
+        return loaded
 
     def _requests(
         self,

@@ -6,11 +6,11 @@ import base64
 import binascii
 import io
 import struct
-import zlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from deepgen_jax.data.images import ImageError, decode_image
 from deepgen_jax.errors import DeepGenError
 
 #: Largest image that is accepted from outside, in pixels.
@@ -51,7 +51,7 @@ def png_base64_pixels(text: str) -> int:
 
 
 def decode_png_base64(text: str) -> np.ndarray:
-    """The inverse of `png_base64`, uint8 [H, W, 3]; other colour modes are converted to RGB.
+    """The inverse of `png_base64`, uint8 [H, W, 3]; other pictures are read as `decode_image` does.
 
     Raises:
       DeepGenError: not base64, no PNG file, damaged, or too large.
@@ -59,19 +59,8 @@ def decode_png_base64(text: str) -> np.ndarray:
     png_base64_pixels(text)
     data = _base64_bytes(text)
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            return np.array(picture.convert("RGB"))
-    except (
-        UnidentifiedImageError,
-        OSError,
-        EOFError,
-        ValueError,
-        SyntaxError,
-        OverflowError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+        return np.array(decode_image(io.BytesIO(data), MAX_PIXELS))
+    except ImageError as error:
         raise DeepGenError(f"the image is not a PNG file that can be read ({error})") from None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import DeepGenError
 
 
@@ -113,5 +114,5 @@ def _check(response: httpx.Response) -> None:
 def _event(data: dict[str, Any]) -> Event:
     if "error" in data:
         raise DeepGenError(str(data["error"]["message"]))
-    image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB")
+    image = load_image(io.BytesIO(base64.b64decode(data["b64_json"])))
     return Event(image, data["type"].endswith(".completed"), data["seed"], data["image_index"])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deepgen_jax.data.images import load_image
+from deepgen_jax.data.images import load_alpha, load_image
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.serving.errors import APIError, invalid
 
@@ -50,18 +50,18 @@ def read_mask(data: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
       APIError: not a readable picture, no alpha channel, another size, or nothing to change.
     """
     _check_header(data, max_pixels, "mask")
+    stream = io.BytesIO(data)
+    stream.name = "'mask'"
     try:
-        with Image.open(io.BytesIO(data), formats=READABLE) as picture:
-            if not picture.has_transparency_data:
-                message = "'mask' has no alpha channel; send a PNG that is transparent where the picture may change"
-                raise invalid(message, "mask", "invalid_image")
-            if picture.size != size:
-                found, wanted = (f"{width}x{height}" for width, height in (picture.size, size))
-                raise invalid(f"'mask' is {found}, the first image {wanted}; send equal sizes", "mask", "invalid_image")
-            alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        # Pillow's decoders raise many types on damaged files.
-        raise invalid(f"'mask' cannot be decoded ({_one_line(error)})", "mask", "invalid_image") from None
+        alpha = load_alpha(stream, max_pixels)
+    except DeepGenError as error:
+        raise invalid(str(error), "mask", "invalid_image") from None
+    if alpha is None:
+        message = "'mask' has no alpha channel; send a PNG that is transparent where the picture may change"
+        raise invalid(message, "mask", "invalid_image")
+    if alpha.shape[::-1] != size:
+        found, wanted = (f"{width}x{height}" for width, height in (alpha.shape[::-1], size))
+        raise invalid(f"'mask' is {found}, the first image {wanted}; send equal sizes", "mask", "invalid_image")
     editable = alpha < 128
     if not editable.any():
         raise invalid("'mask' is opaque everywhere; make it transparent where the picture may change", "mask")

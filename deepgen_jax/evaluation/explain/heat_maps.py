@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from deepgen_jax.data.images import load_image
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.evaluation.explain.words import Word, words_of
@@ -75,7 +76,8 @@ def encode(pipe: DeepGenPipeline, prompt: str, images: Sequence[Image.Image] | N
     Raises:
       DeepGenError: the prompt has no words.
     """
-    pooled, sequence, mask = pipe.encode_prompt(prompt, [list(images)] if images else None, padding="masked")
+    images = [load_image(image) for image in images or ()]
+    pooled, sequence, mask = pipe.encode_prompt(prompt, [images] if images else None, padding="masked")
     length = int(mask[0].sum())
     sizes = [image.size for image in images] if images else None
     tokenizer = pipe.tokenizer
@@ -182,7 +184,7 @@ def reference_latents(pipe: DeepGenPipeline, images: Sequence[Image.Image]) -> l
     vae = pipe.config.vae
     latents = []
     for image in images:
-        pixels = np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+        pixels = np.asarray(load_image(image), np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
         mean, _ = pipe.vae_encode(pixels)
         latents.append((mean[0] - vae.shift_factor) * vae.scaling_factor)
     return latents

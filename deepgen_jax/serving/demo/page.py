@@ -14,6 +14,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.image_inputs import reference_size
 from deepgen_jax.serving.client import ServiceClient
@@ -211,10 +212,8 @@ class Demo:
             command = command_of(settings, file, self._model, self._client.url)
             source = self._history.path(session, settings.sources[0]) if settings.sources else None
             if source is not None and source.exists():
-                with Image.open(source) as opened:
-                    before = opened.convert("RGB").resize((settings.width, settings.height))
-                with Image.open(path) as opened:
-                    slider = gr.update(visible=True, value=(before, opened.convert("RGB")))
+                before = load_image(source).resize((settings.width, settings.height))
+                slider = gr.update(visible=True, value=(before, load_image(path)))
         shown, download = str(path), gr.update(value=str(path), interactive=True)
         return shown, slider, download, command, self._gallery(session), shown, seed
 
@@ -233,8 +232,7 @@ class Demo:
         """Puts the image that is shown into the editor and opens its tab."""
         if not shown:
             raise gr.Error("There is no image yet; generate one first", duration=5)
-        with Image.open(shown) as image:
-            value = {"background": image.convert("RGBA"), "layers": [], "composite": None}
+        value = {"background": load_image(shown).convert("RGBA"), "layers": [], "composite": None}
         return value, gr.Tabs(selected="edit"), "edit", gr.update(value="Edit")
 
 
@@ -243,13 +241,12 @@ def read_editor(value: Any) -> tuple[Image.Image, Image.Image | None]:
     background = None if value is None else value.get("background")
     if background is None:
         raise gr.Error("Drop a picture to edit first", duration=5)
-    painted = np.zeros((background.height, background.width), np.bool_)
+    picture = load_image(background)
+    painted = np.zeros((picture.height, picture.width), np.bool_)
     for layer in value.get("layers") or ():
         if layer is not None:
-            alpha = layer.convert("RGBA").getchannel("A").resize(background.size)
+            alpha = layer.convert("RGBA").getchannel("A").resize(picture.size)
             painted |= np.asarray(alpha) > 0
-    white = Image.new("RGBA", background.size, "white")
-    picture = Image.alpha_composite(white, background.convert("RGBA")).convert("RGB")
     if not painted.any():
         return picture, None
     alpha = np.where(painted, 0, 255).astype(np.uint8)
