@@ -37,7 +37,8 @@ def _quantized(leaf: Leaf, how: QuantizationConfig) -> Iterator[Leaf]:
     to = cast("Format", how.weights)
     both = [_Rounded(path, piece, to) for piece in leaf.pieces]
     values = [Piece(each.piece.index, (*each.piece.order, 0), each.values) for each in both]
-    yield Leaf(leaf.path, leaf.shape, quantized.FORMATS[to].dtype, leaf.chunks, values)
+    dtype = quantized.FORMATS[quantized.stored_format(path, to)].dtype
+    yield Leaf(leaf.path, leaf.shape, dtype, leaf.chunks, values)
     scale_path = tuple(quantized.scale_path(path, how.products).split("/"))
     scales = [
         Piece(_scale_index(path, each.piece.index, leaf.ndim), (*each.piece.order, 1), each.scale) for each in both
@@ -50,7 +51,7 @@ def _scale_index(path: str, index: Index, ndim: int) -> Index:
     """Where the scales of a piece go: its index without the axis that scales lack, where the index reaches it."""
     if len(index) < ndim:
         return index
-    return index[:-1] if path.endswith("/embedding") else (*index[:-2], index[-1])
+    return index[:-1] if quantized.is_table(path) else (*index[:-2], index[-1])
 
 
 class _Rounded:

@@ -24,6 +24,7 @@ from deepgen_jax.models.block_cache import BlockCache, Layer, Streams, run_cache
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.plan import Plan
+from deepgen_jax.models.quantized import WEIGHT_SCALE
 from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, rematerialised, scanned
 
 _EPS = 1e-6
@@ -334,11 +335,17 @@ class MMDiT(nn.Module):
         return mlp(timestep_embedding(timestep, TIMESTEP_CHANNELS), "timestep") + mlp(pooled, "text")
 
     def _positions(self, position_ids: jax.Array) -> jax.Array:
-        """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D]."""
+        """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D].
+
+        In 8-bit models the table has a scale per row beside it.
+        """
         cfg = self.config
         sizes = (cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size, cfg.hidden_size)
         table = self.param("pos_embed", lambda _: sincos_table(*sizes))
-        return jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
+        rows: jax.Array = jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
+        if self.has_variable("params", WEIGHT_SCALE):
+            rows *= jnp.take(self.get_variable("params", WEIGHT_SCALE), position_ids, axis=0)[..., None]
+        return rows
 
 
 def _visible_first(context: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -2,7 +2,8 @@
 
 A quantised layer stores its kernel as int8 or float8_e4m3fn, with a scale. The scale's name selects the computation:
 ``weight_scale`` multiplies in the compute dtype (weight-only, half the memory and traffic); ``product_scale`` also
-quantises the input per token, so that the product runs on 8-bit units (W8A8). Embedding tables have a scale per row.
+quantises the input per token, so that the product runs on 8-bit units (W8A8). Tables, of embeddings and of positions,
+have a scale per row.
 
 We do not use qwix: its interceptors do not see the stacked kernels of `nn.scan` as single layers, and it quantises
 after loading. Here model folders store 8 bits, and no 16-bit copy is made.
@@ -37,6 +38,10 @@ FORMATS: Mapping[str, _Type] = {
     "fp8": _Type(np.dtype(ml_dtypes.float8_e4m3fn), 448.0),
 }
 
+# Ends of the paths of tables, whose rows are looked up.
+_TABLES = ("/embedding", "/pos_embed")
+# Sinusoids fill -1..1 evenly: int8 rounds them by at most 0.004, bfloat16 by 0.002, float8 by 0.03.
+_INT8_ONLY = ("/pos_embed",)
 # Subnormal scales lose precision.
 _SMALLEST = np.finfo(np.float32).tiny
 
@@ -45,7 +50,6 @@ KEPT: tuple[tuple[str, str], ...] = (
     (r"vae/.*", "80 M parameters, computed in float32: errors show directly in the pixels"),
     (r".*/(scale|bias)", "vectors: no gain"),
     (r"bridge/meta_queries", "think tokens are few, and learned inputs rather than weights"),
-    (r"mmdit/pos_embed", "a table of sinusoids, whose differences between neighbours are below an 8-bit step"),
     (r"mmdit/(patch_embed|proj_out)/kernel", "input and output of the sampler: 0.2 M parameters"),
     (r"mmdit/(timestep|text)_fc[12]/kernel", "time and pooled embeddings modulate every layer"),
     (r"vision/patch_embed/kernel", "reads pixels: 1.5 M parameters"),
@@ -55,7 +59,7 @@ WEIGHTS_ONLY: tuple[tuple[str, str], ...] = (
     (r"mmdit/(.*/)?(norm1|norm1_context|norm_out)/kernel", "adaLN shifts and gates scale whole streams"),
     (r"mmdit/context_embedder/kernel", "reads the condition once a step"),
     (r"bridge/projector_\w+/kernel", "condition: computed once an image"),
-    (r".*/embed_tokens/embedding", "rows are looked up, not multiplied"),
+    (r".*/embed_tokens/embedding|mmdit/pos_embed", "rows are looked up, not multiplied"),
 )
 
 
@@ -66,11 +70,21 @@ def treatment(path: str, products: bool) -> str:
       path: keys joined by slashes, such as "mmdit/blocks_0/attn/to_q/kernel".
       products: quantise products as well as weights.
     """
-    if not path.endswith(("/kernel", "/embedding")) or any(re.fullmatch(pattern, path) for pattern, _ in KEPT):
+    if not path.endswith(("/kernel", *_TABLES)) or any(re.fullmatch(pattern, path) for pattern, _ in KEPT):
         return "kept"
     if not products or any(re.fullmatch(pattern, path) for pattern, _ in WEIGHTS_ONLY):
         return "weights"
     return "products"
+
+
+def is_table(path: str) -> bool:
+    """Whether a parameter is a table [rows, D] with a scale per row, not a kernel [..., in, out]."""
+    return path.endswith(_TABLES)
+
+
+def stored_format(path: str, to: Format) -> Format:
+    """Storage type of a parameter of a model that is quantised to ``to``: sinusoids are int8 in any case."""
+    return "int8" if path.endswith(_INT8_ONLY) else to
 
 
 def scale_path(path: str, products: bool) -> str:
@@ -81,7 +95,7 @@ def scale_path(path: str, products: bool) -> str:
 
 def scale_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales: kernel [..., in, out] -> [..., out], table [rows, D] -> [rows]."""
-    return shape[:-1] if path.endswith("/embedding") else (*shape[:-2], shape[-1])
+    return shape[:-1] if is_table(path) else (*shape[:-2], shape[-1])
 
 
 def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +104,7 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
     Args:
       path: path of the parameter; distinguishes a kernel [..., in, out] from a table [rows, D].
       value: array of any float dtype.
-      to: storage type.
+      to: storage type of the model; see :func:`stored_format`.
 
     Returns:
       Values with the shape of ``value``, and scales of :func:`scale_shape`. A channel whose scale would be 0 or
@@ -99,8 +113,9 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
     Raises:
       DeepGenError: a value is NaN or infinite.
     """
+    to = stored_format(path, to)
     dtype, largest = FORMATS[to]
-    axis = -1 if path.endswith("/embedding") else -2
+    axis = -1 if is_table(path) else -2
     exact = value.astype(np.float32)
     most = np.abs(exact).max(axis=axis, keepdims=True)
     if not np.isfinite(most).all():
@@ -117,7 +132,7 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
 
 def dequantize(path: str, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Returns float32 ``values * scale``, the inverse of :func:`quantize` up to rounding."""
-    return values.astype(np.float32) * np.expand_dims(scale, -1 if path.endswith("/embedding") else -2)
+    return values.astype(np.float32) * np.expand_dims(scale, -1 if is_table(path) else -2)
 
 
 def keeps_dtype(path: str, dtype: DTypeLike) -> bool:
@@ -138,7 +153,7 @@ def quantize_tree(params: Mapping[str, Any], to: Format, products: bool, prefix:
         else:
             scale_name = scale_path(path, products).rpartition("/")[2]
             if isinstance(value, jax.ShapeDtypeStruct):
-                out[name] = jax.ShapeDtypeStruct(value.shape, FORMATS[to].dtype)
+                out[name] = jax.ShapeDtypeStruct(value.shape, FORMATS[stored_format(path, to)].dtype)
                 out[scale_name] = jax.ShapeDtypeStruct(scale_shape(path, value.shape), np.float32)
             else:
                 out[name], out[scale_name] = quantize(path, np.asarray(value), to)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,9 @@ from deepgen_jax.inference.abstract import abstract_weights
 from deepgen_jax.models import quantized
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.models.layers import Embedding, Linear
+from deepgen_jax.models.mmdit import MMDiT
 from deepgen_jax.models.packing import pack_kernels
+from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.nano.model import nano_config
 from deepgen_jax.parallel.rules import matching_rules
 
@@ -107,6 +110,41 @@ def test_the_full_model_is_half_as_large(products):
     size = sum(np.prod(x.shape) * (1 if x.dtype == np.int8 else 2) for x in small.values())
     before = sum(2 * np.prod(x.shape) for x in whole.values())
     assert size / before < 0.53
+
+
+def test_the_full_model_takes_6_8_gigabytes():
+    """As a folder: the VAE and what is kept in bfloat16, scales in float32."""
+    shapes = flatten_dict(quantized.quantize_tree(abstract_params(DeepGenConfig()), "int8", False), sep="/")
+    scales = (quantized.WEIGHT_SCALE, quantized.PRODUCT_SCALE)
+    size = sum(
+        np.prod(leaf.shape, dtype=np.int64) * (1 if leaf.dtype == np.int8 else 4 if path.endswith(scales) else 2)
+        for path, leaf in shapes.items()
+    )
+    assert size < 6.8e9
+
+
+class Positions(MMDiT):
+    """What the MMDiT reads of its table of positions."""
+
+    @nn.compact
+    def __call__(self, position_ids):
+        return self._positions(position_ids)
+
+
+@pytest.mark.parametrize("to", ["int8", "fp8"])
+def test_positions_are_close(to):
+    """The table is read with its scales: rounding is three times that of bfloat16, 1/400 of the values."""
+    config = nano_config().mmdit
+    exact = np.asarray(sincos_table(config.pos_embed_max_size, config.sample_size // 2, config.hidden_size))
+    values, scale = quantized.quantize("mmdit/pos_embed", exact, to)
+    assert values.dtype == np.int8
+    ids = jnp.arange(len(exact)).reshape(2, -1)
+    params = {"pos_embed": values, quantized.WEIGHT_SCALE: scale}
+    found = Positions(config).apply({"params": params}, ids).reshape(exact.shape)
+    errors = [float(np.sqrt(np.mean((x - exact) ** 2))) for x in (found, exact.astype(jnp.bfloat16).astype(np.float32))]
+    assert np.abs(found - exact).max() <= 0.5 / 127 + 1e-6
+    assert errors[0] < 3.5 * errors[1]
+    assert errors[0] < np.sqrt(np.mean(exact**2)) / 390
 
 
 def test_every_reason_is_used():
