@@ -24,6 +24,7 @@ from measure import Parser
 
 from deepgen_jax.data.data_config import MixtureConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores.jsonl import read_lines
@@ -98,7 +99,8 @@ def supervised_loss(args: Any, run: Path) -> float:
     weights = load_start(config, mesh)
     model = DeepGen(weights.config, dtype=jnp.float32)
     with open_loader(config, data, weights, mesh) as loader:
-        feed = StepBatches(loader, model, weights.frozen, mesh, accumulation=1, seed=0, trains=("mmdit",))
+        feed = StepBatches(loader, model, weights.frozen, mesh, accumulation=1, seed=0,
+                           operations=partial(flops.training, model.config, ("mmdit",)))
         (stacked,) = next(feed).micro_batches.values()
     micro = jax.tree.map(lambda x: x[0], stacked)
 

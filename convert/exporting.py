@@ -96,6 +96,11 @@ def export(
             raise DeepGenError(f"--{used[0]} is for training runs, and {folder} is a model folder; leave it out")
         if format == "model":
             raise DeepGenError(f"{folder} is a model folder already; copy it, or choose another --format")
+    if format != "model" and opened.config.mmdit.estimates > 1:
+        raise DeepGenError(
+            f"{folder} is a model of few steps with {opened.config.mmdit.estimates} estimates, for which released "
+            "layouts have no place; use --format model, or give the folder itself to users"
+        )
     tensors = StoredTensors(opened, merge=merge, dtype=None if dtype is None else DTYPES[dtype])
     with staged(out, overwrite=overwrite) as partial:
         if format == "model":

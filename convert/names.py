@@ -312,7 +312,7 @@ def mmdit_weights(config: MMDiTConfig) -> Iterator[Weight]:
         "CAPTION": config.caption_projection_dim,
         "SEQUENCE": config.joint_attention_dim,
         "POOLED": config.pooled_projection_dim,
-        "OUT": config.patch_size**2 * config.out_channels,
+        "OUT": config.estimates * config.patch_size**2 * config.out_channels,
     }
     yield from _expand(_MMDIT, MMDIT, "mmdit", sizes)
     for number, run in enumerate(block_runs(config)):

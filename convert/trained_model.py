@@ -6,10 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepgen_jax.config import LoRAConfig
+from deepgen_jax.config import DeepGenConfig, LoRAConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores.checkpoint import STATE, stored_weights
-from deepgen_jax.stores.lineage import ADAPTED, Saved, StartingPoint, adapter_scale, read_starting_point, trained_until
+from deepgen_jax.stores.lineage import (
+    ADAPTED,
+    Saved,
+    StartingPoint,
+    adapter_scale,
+    read_starting_point,
+    trained_config,
+    trained_until,
+)
 from deepgen_jax.stores.model_folder import read_manifest
 from deepgen_jax.stores.run_folder import checkpoint_folder, newest_step, read_run
 
@@ -61,6 +69,7 @@ def open_run(
     if not origin.model.is_dir():
         raise DeepGenError(f"{run} was trained on {origin.model}, which is gone; give --model FOLDER, its place now")
     base = open_folder(origin.model)
+    config = trained_config(run, base.config)
     params, adapters = dict(base.params), dict(base.adapters)
     trained = trained_until(run, step, origin)
     for name, at in trained.items():
@@ -72,11 +81,12 @@ def open_run(
             factors = stored_arrays(state, {part: stored["lora"][part]}, (tree, "lora"))
             adapters = {path: adapter for path, adapter in adapters.items() if path[0] != part}
             adapters |= stored_adapters(factors, adapter_scale(at.run))
-        else:
-            arrays = stored_arrays(state, {name: stored["params"][name]}, (tree, "params"))
-            _check_shapes(arrays, base, at.run)
-            params |= arrays
-    config = dataclasses.replace(base.config, lora=_common_adapters(adapters) if keep_lora else None)
+            name = part
+        # Beside adapters, a layer of their part may train in full.
+        arrays = stored_arrays(state, {name: stored["params"].get(name, {})}, (tree, "params"))
+        _check_shapes(arrays, base, config, at.run)
+        params |= arrays
+    config = dataclasses.replace(config, lora=_common_adapters(adapters) if keep_lora else None)
     sources = [
         {"path": str(at.run), "layout": f"{kind} run, step {at.step}{', moving average' if ema and at == here else ''}"}
         | {"kind": kind, "step": at.step, "ema": ema and at == here, "trained": names}
@@ -102,9 +112,12 @@ def _require(at: Saved, name: str, run: Path, origin: StartingPoint) -> None:
         raise DeepGenError(f"{run} has its {name} from {at.run}, which is gone; {fix}")
 
 
-def _check_shapes(arrays: dict[TreePath, StoredArray], base: StoredModel, run: Path) -> None:
+def _check_shapes(arrays: dict[TreePath, StoredArray], base: StoredModel, config: DeepGenConfig, run: Path) -> None:
     for path, array in arrays.items():
-        if path not in base.params or base.params[path].shape != array.shape:
+        shape = base.params[path].shape if path in base.params else None
+        if shape is not None and path[:2] == ("mmdit", "proj_out"):
+            shape = (*shape[:-1], shape[-1] * config.mmdit.estimates)
+        if shape != array.shape:
             raise DeepGenError(
                 f"{run} does not fit {base.where} at {'/'.join(path)}; give the model it was trained on as --model"
             )

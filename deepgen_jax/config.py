@@ -20,16 +20,22 @@ T = TypeVar("T")
 
 #: Side of an image in pixels unless a call or the model sets another.
 DEFAULT_SIDE = 512
+#: Sampler of models distilled to few steps.
+FEW_STEP_SAMPLER = "pi_flow"
 
-# Marks fields that were added later: a config.json without them means the default.
+# Marks fields that were added later: a config.json without them means the default. Those that are rare are written
+# only where they differ from it.
 _OPTIONAL = {"optional": True}
+_RARE = {"optional": True, "rare": True}
 
 
 #: Sizes up to this make sense; a damaged file may hold any number, and tables of that size would be built.
 _MAX_SIZE, _MAX_COUNT = 2**26, 4096
 #: Integers that may be 0, and those that count layers or units that are looped over.
 _MAY_BE_ZERO = re.compile(r".*_token_id|num_queries")
-_COUNTS = re.compile(r"num_layers|depth|layers_per_block|selection_stride|num_heads|num_kv_heads|pos_embed_max_size")
+_COUNTS = re.compile(
+    r"num_layers|depth|layers_per_block|selection_stride|num_heads|num_kv_heads|pos_embed_max_size|estimates"
+)
 _POSITIVE_FLOATS = re.compile(r".*_eps|rope_theta|scaling_factor|shift|alpha")
 
 
@@ -163,6 +169,8 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = tuple(range(13))
     pos_embed_max_size: int = 384
     sample_size: int = 128
+    #: Velocities side by side in the output; more than 1 in a distilled model, see `deepgen_jax.flow.policy`.
+    estimates: int = field(default=1, metadata=_RARE)
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -315,14 +323,26 @@ class DeepGenConfig:
         side = min(DEFAULT_SIDE, self.mmdit.sample_size * self.vae.downscale)
         return max(self.image_multiple, side // self.image_multiple * self.image_multiple)
 
+    @property
+    def few_step(self) -> bool:
+        """Whether it was distilled to a policy of ``num_inference_steps`` evaluations, which takes no other number."""
+        return self.mmdit.estimates > 1 or self.sampler == FEW_STEP_SAMPLER
+
     def guidance(self, asked: float | None) -> float:
         """Classifier-free guidance scale of a call: the one asked for, or the model's default."""
         return self.guidance_scale if asked is None else asked
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A JSON-ready dict of a config dataclass."""
-    return dataclasses.asdict(config)
+    """A JSON-ready dict of a config dataclass; rare fields are left out at their default."""
+    values = dataclasses.asdict(config)
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.metadata.get("rare") and value == item.default:
+            del values[item.name]
+        elif dataclasses.is_dataclass(value):
+            values[item.name] = to_dict(value)
+    return values
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config.json") -> T:

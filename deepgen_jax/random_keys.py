@@ -27,6 +27,8 @@ class Training:
     NOISE_LEVEL = 2
     LORA_DROPOUT = 3
     REFERENCE_POSTERIOR = 4
+    POLICY_TARGETS = 2**31
+    POLICY_SEGMENT = 2**31 + 1
 
     #: High half of the "place" whose low half is the number of an adapted part: initial values of adapters.
     ADAPTERS = 2**32 - 1

@@ -25,7 +25,7 @@ from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.acceleration import Acceleration, interval_of
 from deepgen_jax.inference.batch import Failure, PromptCheck, Request, Settings, plan
-from deepgen_jax.inference.defaults import resolve_sampling
+from deepgen_jax.inference.defaults import check_acceleration, resolve_sampling
 from deepgen_jax.inference.grids import check_free, plan_grids, write_grids
 from deepgen_jax.inference.known_words import read_known_words
 from deepgen_jax.inference.outputs import FORMATS, Model, OutputFolder, check_format, check_name, describe, save_image
@@ -126,6 +126,10 @@ class SamplingCommand(PromptArguments):
         side = config.default_side
         width, height = self._size()
         sampling = resolve_sampling(config, self.steps, self.guidance, self.sampler)
+        acceleration = Acceleration(
+            self.cache, self.taylor, None if self.guidance_interval is None else interval_of(self.guidance_interval)
+        )
+        check_acceleration(config, acceleration)
         return Settings(
             negative_prompt=_checked_text(self.negative_prompt, "negative prompt"),
             seed=self.seed,
@@ -141,9 +145,7 @@ class SamplingCommand(PromptArguments):
             strict_size=self.strict_size,
             max_reference_pixels=side * side,
             max_image_pixels=int(self.max_image_megapixels * 1e6),
-            acceleration=Acceleration(
-                self.cache, self.taylor, None if self.guidance_interval is None else interval_of(self.guidance_interval)
-            ),
+            acceleration=acceleration,
         )
 
     def run(self) -> int:

@@ -21,6 +21,7 @@ from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
+from deepgen_jax.data.sources import open_source
 from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
 
@@ -47,6 +48,7 @@ class Loader(Iterator[Batch]):
 
     Attributes:
       plan: the global sequence; ``plan[k]`` lists the samples of micro-batch k.
+      prompts: tokenises the texts.
       loaded: samples delivered to this host by this loader, by source.
       skipped: samples that this host could not read, by (source, reason).
     """
@@ -61,6 +63,7 @@ class Loader(Iterator[Batch]):
         process_count: int = 1,
         once: bool = False,
         weights: str | None = None,
+        images: bool = True,
     ) -> None:
         """Opens the sources; builds missing indices.
 
@@ -73,6 +76,7 @@ class Loader(Iterator[Batch]):
             0.
           weights: digest of the frozen encoders, which cached features must come from; what
             `deepgen_jax.training.feature_cache.encoder_digest` gives. Needed with cached sources only.
+          images: every sample must have pictures; False also takes prompts alone, whose ``target`` is black.
 
         Raises:
           DeepGenError: a source cannot be used, or the micro-batch cannot be shared evenly.
@@ -82,10 +86,12 @@ class Loader(Iterator[Batch]):
                 f"data: micro_batch {config.micro_batch} cannot be shared by {process_count} processes evenly; "
                 "make it a multiple of them"
             )
+        if images:
+            _check_images(config)
         self._token_dtypes = _check_features(config, model, weights)
-        self._prompts = PromptEncoder(tokenizer, model)
-        indices = open_indices(config, self._prompts)
-        self.plan = Plan(config, indices, self._prompts, once=once)
+        self.prompts = PromptEncoder(tokenizer, model)
+        indices = open_indices(config, self.prompts)
+        self.plan = Plan(config, indices, self.prompts, once=once)
         size = config.micro_batch // process_count
         self._share = slice(process_index * size, (process_index + 1) * size)
         self._position = 0
@@ -150,7 +156,7 @@ class Loader(Iterator[Batch]):
         total = len(self.plan) if self.plan.once else _ENDLESS
         reader = Reader(
             self.plan,
-            self._prompts,
+            self.prompts,
             start=self._position,
             length=max(0, total - self._position),
             share=self._share,
@@ -176,6 +182,16 @@ class Loader(Iterator[Batch]):
             self.skipped[sample.source, sample.reason] += 1
             bad = sum(count for (source, _), count in self.skipped.items() if source == sample.source)
             check_share(sample, bad, bad + self.loaded[sample.source], self.plan.config.max_bad_share)
+
+
+def _check_images(config: DataConfig) -> None:
+    """Raises a DeepGenError where a source has prompts alone."""
+    for source in config.sources:
+        if not open_source(source).has_images:
+            raise DeepGenError(
+                f"source {source.name} has prompts without pictures, which only distillation from noise learns from; "
+                "give pictures, or take the source out"
+            )
 
 
 def _check_features(config: DataConfig, model: DeepGenConfig, weights: str | None) -> dict[str, str]:

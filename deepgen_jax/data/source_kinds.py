@@ -24,6 +24,7 @@ SOURCE_KINDS: Registry[Source] = Registry(
         "tfds": f"{_HERE}.tfds:TensorFlowDataset",
         "image_folder": f"{_HERE}.image_folder:ImageFolder",
         "features": f"{_HERE}.features:Features",
+        "prompts": f"{_HERE}.prompts:Prompts",
     },
     base=f"{_HERE}.base:Source",
 )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepgen_jax.data import prompt_rows
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.files import read_text
-from deepgen_jax.inference import prompt_rows
 
 
 @dataclass(frozen=True)

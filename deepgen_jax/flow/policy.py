@@ -20,6 +20,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from deepgen_jax.flow.samplers.sampler import per_sample
+
 
 def grid(sigma: jax.Array, sigma_next: jax.Array, count: int) -> jax.Array:
     """Noise levels of the estimates, float32 [count], from ``sigma`` down to ``sigma_next``."""
@@ -42,74 +44,95 @@ def estimates_of(output: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array
 
 
 def clean_at(estimates: jax.Array, levels: jax.Array, sigma: jax.Array) -> jax.Array:
-    """x_0(s): linear interpolation of estimates [N, ...] at ``levels`` [N], constant outside."""
+    """x_0(s): linear interpolation of estimates [N, ...] at ``levels`` [N], constant outside.
+
+    ``sigma`` is a scalar, or broadcasts against [...] from the left: one noise level per sample is [B].
+    """
     if len(estimates) == 1:
         return estimates[0]
     place = (levels[0] - sigma) / jnp.maximum(levels[0] - levels[-1], 1e-12) * (len(estimates) - 1)
-    place = jnp.clip(place, 0, len(estimates) - 1)
-    below = jnp.minimum(place.astype(jnp.int32), len(estimates) - 2)
-    share = place - below
-    return (1 - share) * estimates[below] + share * estimates[below + 1]
+    place = per_sample(jnp.clip(place, 0, len(estimates) - 1), estimates[0])
+    shares = (jnp.maximum(1 - jnp.abs(place - i), 0) for i in range(len(estimates)))
+    return sum((share * estimate for share, estimate in zip(shares, estimates, strict=True)), jnp.float32(0))
 
 
 def velocity(x: jax.Array, sigma: jax.Array, estimates: jax.Array, levels: jax.Array) -> jax.Array:
-    """The policy's velocity (x - x_0(s)) / s, for s > 0."""
-    return (x - clean_at(estimates, levels, sigma)) / sigma
+    """The policy's velocity (x - x_0(s)) / s, for s > 0; ``sigma`` is as in :func:`clean_at`."""
+    return (x - clean_at(estimates, levels, sigma)) / per_sample(sigma, x)
 
 
-def follow(x: jax.Array, estimates: jax.Array, levels: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Integrates the policy from x at ``levels[0]`` to ``sigma``, which must be within the grid."""
+def follow(
+    x: jax.Array, estimates: jax.Array, levels: jax.Array, sigma: jax.Array, start: jax.Array | None = None
+) -> jax.Array:
+    """Integrates the policy from x at ``start`` to ``sigma``, both within the grid.
+
+    Args:
+      x: [...].
+      estimates: [N, ...].
+      levels: [N], see :func:`grid`.
+      sigma: scalar, or one of each sample [B].
+      start: of ``sigma``'s shape, at least ``sigma`` and above 0; None for ``levels[0]``.
+    """
+    begin = per_sample(levels[0] if start is None else start, x)
+    sigma = per_sample(sigma, x)
     if len(estimates) == 1:
-        ratio = sigma / levels[0]
+        ratio = sigma / begin
         return ratio * x + (1 - ratio) * estimates[0]
     for i in range(len(estimates) - 1):
         high, low = levels[i], levels[i + 1]
-        # Stop at ``sigma``: intervals beyond it have zero length.
-        end = jnp.clip(sigma, low, high)
+        # Intervals before ``start`` and beyond ``sigma`` have zero length.
+        top, end = jnp.clip(begin, low, high), jnp.clip(sigma, low, high)
         slope = (estimates[i] - estimates[i + 1]) / jnp.maximum(high - low, 1e-12)
         constant = estimates[i] - slope * high
-        ratio = end / high
+        ratio = end / top
         # s' log(s/s') is 0 at s' = 0.
-        log = end * jnp.log(high / jnp.where(end > 0, end, high))
+        log = end * jnp.log(top / jnp.where(end > 0, end, top))
         x = ratio * x + (1 - ratio) * constant + log * slope
     return x
 
 
 def policy_losses(
-    student: Callable[[jax.Array, jax.Array], jax.Array],
+    estimates: jax.Array,
+    levels: jax.Array,
     teacher: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
-    sigma: jax.Array,
-    sigma_next: jax.Array,
     targets: jax.Array,
-    count: int,
+    ends: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
     """Imitation loss of one segment (paper, section 3.3 and Algorithm 1): mean of |u - v_teacher|^2, float32 [B].
 
-    The student is evaluated once, at the start of the segment. Its policy is followed without gradient to each target
+    The student was evaluated once, at the start of the segment. Its policy is followed without gradient to each target
     level, where its velocity is regressed on the teacher's. Training on the student's own states avoids accumulated
     errors, and needs neither a discriminator nor Jacobian-vector products.
 
+    With ``ends`` u is the policy's mean velocity from the target level to the end of a window, as in the authors'
+    implementation: near s = 0 the local velocity divides the error of x_0 by s.
+
     Args:
-      student: (x [B, T, D], sigma scalar) -> [B, T, N * D].
-      teacher: (x, sigma) -> velocity [B, T, D], guided if the student should learn guidance; receives no gradient.
-      x: [B, T, D], samples at ``sigma``.
-      sigma, sigma_next: scalars, start and end of the segment, sigma > sigma_next.
-      targets: [M] noise levels within the segment, above 0.
-      count: number of estimates N.
+      estimates: [N, B, T, D] of :func:`estimates_of`, which receive the gradient.
+      levels: [N], see :func:`grid`.
+      teacher: (x [B, T, D], sigma [B]) -> velocity [B, T, D], guided if the student should learn guidance; receives no
+        gradient.
+      x: [B, T, D], samples at ``levels[0]``.
+      targets: [M, B] noise levels within the segment, above 0.
+      ends: [M, B], below ``targets``; None for the local velocity.
       mask: bool [B, T], False at padding, which is ignored.
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
-    levels = grid(sigma, sigma_next, count)
-    estimates = estimates_of(student(x, sigma), x, sigma)
     fixed = jax.lax.stop_gradient(estimates)
     weight = jnp.ones(x.shape[:2]) if mask is None else mask.astype(jnp.float32)
 
-    def one(level: jax.Array) -> jax.Array:
+    def one(at: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        level, end = at
         visited = follow(x, fixed, levels, level)
         wanted = jax.lax.stop_gradient(teacher(visited, level).astype(jnp.float32))
-        errors = jnp.mean(jnp.square(velocity(visited, level, estimates, levels) - wanted), axis=-1)
+        if end is None:
+            found = velocity(visited, level, estimates, levels)
+        else:
+            reached = follow(visited, estimates, levels, end, start=level)
+            found = (visited - reached) / per_sample(level - end, x)
+        errors = jnp.mean(jnp.square(found - wanted), axis=-1)
         return jnp.sum(errors * weight, axis=1) / jnp.sum(weight, axis=1)
 
-    return jnp.mean(jax.lax.map(one, targets), axis=0)
+    return jnp.mean(jax.lax.map(one, (targets, ends)), axis=0)

@@ -90,6 +90,47 @@ def make_sigmas(
     return np.append(_shifted(grid, shift), 0.0).astype(np.float32)
 
 
+def segment_times(num_segments: int) -> np.ndarray:
+    """Ends of the segments of a few-step policy before shifting, float64 [K + 1] from 1 to 0.
+
+    All segments are equally long but the last, which is half as long, as there errors cannot be undone (pi-Flow,
+    arXiv 2510.14974, ``final_step_size_scale``).
+
+    Raises:
+      DeepGenError: ``num_segments`` < 1.
+    """
+    if num_segments < 1:
+        raise DeepGenError(f"number of sampling steps is {num_segments}; give at least 1")
+    return np.append(1 - np.arange(num_segments) / (num_segments - 0.5), 0.0)
+
+
+def shifted_time(
+    time: ArrayLike, scheduler_config: SchedulerConfig, image_seq_len: ArrayLike | None = None
+) -> jax.Array:
+    """Noise level of a time in [0, 1], shifted as in inference: float32 of ``time``'s shape.
+
+    ``image_seq_len`` is as in :func:`sigma_from_u`.
+    """
+    shift: Any = scheduler_config.shift
+    if scheduler_config.use_dynamic_shifting:
+        shift = jnp.exp(jnp.asarray(dynamic_shift(scheduler_config, image_seq_len), jnp.float32))
+    return _shifted(jnp.asarray(time, jnp.float32), shift)
+
+
+def segment_sigmas(
+    scheduler_config: SchedulerConfig, num_segments: int, image_seq_len: int | None = None
+) -> np.ndarray:
+    """Noise levels at the ends of the segments of a few-step policy, float32 [K + 1] from 1 to 0.
+
+    :func:`make_sigmas` ends with a step from the lowest trained noise level, where nothing is left to do: of few
+    evaluations it would waste one.
+
+    Raises:
+      DeepGenError: ``num_segments`` < 1, or ``image_seq_len`` is missing.
+    """
+    return np.asarray(shifted_time(segment_times(num_segments), parse_config(scheduler_config), image_seq_len))
+
+
 def dynamic_shift(config: SchedulerConfig, image_seq_len: Any) -> Any:
     """Logarithm mu of the dynamic shift: linear in the number of target patches, through the configured base and max.
 

@@ -71,7 +71,7 @@ def image_tokens(config: DeepGenConfig, side: int) -> int:
 def abstract_sampler(
     config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike, *, batch: int, side: int, steps: int, prompt_tokens: int
 ) -> AbstractProgram:
-    """The guided Euler sampler of the pipeline.
+    """The sampler of the pipeline guided Euler, or the policy of a model of few steps.
 
     Args:
       config: of the model.
@@ -87,20 +87,22 @@ def abstract_sampler(
     tokens, length = image_tokens(config, side), sequence_length(config, prompt_tokens)
     edge = side // config.vae.downscale
     noise = abstract_array(mesh, batch, config.mmdit.in_channels, edge, edge, axis=0)
-    condition = abstract_condition(config, mesh, 2 * batch, length, model.dtype, axis=0)
-    sigmas, scale = abstract_array(mesh, steps + 1), abstract_array(mesh)
+    sides = 1 if config.few_step else 2
+    condition = abstract_condition(config, mesh, sides * batch, length, model.dtype, axis=0)
+    sigmas, scale = abstract_array(mesh, steps + 1), None if config.few_step else abstract_array(mesh)
+    sampler, kind = (config.sampler, config.sampler) if config.few_step else ("euler", "guided Euler")
     arguments = ({"mmdit": weights["mmdit"]}, noise, None, condition, sigmas, scale)
     return AbstractProgram(
         name="inference",
         unit="images",
         batch=batch,
         micro_batch=batch,
-        lower=lambda: programs.denoise.lower(model, *arguments),
+        lower=lambda: programs.denoise.lower(model, *arguments, sampler=sampler),
         arguments=arguments,
         memory={"frozen weights": weights, "batch": (noise, condition)},
-        flops=float(2 * batch * steps * flops.mmdit(config.mmdit, tokens, length)),
+        flops=float(sides * batch * steps * flops.mmdit(config.mmdit, tokens, length)),
         summary=(
-            f"{batch} images of {side}x{side}, {steps} guided Euler steps, sequence {length}",
+            f"{batch} images of {side}x{side}, {steps} {kind} steps, sequence {length}",
             f"attention {model.plan.kernel}",
         ),
         half_batch=f"--batch {batch // 2}",

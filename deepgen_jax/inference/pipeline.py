@@ -21,12 +21,11 @@ from deepgen_jax.data.tokens import Padding, PromptTokenizer, round_up
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.samplers import get_sampler
-from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.accelerated import start_work
 from deepgen_jax.inference.acceleration import Acceleration, interval_of
 from deepgen_jax.inference.conditioning import PromptEncoder
-from deepgen_jax.inference.defaults import Sampling, resolve_sampling, resolve_size
+from deepgen_jax.inference.defaults import Sampling, check_acceleration, resolve_sampling, resolve_size
 from deepgen_jax.inference.known_words import KnownWords, read_known_words
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step_of, run_each_row
@@ -169,6 +168,7 @@ class DeepGenPipeline:
             raise DeepGenError(f"callback_every is {callback_every}; use at least 1")
         sampling = resolve_sampling(self.config, num_inference_steps, guidance_scale, sampler)
         saving = Acceleration(cache, taylor, None if guidance_interval is None else interval_of(guidance_interval))
+        check_acceleration(self.config, saving)
         requests = self._requests(prompt, image, negative_prompt, seed)
         first = next((refs[0].size for refs in requests.images if refs), None)
         width, height = resolve_size(self.config, width, height, () if first is None else (first,))
@@ -219,11 +219,12 @@ class DeepGenPipeline:
         condition = self._condition(requests, padding, guided=guidance is not None)
         size, steps = (noise.shape[2], noise.shape[3]), sampling.steps
         tokens = size[0] * size[1] // self.config.mmdit.patch_size**2
-        levels = np.asarray(make_sigmas(self.scheduler, steps, tokens))
+        sampler = get_sampler(sampling.sampler)
+        levels = sampler.noise_levels(self.scheduler, steps, tokens)
         sigmas = jnp.asarray(programs.padded_sigmas(levels))
         mmdit = {"mmdit": self.params["mmdit"]}
         keys = None
-        if get_sampler(sampling.sampler).stochastic:
+        if sampler.stochastic:
             keys = programs.sample_keys(*self._seeds(requests))
         work = None
         if saving:

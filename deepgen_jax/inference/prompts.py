@@ -1,6 +1,6 @@
 """Records of prompt files: what a row asks for beside its prompt, such as seed, size and reference images.
 
-`deepgen_jax.inference.prompt_rows` reads the files. A row that cannot be used is reported with its place.
+`deepgen_jax.data.prompt_rows` reads the files. A row that cannot be used is reported with its place.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepgen_jax.data.prompt_rows import PROMPT_COLUMNS, Row, check_text, misspelled, read_rows, shown
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.inference.prompt_rows import PROMPT_COLUMNS, Row, check_text, misspelled, read_rows, shown
 from deepgen_jax.inference.requests import MAX_SEED
 from deepgen_jax.local_paths import refuse_url
 from deepgen_jax.user_warnings import warn_user

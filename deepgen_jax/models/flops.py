@@ -57,7 +57,7 @@ def mmdit(config: MMDiTConfig, targets: int, context: int, references: int = 0) 
             layer += linear(2 * queries + 2 * image, width, width) + attention(queries, image, width)
         layer += 2 * linear(queries + context_queries, width, 4 * width)
         total += run.length * layer
-    return total + linear(1, width, 2 * width) + linear(targets, width, patch * config.out_channels)
+    return total + linear(1, width, 2 * width) + linear(targets, width, config.estimates * patch * config.out_channels)
 
 
 def text(config: TextConfig, length: int) -> int:
@@ -179,3 +179,31 @@ def training(
     passes = 3 if "bridge" in trains else 2 if before["bridge"] else 1
     total += passes * bridge(config, context)
     return total + (3 if "mmdit" in trains else 2) * mmdit(config.mmdit, targets, context, references)
+
+
+def distillation(
+    config: DeepGenConfig,
+    trains: Collection[str],
+    guided: bool,
+    student: float,
+    learned: int,
+    teacher: int,
+    targets: int,
+    context: int,
+    references: int = 0,
+) -> int:
+    """Distillation of one sample to a few-step policy: conditions, the student's evaluations, and the teacher's.
+
+    Args:
+      config: the student.
+      trains: "mmdit", or "mmdit_lora" alone.
+      guided: the teacher is evaluated on the empty prompt as well.
+      student: evaluations of the student without gradient.
+      learned: those with gradient.
+      teacher: evaluations of the teacher.
+      targets, context, references: as for :func:`training`.
+    """
+    sides = 2 if guided else 1
+    one = mmdit(config.mmdit, targets, context, references)
+    passes = student + learned * (3 if "mmdit" in trains else 2) + teacher * sides
+    return sides * condition(config, context) + round(passes * one)

@@ -277,7 +277,8 @@ class MMDiT(nn.Module):
           cache: of the evaluation before, whose timesteps are all the same; None runs all layers.
 
         Returns:
-          float32 [B, num_targets, p * p * C_out], and with ``cache`` the cache for the next evaluation.
+          float32 [B, num_targets, N * p * p * C_out] with N = ``config.estimates``, and with ``cache`` the cache for
+          the next evaluation.
         """
         cfg = self.config
         num_targets = patches.shape[1] if num_targets is None else num_targets
@@ -307,7 +308,7 @@ class MMDiT(nn.Module):
         scale, shift = jnp.split(
             Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")(conditioning)[:, None], 2, axis=-1
         )
-        features = cfg.patch_size**2 * cfg.out_channels
+        features = cfg.estimates * cfg.patch_size**2 * cfg.out_channels
         velocity = Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
         return velocity if cache is None else (velocity, cache)
 

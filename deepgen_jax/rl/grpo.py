@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -94,7 +95,7 @@ class GRPOStage:
                 mesh,
                 accumulation=1,
                 seed=config.seed,
-                trains=("mmdit",),
+                operations=partial(flops.training, weights.config, ("mmdit",)),
             )
 
     def step(self) -> StepReport:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from deepgen_jax.data.prompt_rows import Row, read_rows
 from deepgen_jax.errors import DeepGenError, did_you_mean
-from deepgen_jax.inference.prompt_rows import Row, read_rows
 from deepgen_jax.rewards.registry import canonical
 from deepgen_jax.user_warnings import warn_user
 
@@ -53,7 +53,7 @@ class PromptDataset:
 
 
 def read_prompt_list(path: str | Path) -> list[Prompt]:
-    """Reads the prompts of any file that `deepgen_jax.inference.prompt_rows` reads; other fields are metadata.
+    """Reads the prompts of any file that `deepgen_jax.data.prompt_rows` reads; other fields are metadata.
 
     Rows that cannot be used are left out with one warning that counts them and names the first.
 

@@ -18,7 +18,6 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.flow.samplers import SAMPLERS, get_sampler
-from deepgen_jax.flow.schedule import make_sigmas
 from deepgen_jax.inference import programs
 from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.pipeline import DeepGenPipeline
@@ -130,8 +129,9 @@ class PipelineEngine:
             guidance = jnp.float32(scales[0]) if len(jobs) == 1 else jnp.asarray(scales, jnp.float32)[:, None, None]
         condition = pipe._condition(requests, "reference", guided=guidance is not None)
         references = pipe._references(requests, "mean", None)
-        sigmas = make_sigmas(pipe.scheduler, first.steps, size[0] * size[1] // config.mmdit.patch_size**2)
-        keys = programs.sample_keys(*pipe._seeds(requests)) if get_sampler(first.sampler).stochastic else None
+        sampler, tokens = get_sampler(first.sampler), size[0] * size[1] // config.mmdit.patch_size**2
+        sigmas = sampler.noise_levels(pipe.scheduler, first.steps, tokens)
+        keys = programs.sample_keys(*pipe._seeds(requests)) if sampler.stochastic else None
         masks = blending.latent_masks(jobs, config.vae.downscale)
         source = self._encode(jobs, noise.shape) if masks is not None or first.first_step else noise
         sample = blending.noised(source, noise, sigmas[first.first_step]) if first.first_step else noise

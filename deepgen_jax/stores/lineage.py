@@ -15,12 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from deepgen_jax.config import DeepGenConfig, from_dict, to_dict
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.stores import model_folder
 from deepgen_jax.stores.run_folder import RUN_FILE, newest_step, read_run
 
 #: Adapters that train, by their name in a run's ``trains`` -> the part on which they sit.
 ADAPTED = {"lora": "text", "mmdit_lora": "mmdit"}
+#: Entry of a run's description: what training changes in the model's configuration, see :func:`changed`.
+MODEL_CHANGES = "model_changes"
 
 
 class Run(Protocol):
@@ -112,6 +115,11 @@ def newest_starting_point(config: Run) -> StartingPoint:
     model, start = config.model_folder, Path(config.start) if config.start else None
     if start is None:
         return StartingPoint(model.absolute(), None, {})
+    if read_run(start).get(MODEL_CHANGES):
+        raise DeepGenError(
+            f"{start} was distilled to few steps, and no training continues from that; export it, or give the run that "
+            "it was distilled from"
+        )
     base = read_starting_point(start).model
     if not _same_model(base, model):
         raise DeepGenError(f"{start} was trained on {base}, another model than {model}; give model={base}")
@@ -135,6 +143,28 @@ def trained_until(run: Path, step: int, origin: StartingPoint | None = None) -> 
         if part in trains:  # they were merged into what has trained since
             kept.pop(adapters, None)
     return kept | dict.fromkeys(trains, Saved(run.absolute(), step))
+
+
+def changed(config: DeepGenConfig, changes: Mapping[str, Any], where: str) -> DeepGenConfig:
+    """A model's configuration with entries of its JSON form replaced; what is not named in a nested one stays.
+
+    Args:
+      config: of the model.
+      changes: such as {"mmdit": {"estimates": 8}, "sampler": "pi_flow"}.
+      where: they come from, for messages.
+
+    Raises:
+      DeepGenError: an entry is unknown or of the wrong type.
+    """
+    values = to_dict(config)
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, Mapping) else value
+    return from_dict(DeepGenConfig, values, where)
+
+
+def trained_config(run: Path, config: DeepGenConfig) -> DeepGenConfig:
+    """Configuration of the model that a run trains, from that of the model folder it started from."""
+    return changed(config, read_run(run).get(MODEL_CHANGES, {}), str(run / RUN_FILE))
 
 
 def adapter_scale(run: Path) -> float:

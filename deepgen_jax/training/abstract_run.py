@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -102,7 +102,14 @@ class AbstractStepBatch(NamedTuple):
 
 
 def abstract_step_batch(
-    run: AbstractRun, model: DeepGen, data: DataConfig, accumulation: int, merged: Callable[[int], int] = lambda _: 1
+    run: AbstractRun,
+    model: DeepGen,
+    data: DataConfig,
+    accumulation: int,
+    merged: Callable[[int], int] = lambda _: 1,
+    *,
+    operations: Callable[[int, int, int], float] | None = None,
+    negative: bool = False,
 ) -> AbstractStepBatch:
     """The batch of one step: square images of ``data.image_size``, one reference of that size in editing.
 
@@ -112,24 +119,26 @@ def abstract_step_batch(
       data: micro-batches and mixture.
       accumulation: micro-batches of a step.
       merged: micro-batches of a task -> how many of them the step joins, for the summary.
+      operations: as for ``step_batches.StepBatches``; by default those of ``flops.training``.
+      negative: samples come with their empty prompt.
     """
     check_batch("data.micro_batch", data.micro_batch, run.mesh)
     tokens, lengths = image_tokens(run.model, data.image_size), _sequence_lengths(run, data)
     micro: dict[str, MicroBatch] = {}
     keys: dict[str, Any] = {}
-    operations, summary = 0.0, []
+    each = operations or partial(flops.training, run.model, run.config.trains)
+    total, summary = 0.0, []
     for task, count in sorted(task_counts(data, accumulation).items()):
         references, length = tokens if task == "edit" else 0, lengths[task]
         budget = token_budget(run.model, tokens, references)
         micro[task], keys[task] = abstract_micro_batches(
-            model, run.mesh, count, data.micro_batch, length, budget
+            model, run.mesh, count, data.micro_batch, length, budget, negative
         )
-        one = flops.training(run.model, run.config.trains, tokens, length, references)
-        operations += count * data.micro_batch * one
+        total += count * data.micro_batch * each(tokens, length, references)
         joined = f" ({merged(count)} at once)" if merged(count) > 1 else ""
         images = f"{tokens} target + {references} reference tokens"
         summary.append(f"{count} x {data.micro_batch} {task}{joined}: {images}, sequence {length}")
-    return AbstractStepBatch(micro, keys, operations, tuple(summary))
+    return AbstractStepBatch(micro, keys, total, tuple(summary))
 
 
 def task_counts(data: DataConfig, accumulation: int) -> Counter[str]:
@@ -146,7 +155,7 @@ def _sequence_lengths(run: AbstractRun, data: DataConfig) -> dict[str, int]:
 
 
 def abstract_micro_batches(
-    model: DeepGen, mesh: Mesh, count: int, size: int, length: int, budget: TokenBudget
+    model: DeepGen, mesh: Mesh, count: int, size: int, length: int, budget: TokenBudget, negative: bool = False
 ) -> tuple[MicroBatch, jax.Array]:
     """One task of an :class:`AbstractStepBatch`: stacked micro-batches and their keys.
 
@@ -157,6 +166,7 @@ def abstract_micro_batches(
       size: samples B of a micro-batch.
       length: of prompts, think tokens included.
       budget: sizes that images are padded to.
+      negative: samples come with their empty prompt.
     """
     config, queries = model.config, model.config.bridge.num_queries
     channels, patch = config.mmdit.in_channels, config.mmdit.patch_size
@@ -177,7 +187,10 @@ def abstract_micro_batches(
         array(*prompt, dtype=jnp.int32),
     )
     images = array(count, size, budget.image_tokens, config.vision.out_hidden_size, dtype=model.dtype)
-    micro = MicroBatch(*tokens(budget.target), *tokens(budget.references), images, array(count, size), text)
+    empty = text if negative else None
+    micro = MicroBatch(
+        *tokens(budget.target), *tokens(budget.references), images, array(count, size), text, empty
+    )
     return micro, array(count, size, dtype=key_dtype())
 
 
@@ -193,7 +206,7 @@ def abstract_inference(run: AbstractRun) -> AbstractProgram:
         config.dtype,
         batch=batch,
         side=samples.size,
-        steps=samples.num_inference_steps,
+        steps=samples.num_inference_steps or run.model.num_inference_steps,
         prompt_tokens=run.prompt_tokens,
     )
 

@@ -58,6 +58,7 @@ class MicroBatch(NamedTuple):
       image_tokens: [B, V, hidden]; V is 0 without references.
       weight: [B] float32, the share of each sample in the micro-batch's mean loss; 0 leaves it out.
       text: the prompts.
+      negative: the empty prompt with the same references, as long as ``text``; None unless it was asked for.
     """
 
     latents: jax.Array
@@ -69,6 +70,7 @@ class MicroBatch(NamedTuple):
     image_tokens: jax.Array
     weight: jax.Array
     text: Text
+    negative: Text | None = None
 
 
 class TokenBudget(NamedTuple):
@@ -79,8 +81,13 @@ class TokenBudget(NamedTuple):
     image_tokens: int
 
 
-def encode(model: DeepGen, frozen: dict[str, Any], target: jax.Array, references: Sequence[jax.Array]) -> Features:
-    """Runs VAE and vision tower on uint8 pictures [B, H, W, 3]; all pictures of an argument have one size."""
+def encode(
+    model: DeepGen, frozen: dict[str, Any], target: jax.Array, references: Sequence[jax.Array], targets: bool = True
+) -> Features:
+    """Runs VAE and vision tower on uint8 pictures [B, H, W, 3]; all pictures of an argument have one size.
+
+    Without ``targets`` the target gives its size alone, and its latents are zeros.
+    """
     config = model.config
     batch = target.shape[0]
 
@@ -97,11 +104,36 @@ def encode(model: DeepGen, frozen: dict[str, Any], target: jax.Array, references
         with jax.default_matmul_precision("highest"):
             patches = jax.vmap(lambda x: patchify_for_vlm(x, config.vision))(pixels(image))
         tokens.append(_frozen(model, frozen, "encode_images", patches, *layout))
-    return Features(moments(target), tuple(map(moments, references)), jnp.concatenate(tokens, axis=1))
+    found = tuple(map(moments, references))
+    if targets:
+        return Features(moments(target), found, jnp.concatenate(tokens, axis=1))
+    height, width = (side // config.vae.downscale for side in target.shape[1:3])
+    zeros = jnp.zeros((batch, height, width, config.vae.latent_channels))
+    return Features(Moments(zeros, zeros), found, jnp.concatenate(tokens, axis=1))
 
 
 def _frozen(model: DeepGen, params: dict[str, Any], method: str, *args: jax.Array) -> Any:
     return jax.lax.stop_gradient(model.apply({"params": params}, *args, method=method))
+
+
+def condition(
+    model: DeepGen, variables: dict[str, Any], text: Text, image_tokens: jax.Array, rngs: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Condition of a micro-batch's prompts: pooled [B, P] and sequence [B, L, J].
+
+    Args:
+      model: static.
+      variables: {"params": ...} with language model and bridge, and "lora" where their adapters train.
+      text: B prompts.
+      image_tokens: [B, V, hidden], VLM tokens of each sample's references.
+      rngs: key of dropout in adapters, by name.
+    """
+    batch, slots, hidden = image_tokens.shape
+    rows = jnp.arange(batch)[:, None] * slots
+    index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
+    arguments = (*text[:4], index, image_tokens.reshape(-1, hidden))
+    found: Any = model.apply(variables, *arguments, method="condition", rngs=rngs)
+    return found
 
 
 def sample_keys(seed: int | jax.Array, index: jax.Array) -> jax.Array:
@@ -133,6 +165,7 @@ def assemble(
     target_noise: jax.Array,
     reference_noise: Sequence[jax.Array],
     budget: TokenBudget,
+    negative: Text | None = None,
 ) -> MicroBatch:
     """Draws latents from the posteriors, given standard normal noise, and pads everything to the budget."""
     config = model.config.mmdit
@@ -163,4 +196,5 @@ def assemble(
         jnp.pad(features.image_tokens, ((0, 0), (0, missing), (0, 0))),
         weight,
         text,
+        negative,
     )

@@ -21,7 +21,7 @@ from deepgen_jax.inference.grids import tiled
 from deepgen_jax.parallel.chips import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.stores.checkpoint import Checkpoints, set_aside
-from deepgen_jax.stores.lineage import newest_starting_point, starting_point_of
+from deepgen_jax.stores.lineage import MODEL_CHANGES, newest_starting_point, starting_point_of
 from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_config import RunConfig
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # or hold other arrays (there is a moving average or not, and so on).
 _FIXED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("model", "start", "trains", "seed", "lora", "optimizer.name"), lambda value: value),
+    **dict.fromkeys(("evaluations", "estimates"), lambda value: value),
     "ema_decay": lambda value: value is not None,
     "decoder_only": bool,
     "policy.algorithm": lambda value: value == "nft",
@@ -154,6 +155,8 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     """
     values: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "kind": kind_of(config)}
     values["config"] = settings.to_json(config)
+    if changes := config.model_changes:
+        values[MODEL_CHANGES] = changes
     path, saved = run / RUN_FILE, saved_steps(run)
     used: list[str] = []
     if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
@@ -88,14 +88,14 @@ class SampleConfig:
       prompts: what to generate.
       images: reference image of each prompt, "" for none; empty for no references at all.
       size: side of the pictures in pixels.
-      num_inference_steps, guidance_scale, sampler, seed: as those of the pipeline.
+      num_inference_steps, guidance_scale, sampler, seed: as those of the pipeline; None for the model's default.
     """
 
     every: int = 0
     prompts: tuple[str, ...] = ()
     images: tuple[LocalPath, ...] = ()
     size: int = 512
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
     seed: int = 42
@@ -199,6 +199,11 @@ class RunConfig:
     def model_folder(self) -> Path:
         """Path of ``model``."""
         return locate(self.model)
+
+    @property
+    def model_changes(self) -> dict[str, Any]:
+        """Entries of the model's ``config.json`` that training changes, nested as there; see `lineage.changed`."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

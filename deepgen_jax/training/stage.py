@@ -37,6 +37,10 @@ STAGES = {
         ("deepgen_jax.training.run_config", "AutoencoderConfig"),
         ("deepgen_jax.training.autoencoder", "AutoencoderStage"),
     ),
+    "distill": (
+        ("deepgen_jax.training.distill_config", "DistillConfig"),
+        ("deepgen_jax.training.distill", "DistillStage"),
+    ),
     "grpo": (("deepgen_jax.rl.rl_config", "GRPOConfig"), ("deepgen_jax.rl.grpo", "GRPOStage")),
     "language": (
         ("deepgen_jax.training.run_config", "LanguageConfig"),
@@ -112,6 +116,8 @@ class LoaderStage:
         accumulation: int,
         mesh: Mesh,
         optimizer: optax.GradientTransformation,
+        weights: Weights | None = None,
+        images: bool = True,
     ) -> None:
         """Loads the weights onto the mesh and opens the data.
 
@@ -121,17 +127,19 @@ class LoaderStage:
           accumulation: micro-batches of an optimiser step.
           mesh: of all hosts' devices.
           optimizer: of the run.
+          weights: loaded before; None loads those that the run starts from.
+          images: as for `deepgen_jax.data.loader.Loader`.
 
         Raises:
           DeepGenError: weights or data cannot be used, or the micro-batch does not fit the mesh.
         """
         check_batch("data.micro_batch", data.micro_batch, mesh)
         self._config, self._data, self._accumulation, self._mesh = config, data, accumulation, mesh
-        weights = load_start(config, mesh)
+        weights = load_start(config, mesh) if weights is None else weights
         self.state = start_state(optimizer, weights.trainable, mesh, ema=config.ema_decay is not None)
         # What the state was made from was donated to it.
         self._weights = weights._replace(trainable={})
-        self._loader = open_loader(config, data, self._weights, mesh)
+        self._loader = open_loader(config, data, self._weights, mesh, images)
 
     def position(self) -> dict[str, Any]:
         """The seed and the position in the data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +16,8 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.reader import Batch
-from deepgen_jax.data.tokens import round_up
+from deepgen_jax.data.tokens import pad_prompts, round_up
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.hosts import same_on_all
 from deepgen_jax.parallel.jit_options import device_jit
@@ -79,7 +78,9 @@ class StepBatches:
         *,
         accumulation: int,
         seed: int,
-        trains: Sequence[str],
+        operations: Callable[[int, int, int], float],
+        targets: bool = True,
+        negative: bool = False,
     ) -> None:
         """Reads nothing yet.
 
@@ -90,11 +91,15 @@ class StepBatches:
           mesh: batches are split over it.
           accumulation: micro-batches of a step.
           seed: of the samples' keys.
-          trains: parts that train, to count operations.
+          operations: (MMDiT tokens of a target, prompt and think tokens, MMDiT tokens of references) -> operations of
+            a step for one sample.
+          targets: encode targets; otherwise their latents are zeros.
+          negative: give each sample's empty prompt, too.
         """
         self._loader, self._model, self._mesh = loader, model, mesh
         self._encoders = {part: frozen[part] for part in ("vae", "vision")}
-        self._accumulation, self._seed, self._trains = accumulation, seed, tuple(trains)
+        self._accumulation, self._seed, self._operations = accumulation, seed, operations
+        self._targets, self._negative = targets, negative
         config = model.config
         self._unit = config.vae.downscale * config.mmdit.patch_size
         self._target = max(_tokens([bucket.target], self._unit) for bucket in loader.buckets)
@@ -119,22 +124,43 @@ class StepBatches:
         return StepBatch(micro_batches, keys, ids, samples, tokens, operations, seconds)
 
     def _prepare(self, batches: Sequence[Batch]) -> list[tuple[MicroBatch, jax.Array]]:
-        length = max(batch["input_ids"].shape[1] for batch in batches)
+        negatives = [self._empty_prompts(batch) if self._negative else None for batch in batches]
+        shown = [*batches, *(negative for negative in negatives if negative is not None)]
+        length = max(batch["input_ids"].shape[1] for batch in shown)
         references = max(_tokens(batch["bucket"][1], self._unit) for batch in batches)
         budget = token_budget(self._model.config, self._target, references)
-        return [self._prepare_one(batch, length, budget) for batch in batches]
+        pairs = zip(batches, negatives, strict=True)
+        return [self._prepare_one(batch, negative, length, budget) for batch, negative in pairs]
 
-    def _prepare_one(self, batch: Batch, length: int, budget: TokenBudget) -> tuple[MicroBatch, jax.Array]:
+    def _empty_prompts(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The empty prompt with each sample's references, padded as the guidance pairs of inference are."""
+        config, multiple = self._model.config, self._loader.plan.config.token_multiple
+        references = batch["bucket"][1] if batch["task"] == "edit" else None
+        prompts = self._loader.prompts
+        empty = prompts("", references, prompts.length("", None if references is None else len(references)))
+        shown = batch["visible"].sum(axis=1) - config.bridge.num_queries
+        lengths = np.maximum(shown, len(empty.input_ids)).tolist()
+        padded = pad_prompts([empty] * len(lengths), lengths, config, multiple=multiple)
+        return {**vars(padded), "image_index": padded.image_slots}
+
+    def _prepare_one(
+        self, batch: Batch, negative: Mapping[str, np.ndarray] | None, length: int, budget: TokenBudget
+    ) -> tuple[MicroBatch, jax.Array]:
         share = partial(to_global, self._mesh)
-        local: Any = widen(batch, length, self._model.config)
-        text = Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
+
+        def shared(prompts: Mapping[str, np.ndarray]) -> Text:
+            local: Any = widen(prompts, length, self._model.config)
+            return Text(share(local[0]), share(local[1], axis=1), *map(share, local[2:]))
+
+        text = shared(batch)
+        empty = None if negative is None else shared(negative)
         index = share(index_words(batch))
         images = _features(batch, share)
         if images is None:
             pictures = share(batch["target"]), tuple(map(share, batch["references"]))
-            images = encode_images(self._model, self._mesh, self._encoders, *pictures)
+            images = encode_images(self._model, self._mesh, self._encoders, *pictures, targets=self._targets)
         return _assemble(
-            self._model, self._mesh, images, text, share(batch["weight"]), index, np.uint32(self._seed), budget
+            self._model, self._mesh, images, text, empty, share(batch["weight"]), index, np.uint32(self._seed), budget
         )
 
     def _count(self, batches: Sequence[Batch]) -> tuple[int, float]:
@@ -146,7 +172,7 @@ class StepBatches:
             references = _tokens(batch["bucket"][1], self._unit)
             context = round(float(batch["real"].sum(axis=1).mean()))
             tokens += samples * (targets + references + context)
-            operations += samples * flops.training(self._model.config, self._trains, targets, context, references)
+            operations += samples * self._operations(targets, context, references)
         return tokens, operations
 
 
@@ -163,7 +189,9 @@ def token_budget(config: DeepGenConfig, target: int, references: int) -> TokenBu
     return TokenBudget(target, most, -(-most // per_token**2))
 
 
-def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) -> Loader:
+def open_loader(
+    run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh, images: bool = True
+) -> Loader:
     """A loader of this host's share of the batches.
 
     Args:
@@ -171,6 +199,7 @@ def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) 
       data: what is read.
       weights: of the run.
       mesh: batches are split over it.
+      images: as for `Loader`.
 
     Raises:
       DeepGenError: the data cannot be used or are not the same on all hosts, or the mesh splits batches unevenly over
@@ -186,6 +215,7 @@ def open_loader(run: RunConfig, data: DataConfig, weights: Weights, mesh: Mesh) 
         process_index=share,
         process_count=shares,
         weights=digest_for(data, run.model_folder),
+        images=images,
     )
     # Each host would else draw its part of other batches.
     if jax.process_count() > 1 and not same_on_all(loader.plan.settings):
@@ -240,12 +270,17 @@ def _split_batches(mesh: Mesh, tree: Any, axis: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(constrain, tree)
 
 
-@partial(device_jit, static_argnames=("model", "mesh"))
+@partial(device_jit, static_argnames=("model", "mesh", "targets"))
 def encode_images(
-    model: DeepGen, mesh: Mesh, frozen: Tree, target: jax.Array, references: tuple[jax.Array, ...]
+    model: DeepGen,
+    mesh: Mesh,
+    frozen: Tree,
+    target: jax.Array,
+    references: tuple[jax.Array, ...],
+    targets: bool = True,
 ) -> Features:
     """Frozen features of a micro-batch of pictures, split over the batch; see ``inputs.encode``."""
-    return _split_batches(mesh, encode(model, frozen, target, references))
+    return _split_batches(mesh, encode(model, frozen, target, references, targets))
 
 
 @partial(jax.jit, static_argnames=("model", "mesh", "budget"))
@@ -254,6 +289,7 @@ def _assemble(
     mesh: Mesh,
     features: Features,
     text: Text,
+    negative: Text | None,
     weight: jax.Array,
     index: jax.Array,
     seed: jax.Array,
@@ -263,7 +299,7 @@ def _assemble(
     noise = posterior_noise(keys, Training.TARGET_POSTERIOR, features.target)
     first = Training.REFERENCE_POSTERIOR
     others = [posterior_noise(keys, first + i, moments) for i, moments in enumerate(features.references)]
-    micro = assemble(model, features, text, weight, noise, others, budget)
+    micro = assemble(model, features, text, weight, noise, others, budget, negative)
     return _split_batches(mesh, micro), keys
 
 

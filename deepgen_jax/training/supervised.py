@@ -37,7 +37,7 @@ from deepgen_jax.training.abstract_run import (
     state_memory,
     task_counts,
 )
-from deepgen_jax.training.inputs import MicroBatch
+from deepgen_jax.training.inputs import MicroBatch, condition
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree, join
 from deepgen_jax.training.run_config import SupervisedConfig
@@ -93,20 +93,15 @@ def supervised_losses(
         variables["lora"] = lora.scaled(trainable["lora"], lora_scale)
     rngs = None if draws.dropout is None else {"dropout": draws.dropout}
 
-    def apply(method: str, *args: Any) -> Any:
-        return model.apply(variables, *args, method=method, rngs=rngs)
-
-    text = micro.text
-    batch, slots, hidden = micro.image_tokens.shape
-    rows = jnp.arange(batch)[:, None] * slots
-    index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
-    pooled, sequence = apply("condition", *text[:4], index, micro.image_tokens.reshape(-1, hidden))
+    pooled, sequence = condition(model, variables, micro.text, micro.image_tokens, rngs)
     ids = jnp.concatenate([micro.target_ids, micro.reference_ids], axis=1)
     mask = jnp.concatenate([micro.target_mask, micro.reference_mask], axis=1)
 
     def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
         tokens = jnp.concatenate([noisy, micro.references], axis=1)
-        return apply("velocity", tokens, ids, sigma * 1000.0, pooled, sequence, mask, text.visible, noisy.shape[1])
+        inputs = (tokens, ids, sigma * 1000.0, pooled, sequence, mask, micro.text.visible, noisy.shape[1])
+        found: Any = model.apply(variables, *inputs, method="velocity", rngs=rngs)
+        return found
 
     return flow_matching_losses(velocity, micro.latents, draws.noise, draws.sigma, micro.target_mask)
 
@@ -395,7 +390,7 @@ class SupervisedStage(LoaderStage):
             mesh,
             accumulation=config.accumulation,
             seed=config.seed,
-            trains=config.trains,
+            operations=partial(flops.training, self._weights.config, config.trains),
         )
 
     def step(self) -> StepReport:

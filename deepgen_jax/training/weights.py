@@ -65,7 +65,7 @@ def load_start(run: RunConfig, mesh: Mesh) -> Weights:
     """
     folder = run.model_folder
     manifest = model_folder.read_manifest(folder)
-    _refuse_quantized(manifest.config, folder)
+    _refuse_untrainable(manifest.config, folder)
     adapted = _adapted_parts(run)
     config = _with_adapters(manifest.config, run)
     inherited = starting_point_of(run).inherited
@@ -98,7 +98,7 @@ def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
 
     The schedule is the default one, and the tokenizer's folder is empty.
     """
-    _refuse_quantized(model, run.model_folder)
+    _refuse_untrainable(model, run.model_folder)
     config, shapes = _with_adapters(model, run), abstract_params(model)
     params: Tree = {}
     for part, dtype in _dtypes(run, config).items():
@@ -111,8 +111,13 @@ def abstract_start(run: RunConfig, model: DeepGenConfig, mesh: Mesh) -> Weights:
     return Weights(config, SchedulerConfig(), Path(), {"params": trainable, "lora": adapters}, frozen)
 
 
-def _refuse_quantized(config: DeepGenConfig, folder: Path) -> None:
-    """8-bit weights neither train nor export, so that a run cannot start from them."""
+def _refuse_untrainable(config: DeepGenConfig, folder: Path) -> None:
+    """Raises a DeepGenError for 8-bit weights, which neither train nor export, and for few-step models."""
+    if config.few_step:
+        raise DeepGenError(
+            f"{folder} was distilled to {config.num_inference_steps} evaluations, and no training continues from that; "
+            "name the model folder or run that it was distilled from"
+        )
     if config.quantization is not None:
         raise DeepGenError(
             f"{folder} has {config.quantization.weights} weights, which cannot be trained; name the model folder that "

@@ -44,6 +44,37 @@ def test_following_a_policy_is_integrating_its_velocity(count, seed, share):
     np.testing.assert_allclose(got, integrated(x, found, known, sigma), atol=1e-3)
 
 
+@given(st.integers(1, 5), st.integers(0, 2**31), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_following_in_two_parts_is_following_at_once(count, seed, first, second):
+    rng = np.random.default_rng(seed)
+    levels = policy.grid(0.9, 0.0, count)
+    estimates = jnp.asarray(rng.standard_normal((count, 3, 1, 2)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((3, 1, 2)), jnp.float32)
+    # One level of each sample.
+    middle = jnp.float32(0.9) * (1 - 0.9 * first) * jnp.array([1.0, 0.9, 0.5])
+    end = middle * second
+    halfway = policy.follow(x, estimates, levels, middle)
+    both = policy.follow(halfway, estimates, levels, end, start=middle)
+    np.testing.assert_allclose(both, policy.follow(x, estimates, levels, end), atol=2e-5)
+
+
+def test_a_mean_velocity_leads_to_the_end_of_its_window():
+    """The loss is 0 where the teacher moves in a straight line from the visited state to the end of the window."""
+    levels = policy.grid(0.8, 0.0, 4)
+    estimates = jax.random.normal(jax.random.key(0), (4, 2, 3, 1))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 1))
+    targets, ends = jnp.array([[0.7, 0.3]]), jnp.array([[0.6, 0.0]])
+    visited = policy.follow(x, estimates, levels, targets[0])
+    reached = policy.follow(x, estimates, levels, ends[0])
+    exact = (visited - reached) / (targets[0] - ends[0])[:, None, None]
+
+    def losses(extra):
+        return policy.policy_losses(estimates, levels, lambda x, sigma: exact + extra, x, targets, ends)
+
+    np.testing.assert_allclose(losses(0.0), 0, atol=1e-9)
+    np.testing.assert_allclose(losses(0.5), 0.25, rtol=1e-4)
+
+
 def test_a_last_segment_ends_at_its_last_estimate():
     estimates = jnp.arange(6.0).reshape(3, 2)
     end = policy.follow(jnp.array([5.0, -7.0]), estimates, policy.grid(0.4, 0.0, 3), jnp.float32(0))
@@ -61,12 +92,13 @@ MODES = np.array([[2.0, 0.5], [-1.0, -1.5]], np.float32)
 
 
 def teacher(x: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Exact velocity of a mixture of two narrow Gaussians (standard deviation 0.2), [B, 1, 2]."""
+    """Exact velocity of a mixture of two narrow Gaussians (standard deviation 0.2), [B, 1, 2]; sigma scalar or [B]."""
+    sigma = jnp.reshape(sigma, (-1, 1, 1))
     variance = (1 - sigma) ** 2 * 0.04 + sigma**2
-    offsets = x[..., None, :] - (1 - sigma) * MODES
+    offsets = x[..., None, :] - (1 - sigma)[..., None] * MODES
     chances = jax.nn.softmax(-jnp.sum(offsets**2, axis=-1) / (2 * variance), axis=-1)
     gain = (1 - sigma) * 0.04 / variance
-    clean = jnp.sum(chances[..., None] * (MODES + gain * offsets), axis=-2)
+    clean = jnp.sum(chances[..., None] * (MODES + gain[..., None] * offsets), axis=-2)
     return (x - clean) / sigma
 
 
@@ -100,16 +132,19 @@ def trained(params, key, segments, count, steps):
         k = jax.random.randint(keys[0], (), 0, segments)
         x = jax.random.normal(keys[1], (256, 1, 2))
 
+        fixed = jax.lax.stop_gradient(params)
+
         def through(i, x):
             levels = policy.grid(bounds[i], bounds[i + 1], count)
-            estimates = policy.estimates_of(network(params, x, bounds[i]), x, bounds[i])
+            estimates = policy.estimates_of(network(fixed, x, bounds[i]), x, bounds[i])
             return policy.follow(x, estimates, levels, bounds[i + 1])
 
         x = jax.lax.fori_loop(0, k, through, x)
         low = jnp.maximum(bounds[k + 1], 0.02)
-        targets = jax.random.uniform(keys[2], (4,), minval=low, maxval=bounds[k])
-        student = partial(network, params)
-        return policy.policy_losses(student, teacher, x, bounds[k], bounds[k + 1], targets, count).mean()
+        targets = jax.random.uniform(keys[2], (4, len(x)), minval=low, maxval=bounds[k])
+        levels = policy.grid(bounds[k], bounds[k + 1], count)
+        estimates = policy.estimates_of(network(params, x, bounds[k]), x, bounds[k])
+        return policy.policy_losses(estimates, levels, teacher, x, targets).mean()
 
     def step(carry, key):
         params, state = carry

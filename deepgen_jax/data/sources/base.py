@@ -102,10 +102,12 @@ class Source(abc.ABC):
     Attributes:
       config: as it was configured.
       passed_over: names in its folders that `files` did not take, by reason.
+      has_images: its samples have pictures; without, a sample's only image is a `CachedImage` that has just a size.
     """
 
     #: Endings of the files that `files` looks for, lower case.
     suffixes: tuple[str, ...] = ()
+    has_images: bool = True
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config

@@ -12,7 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.flow.schedule import make_sigmas
 
 #: (x [B, ...] float32, sigma scalar float32) -> velocity [B, ...].
 VelocityFn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -54,6 +58,10 @@ class Sampler:
     evaluations: int = 1
     stochastic: bool = False
     estimates: bool = False
+
+    def noise_levels(self, config: SchedulerConfig, steps: int, image_seq_len: int | None = None) -> np.ndarray:
+        """Noise levels of a number of steps, float32 [steps + 1] from 1 to 0; see ``schedule.make_sigmas``."""
+        return make_sigmas(config, steps, image_seq_len)
 
     def start(self, x: jax.Array) -> Any:
         """Pytree that the first step receives as ``memory``."""

@@ -1,4 +1,4 @@
-"""Rows of prompt files in any format, for generation, evaluation and reinforcement learning.
+"""Rows of prompt files in any format, for generation, evaluation, distillation and reinforcement learning.
 
 Formats: ``.txt`` (a prompt a line), ``.jsonl`` (an object a line), ``.json`` (a list of objects or texts, or an object
 of objects), ``.csv`` (with a header), ``.parquet``, and a folder of ``.txt`` files (a prompt each). Lines end with a
