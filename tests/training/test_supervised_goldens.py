@@ -108,7 +108,8 @@ def i2i(setup, arrays, cases, pictures, goldens, check_golden):
             16,
         )
         check_golden("train", f"i2i/latent/{i}", latent)
-    micro = MicroBatch(*(jnp.concatenate([getattr(m, f) for m in micros]) for f in MicroBatch._fields[:-1]), text)
+    fields = MicroBatch._fields[: MicroBatch._fields.index("text")]
+    micro = MicroBatch(*(jnp.concatenate([getattr(m, f) for m in micros]) for f in fields), text)
     noise = setup.pack([arrays[f"i2i/noise/{i}"] for i in range(2)]).patches
     noise = jnp.pad(jnp.asarray(noise), ((0, 0), (0, 64 - noise.shape[1]), (0, 0)))
     return micro, noise
