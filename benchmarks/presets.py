@@ -27,6 +27,7 @@ from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models.deepgen import abstract_params
 from deepgen_jax.models.patches import sincos_table
+from deepgen_jax.models.stack import unrolls, unstack
 from deepgen_jax.parallel import rules
 from deepgen_jax.stores.merged_params import part_dtypes
 
@@ -106,6 +107,8 @@ def random_pipeline(config: DeepGenConfig, dtype: DTypeLike, mesh: Mesh) -> Deep
             value = _values(name, leaf.shape, jnp.dtype(dtypes[part]), normal, config.mmdit)
             params[part, *path] = jax.device_put(value, shardings[path])
     weights = unflatten_dict(params)
+    if unrolls(mesh):
+        weights = unstack(weights)
     return DeepGenPipeline(config, SchedulerConfig(), weights, WordTokenizer(config), mesh, dtype)
 
 

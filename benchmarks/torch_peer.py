@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from deepgen_jax.convert.names import MMDIT, TEXT, VAE, weights
 from deepgen_jax.convert.transforms import to_source
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.models.qwen_text import selected_layers
+from deepgen_jax.models.stack import restack
 
 _BRIDGE = "bridge."
 
@@ -173,6 +175,7 @@ class TorchPeer:
 
     def __init__(self, config: DeepGenConfig, params: dict[str, Any], dtype: str, device: str, compiled: bool) -> None:
         self.config = config
+        params = restack(jax.device_get(params), config.bridge.selection_stride)
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.text = self._filled(text_model, config.text, params, TEXT, self.dtype)

@@ -32,6 +32,7 @@ from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import make_network
 from deepgen_jax.models.packing import pack_kernels
+from deepgen_jax.models.stack import unrolls, unstack
 from deepgen_jax.models.vae import normalise, sample_posterior
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
 from deepgen_jax.random_keys import Inference
@@ -103,6 +104,8 @@ class DeepGenPipeline:
         config, scheduler, params, tokenizer, devices, compute = load_model(path, dtype, mesh)
         if devices.size == 1 and devices.devices.flat[0].platform == "cpu":
             params = pack_kernels(params)
+        elif unrolls(devices):
+            params = unstack(params)
         pipeline = cls(config, scheduler, params, tokenizer, devices, compute)
         pipeline.known_words = read_known_words(path)
         return pipeline

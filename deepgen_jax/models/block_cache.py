@@ -20,6 +20,8 @@ from jax.typing import DTypeLike
 Streams = tuple[jax.Array, jax.Array]
 #: (parameters of one layer, streams) -> streams.
 Layer = Callable[[Any, Streams], Streams]
+#: Equal layers: their function, and parameters stacked on the first axis, or one tree for each layer.
+Stack = tuple[Layer, Mapping[str, Any] | tuple[Any, ...]]
 
 
 class BlockCache(NamedTuple):
@@ -69,12 +71,12 @@ def empty_cache(
 
 
 def run_cached(
-    stacks: Sequence[tuple[Layer, Mapping[str, Any]]], streams: Streams, cache: BlockCache, sigma: jax.Array
+    stacks: Sequence[Stack], streams: Streams, cache: BlockCache, sigma: jax.Array
 ) -> tuple[jax.Array, BlockCache]:
     """Runs all layers, or only the first.
 
     Args:
-      stacks: stacks of equal layers: a layer function, and parameters stacked on the first axis.
+      stacks: all layers in order.
       streams: input of the first layer.
       cache: cache after the previous evaluation.
       sigma: float32 scalar, noise level.
@@ -85,13 +87,17 @@ def run_cached(
     layer, params = stacks[0]
     count = cache.first.shape[1]
     targets = streams[0][:, :count]
-    streams = layer(jax.tree.map(lambda x: x[0], params), streams)
+    streams = layer(params[0] if isinstance(params, tuple) else jax.tree.map(lambda x: x[0], params), streams)
     after_first = streams[0][:, :count]
     first = (after_first - targets).astype(cache.first.dtype)
     full = (cache.sigma < 0) | (_relative_change(first, cache.first) > cache.threshold)
 
     def later_layers(streams: Streams) -> jax.Array:
         for number, (layer, params) in enumerate(stacks):
+            if isinstance(params, tuple):
+                for one in params[1 if number == 0 else 0 :]:
+                    streams = layer(one, streams)
+                continue
             length = jax.tree.leaves(params)[0].shape[0]
             # Skip the first layer inside the loop: slicing it off would copy the stack.
             skipped = jnp.arange(length) == 0 if number == 0 else jnp.zeros(length, bool)

@@ -12,7 +12,7 @@ from deepgen_jax.config import BridgeConfig
 from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import LayerNorm, Linear
 from deepgen_jax.models.plan import Plan
-from deepgen_jax.models.stack import Remat, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, is_unstacked, rematerialised, scanned
 
 
 class ConnectorLayer(nn.Module):
@@ -72,7 +72,8 @@ class Bridge(nn.Module):
         zeros = nn.initializers.zeros
         self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
         self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros)
-        layers = scanned(rematerialised(ConnectorLayer, self.remat), cfg.num_layers, 1)
+        layer, unrolled = rematerialised(ConnectorLayer, self.remat), is_unstacked(self, "layers")
+        layers = scanned(layer, cfg.num_layers, 1, unrolled=unrolled)
         self.layers = layers(cfg, self.dtype, self.plan)
 
     def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:

@@ -20,12 +20,12 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import attention
-from deepgen_jax.models.block_cache import BlockCache, Layer, Streams, run_cached
+from deepgen_jax.models.block_cache import BlockCache, Stack, Streams, run_cached
 from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.quantized import WEIGHT_SCALE
-from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, rematerialised, scanned
+from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, is_unstacked, rematerialised, scanned, split_layers
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
@@ -295,9 +295,10 @@ class MMDiT(nn.Module):
         streams = (image, context)
         if cache is None:
             for i, run in enumerate(block_runs(cfg)):
-                layers = scanned(rematerialised(MMDiTBlock, self.remat), run.length, broadcast_inputs=3)
+                name, block = f"blocks_{i}", rematerialised(MMDiTBlock, self.remat)
+                layers = scanned(block, run.length, broadcast_inputs=3, unrolled=is_unstacked(self, name))
                 streams, _ = layers(
-                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan, name=f"blocks_{i}"
+                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan, name=name
                 )(streams, conditioning, joint_mask, image_mask)
             target = streams[0][:, :num_targets]
         else:
@@ -312,9 +313,9 @@ class MMDiT(nn.Module):
         velocity = Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
         return velocity if cache is None else (velocity, cache)
 
-    def _stacks(self, num_targets: int, *inputs: Any) -> list[tuple[Layer, Mapping[str, Any]]]:
+    def _stacks(self, num_targets: int, *inputs: Any) -> list[Stack]:
         """Runs of layers as functions of their parameters, for the cache to call."""
-        stacks: list[tuple[Layer, Mapping[str, Any]]] = []
+        stacks: list[Stack] = []
         for i, run in enumerate(block_runs(self.config)):
             settings = (self.config, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan)
             block = MMDiTBlock(*settings, parent=None)
@@ -323,7 +324,8 @@ class MMDiT(nn.Module):
                 out: Any = block.apply({"params": params}, streams, *inputs)
                 return out[0]
 
-            stacks.append((layer, self.variables["params"][f"blocks_{i}"]))
+            params = self.variables["params"][f"blocks_{i}"]
+            stacks.append((layer, split_layers(params) or params))
         return stacks
 
     def _conditioning(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:

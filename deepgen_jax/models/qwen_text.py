@@ -16,7 +16,7 @@ from deepgen_jax.models.attention import attention
 from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
 from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.rope import mrope_angles, rotate
-from deepgen_jax.models.stack import Remat, rematerialised, scanned, scanned_groups
+from deepgen_jax.models.stack import Remat, is_unstacked, rematerialised, scanned, scanned_groups
 
 
 def selected_layers(num_layers: int, stride: int) -> tuple[int, ...]:
@@ -79,9 +79,10 @@ class QwenText(nn.Module):
         options = (cfg, self.dtype, self.plan, self.lora_dropout)
         first = selected_layers(cfg.num_layers, self.stride)[-1]
         layer = rematerialised(DecoderLayer, self.remat)
-        self.first_layers = scanned(layer, first, 2)(*options)
+        self.first_layers = scanned(layer, first, 2, unrolled=is_unstacked(self, "first_layers"))(*options)
         groups = (cfg.num_layers - 1 - first) // self.stride
-        grouped = scanned_groups(layer, groups, self.stride, 2, init=self.is_initializing())
+        unrolled = is_unstacked(self, "layer_groups")
+        grouped = scanned_groups(layer, groups, self.stride, 2, init=self.is_initializing(), unrolled=unrolled)
         self.layer_groups = grouped(*options) if groups else None
 
     def embed(self, input_ids: jax.Array) -> jax.Array:

@@ -1,66 +1,114 @@
-"""Layers in one loop give what layers one after another give."""
+"""Unstacked layers compute the same bits, take the same place in memory, and can be stacked again."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+import pytest
+from flax.traverse_util import flatten_dict
 
-from deepgen_jax.models.layers import LORA, Linear
-from deepgen_jax.models.stack import scanned_groups
-
-GROUPS, SIZE, WIDTH = 2, 3, 4
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, WIDTH)), jnp.float32)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, shift):
-        x = jnp.tanh(Linear(WIDTH, name="linear")(x) + shift)
-        return x, x
+from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.models.block_cache import empty_cache
+from deepgen_jax.models.deepgen import DeepGen, abstract_params
+from deepgen_jax.models.stack import restack, unrolls, unstack
+from deepgen_jax.nano.model import nano_config
+from deepgen_jax.parallel.rules import matching_rules
 
 
-class Stack(nn.Module):
-    @nn.compact
-    def __call__(self, x, shift):
-        return scanned_groups(Layer, GROUPS, SIZE, 1, init=self.is_initializing())(name="groups")(x, shift)
+def random_params(config, dtype):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.05, x.shape), dtype), abstract_params(config))
 
 
-def in_turn(variables, x, shift):
-    """Every layer with its own part of the parameters and adapters."""
-    seen = []
-    for group in range(GROUPS):
-        for layer in range(SIZE):
-            grouped = {kind: tree["groups"] for kind, tree in variables.items()}
-            own = jax.tree.map(lambda p, at=(group, layer): p[at], grouped)
-            x, _ = Layer().apply(own, x, shift)
-            seen.append(x)
-    return x, jnp.stack(seen)
+def copied(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
-def variables():
-    params = Stack().init(jax.random.key(0), X, 0.1)["params"]
-    a = 0.1 * jax.random.normal(jax.random.key(1), (GROUPS, SIZE, WIDTH, 2))
-    b = 0.1 * jax.random.normal(jax.random.key(2), (GROUPS, SIZE, 2, WIDTH))
-    return {"params": params, LORA: {"groups": {"linear": {"a": a, "b": b}}}}
+def test_stacks_are_split_and_joined_again():
+    config = nano_config()
+    params = random_params(config, jnp.float32)
+    layers = unstack(copied(params))
+    flat = flatten_dict(layers, sep="/")
+    # Every layer has arrays under its own name, and nothing else has changed.
+    config_layers = config.mmdit.num_layers, config.text.num_layers - 1, config.bridge.num_layers
+    for part, count in zip(("mmdit", "text", "bridge"), config_layers, strict=True):
+        names = {path.rpartition("/layer_")[0] + path.rpartition("/layer_")[2].partition("/")[0]
+                 for path in flat if path.startswith(part) and "/layer_" in path}  # fmt: skip
+        assert len(names) == count
+    assert jax.tree.all(jax.tree.map(np.array_equal, layers["vae"], params["vae"]))
+    again = restack(layers, config.bridge.selection_stride)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
+    on_host = restack(jax.device_get(layers), config.bridge.selection_stride)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(on_host))
+    assert jax.tree.all(jax.tree.map(np.array_equal, on_host, params))
+    assert restack(params, 1).keys() == params.keys()
 
 
-def test_parameters_are_stacked_by_group_and_place():
-    kernel = variables()["params"]["groups"]["linear"]["kernel"]
-    assert kernel.shape == (GROUPS, SIZE, WIDTH, WIDTH)
-    assert len(np.unique(np.asarray(kernel).reshape(GROUPS * SIZE, -1), axis=0)) == GROUPS * SIZE
+def test_stacks_are_donated():
+    params = random_params(nano_config(), jnp.float32)
+    unstack(params)
+    for path, leaf in flatten_dict(params, sep="/").items():
+        stack = "/blocks_" in path or "layers/" in path or "layer_groups" in path
+        assert leaf.is_deleted() == (stack and not path.startswith(("vision", "vae"))), path
 
 
-def test_values_and_gradients_are_those_of_layers_in_turn():
-    def total(run):
-        def loss(given):
-            x, seen = run(given)
-            return jnp.sum(x) + jnp.sum(jnp.sin(seen[SIZE - 1 :: SIZE])), (x, seen)
+def test_shapes_are_split_like_arrays():
+    config = nano_config()
+    shapes = flatten_dict(unstack(abstract_params(config)), sep="/")
+    arrays = flatten_dict(unstack(random_params(config, jnp.float32)), sep="/")
+    assert {path: leaf.shape for path, leaf in shapes.items()} == {path: leaf.shape for path, leaf in arrays.items()}
 
-        return jax.value_and_grad(loss, has_aux=True)(variables())
 
-    (_, actual), gradient = total(lambda given: Stack().apply(given, X, 0.1))
-    (_, wanted), expected = total(lambda given: in_turn(given, X, 0.1))
-    for one, other in zip(jax.tree.leaves((actual, gradient)), jax.tree.leaves((wanted, expected)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+def test_every_layer_of_the_full_model_has_a_sharding_rule():
+    for path in flatten_dict(unstack(abstract_params(DeepGenConfig())), sep="/"):
+        assert len(matching_rules(path)) == 1, path
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 0.0), (jnp.bfloat16, 0.01)])
+def test_the_same_condition_and_velocity(dtype, tolerance):
+    """Bit for bit in float32. In bfloat16 the compiler keeps more bits between layers of one program."""
+    config = nano_config()
+    model = DeepGen(config, dtype=dtype)
+    params = random_params(config, dtype)
+    layers = unstack(copied(params))
+    rng = np.random.default_rng(1)
+    length = 8 + config.bridge.num_queries
+    ids = jnp.asarray(rng.integers(5, 50, (2, 8)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, 2, length))
+    real = jnp.ones((2, length), bool)
+
+    @jax.jit
+    def condition(params):
+        return model.apply({"params": params}, ids, positions, real, real, method="condition")
+
+    width = config.mmdit.patch_size**2 * config.mmdit.in_channels
+    patches = jnp.asarray(rng.standard_normal((2, 16, width)), jnp.float32)
+    places = jnp.tile(jnp.arange(16, dtype=jnp.int32), (2, 1))
+
+    @jax.jit
+    def velocity(params, pooled, sequence, cache):
+        args = (patches, places, jnp.float32([500, 500]), pooled, sequence, None, real, None, cache)
+        return model.apply({"params": params}, *args, method="velocity")
+
+    def close(one, other):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        assert np.abs(one - other).max() <= tolerance * np.abs(one).max()
+        assert np.abs(one).max() > 0
+
+    found = condition(params)
+    for one, other in zip(found, condition(layers), strict=True):
+        close(one, other)
+    close(velocity(params, *found, None), velocity(layers, *found, None))
+    cache = empty_cache(2, 16, config.mmdit.hidden_size, dtype, threshold=0.1, extrapolate=False)
+    (one, used), (other, used_too) = (velocity(tree, *found, cache) for tree in (params, layers))
+    close(one, other)
+    # The second evaluation of the same input skips all layers but the first.
+    (again, _), (again_too, after) = (velocity(tree, *found, used) for tree in (params, layers))
+    close(again, again_too)
+    assert (int(used_too.full), int(after.full), int(after.evaluations)) == (1, 1, 2)
+
+
+def test_a_cpu_keeps_its_stacks():
+    assert not unrolls(jax.make_mesh((1,), ("data",)))

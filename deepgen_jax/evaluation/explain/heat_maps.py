@@ -29,7 +29,7 @@ from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.pipeline import DeepGenPipeline
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.models.stack import ATTENTION_OUTPUTS
+from deepgen_jax.models.stack import ATTENTION_OUTPUTS, restack
 from deepgen_jax.random_keys import Inference
 
 # The number of concepts is padded to a multiple of this.
@@ -159,8 +159,8 @@ def heat_maps(
         [(token,) for token in condition.think],
     ]
     velocity, maps = _observed(
-        pipe.model, {"mmdit": pipe.params["mmdit"]}, (packed.patches, packed.position_ids), jnp.float32(sigma),
-        (condition.pooled, sequence, mask), _weights(groups, padded), packed.num_targets,
+        pipe.model, restack({"mmdit": pipe.params["mmdit"]}, 1), (packed.patches, packed.position_ids),
+        jnp.float32(sigma), (condition.pooled, sequence, mask), _weights(groups, padded), packed.num_targets,
     )  # fmt: skip
     size = latents.shape[1:]
     shape = tuple(side // config.patch_size for side in size)

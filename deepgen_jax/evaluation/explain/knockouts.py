@@ -26,6 +26,7 @@ from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.mmdit import block_runs
 from deepgen_jax.models.qwen_text import selected_layers
+from deepgen_jax.models.stack import restack
 
 #: Number of blocks of think tokens.
 THINK_BLOCKS = 8
@@ -108,25 +109,28 @@ def knock_out(
             x = x + (following - sigma) * grids.unpack(velocity, sizes, config.patch_size, config.out_channels)[0]
         return x
 
-    pieces = list(_pieces(pipe, states))
+    mmdit = restack({"mmdit": pipe.params["mmdit"]}, 1)["mmdit"]
+    pieces = list(_pieces(pipe, states, mmdit))
     total = len(pieces) + 2
-    whole = sample(noise, states, pipe.params["mmdit"])
+    whole = sample(noise, states, mmdit)
     on_progress(1, total)
-    other = sample(initial_noise(pipe, width, height, seed + 1), states, pipe.params["mmdit"])
+    other = sample(initial_noise(pipe, width, height, seed + 1), states, mmdit)
     on_progress(2, total)
     unit = float(np.sqrt(np.mean((whole - other) ** 2)))
     effects = []
-    for done, (kind, name, changed, mmdit) in enumerate(pieces, 3):
-        latents = sample(noise, changed, mmdit())
+    for done, (kind, name, changed, weights) in enumerate(pieces, 3):
+        latents = sample(noise, changed, weights())
         effect = float(np.sqrt(np.mean((latents - whole) ** 2))) / unit
         effects.append(Effect(kind, name, effect, to_pixels(pipe, latents)))
         on_progress(done, total)
     return effects
 
 
-def _pieces(pipe: DeepGenPipeline, states: np.ndarray) -> Iterator[tuple[str, str, np.ndarray, Callable[[], Any]]]:
+def _pieces(
+    pipe: DeepGenPipeline, states: np.ndarray, mmdit: Any
+) -> Iterator[tuple[str, str, np.ndarray, Callable[[], Any]]]:
     """Yields (kind, name, states, function that returns MMDiT parameters) of every knock-out."""
-    config, mmdit = pipe.config, pipe.params["mmdit"]
+    config = pipe.config
     for row, layer in enumerate(selected_layers(config.text.num_layers, config.bridge.selection_stride)):
         changed = states.copy()
         changed[row] = 0
