@@ -6,6 +6,8 @@ latents that are not.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -36,13 +38,17 @@ def sample_posterior(mean: jax.Array, logvar: jax.Array, noise: jax.Array) -> ja
 
 
 class Conv(nn.Module):
-    """3x3 (or ``size`` x ``size``) convolution: [B, H, W, in] -> [B, H', W', features]."""
+    """3x3 (or ``size`` x ``size``) convolution: [B, H, W, in] -> [B, H', W', features].
+
+    ``precision`` is that of float32 products; None for full precision.
+    """
 
     features: int
     dtype: DTypeLike
     size: int = 3
     stride: int = 1
     padding: tuple[int, int] = (1, 1)
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,7 +61,7 @@ class Conv(nn.Module):
             window_strides=(self.stride, self.stride),
             padding=(self.padding, self.padding),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision_of(self.dtype),
+            precision=self.precision or precision_of(self.dtype),
         )
         return y + bias.astype(self.dtype)
 
@@ -87,15 +93,17 @@ class ResnetBlock(nn.Module):
     features: int
     groups: int
     dtype: DTypeLike
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(Conv, precision=self.precision)
         h = nn.silu(GroupNorm(self.groups, name="norm1")(x))
-        h = Conv(self.features, self.dtype, name="conv1")(h)
+        h = conv(self.features, self.dtype, name="conv1")(h)
         h = nn.silu(GroupNorm(self.groups, name="norm2")(h))
-        h = Conv(self.features, self.dtype, name="conv2")(h)
+        h = conv(self.features, self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, self.dtype, size=1, padding=(0, 0), name="shortcut")(x)
+            x = conv(self.features, self.dtype, size=1, padding=(0, 0), name="shortcut")(x)
         return x + h
 
 
@@ -117,11 +125,13 @@ class MidAttention(nn.Module):
         return x + Linear(channels, dtype=self.dtype, name="to_out")(h).reshape(x.shape)
 
 
-def _middle(x: jax.Array, groups: int, dtype: DTypeLike, plan: Plan) -> jax.Array:
+def _middle(
+    x: jax.Array, groups: int, dtype: DTypeLike, plan: Plan, precision: jax.lax.Precision | None
+) -> jax.Array:
     """The widest, coarsest part of the encoder or decoder that calls it."""
-    x = ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_0")(x)
+    x = ResnetBlock(x.shape[-1], groups, dtype, precision, name="mid_resnet_0")(x)
     x = MidAttention(groups, dtype, plan, name="mid_attention")(x)
-    return ResnetBlock(x.shape[-1], groups, dtype, name="mid_resnet_1")(x)
+    return ResnetBlock(x.shape[-1], groups, dtype, precision, name="mid_resnet_1")(x)
 
 
 class Encoder(nn.Module):
@@ -130,20 +140,21 @@ class Encoder(nn.Module):
     config: VAEConfig
     dtype: DTypeLike
     plan: Plan
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        cfg, dtype = self.config, self.dtype
-        x = Conv(cfg.block_out_channels[0], dtype, name="conv_in")(x)
+        cfg, dtype, conv = self.config, self.dtype, partial(Conv, precision=self.precision)
+        x = conv(cfg.block_out_channels[0], dtype, name="conv_in")(x)
         for i, features in enumerate(cfg.block_out_channels):
             for j in range(cfg.layers_per_block):
-                x = ResnetBlock(features, cfg.norm_num_groups, dtype, name=f"down_{i}_resnet_{j}")(x)
+                x = ResnetBlock(features, cfg.norm_num_groups, dtype, self.precision, name=f"down_{i}_resnet_{j}")(x)
             if i < len(cfg.block_out_channels) - 1:
                 # Padded on the right and at the bottom only.
-                x = Conv(features, dtype, stride=2, padding=(0, 1), name=f"down_{i}_downsample")(x)
-        x = _middle(x, cfg.norm_num_groups, dtype, self.plan)
+                x = conv(features, dtype, stride=2, padding=(0, 1), name=f"down_{i}_downsample")(x)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.plan, self.precision)
         x = nn.silu(GroupNorm(cfg.norm_num_groups, name="norm_out")(x))
-        return Conv(2 * cfg.latent_channels, jnp.float32, name="conv_out")(x)
+        return conv(2 * cfg.latent_channels, jnp.float32, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -152,33 +163,39 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: DTypeLike
     plan: Plan
+    precision: jax.lax.Precision | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        cfg, dtype = self.config, self.dtype
+        cfg, dtype, conv = self.config, self.dtype, partial(Conv, precision=self.precision)
         widths = cfg.block_out_channels[::-1]
-        x = Conv(widths[0], dtype, name="conv_in")(z)
-        x = _middle(x, cfg.norm_num_groups, dtype, self.plan)
+        x = conv(widths[0], dtype, name="conv_in")(z)
+        x = _middle(x, cfg.norm_num_groups, dtype, self.plan, self.precision)
         for i, features in enumerate(widths):
             for j in range(cfg.layers_per_block + 1):
-                x = ResnetBlock(features, cfg.norm_num_groups, dtype, name=f"up_{i}_resnet_{j}")(x)
+                x = ResnetBlock(features, cfg.norm_num_groups, dtype, self.precision, name=f"up_{i}_resnet_{j}")(x)
             if i < len(widths) - 1:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = Conv(features, dtype, name=f"up_{i}_upsample")(x)
+                x = conv(features, dtype, name=f"up_{i}_upsample")(x)
         x = nn.silu(GroupNorm(cfg.norm_num_groups, name="norm_out")(x))
-        return Conv(cfg.out_channels, jnp.float32, name="conv_out")(x)
+        return conv(cfg.out_channels, jnp.float32, name="conv_out")(x)
 
 
 class VAE(nn.Module):
-    """The autoencoder. The last convolutions, like all norms, are float32 whatever ``dtype`` is."""
+    """The autoencoder. The last convolutions, like all norms, are float32 whatever ``dtype`` is.
+
+    ``precision`` is that of float32 convolutions; None for full precision. `jax.lax.Precision.HIGH` is TF32 on GPUs, as
+    PyTorch computes them by default, three bfloat16 products on TPUs, and the same as full precision on CPUs.
+    """
 
     config: VAEConfig
     dtype: DTypeLike = jnp.float32
     plan: Plan = Plan()
+    precision: jax.lax.Precision | None = None
 
     def setup(self) -> None:
-        self.encoder = Encoder(self.config, self.dtype, self.plan)
-        self.decoder = Decoder(self.config, self.dtype, self.plan)
+        self.encoder = Encoder(self.config, self.dtype, self.plan, self.precision)
+        self.decoder = Decoder(self.config, self.dtype, self.plan, self.precision)
 
     def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, H, W, 3] in -1..1 -> posterior mean and log variance, float32 [B, H / f, W / f, C]."""
