@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from deepgen_jax.aot.estimate import Estimate, estimate
 from deepgen_jax.aot.program_report import Report, account, shard_bytes
 from deepgen_jax.aot.topology import Topology, compiler_versions
-from deepgen_jax.config import DeepGenConfig
+from deepgen_jax.config import DeepGenConfig, QuantizationConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, parse_mesh, usual_mesh
 from deepgen_jax.stores import model_folder
-from deepgen_jax.training.abstract_run import AbstractRun, Compilable
+from deepgen_jax.training.abstract_run import INFERENCE, AbstractRun, Compilable
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.stage import stage_class
 
@@ -43,6 +43,8 @@ class Request:
       batch: samples of an optimiser step, or images of a rollout or of inference, over all devices; None for what the
         configuration says.
       prompt_tokens: length of prompts.
+      quantization: 8-bit weights for inference; None for those of the model folder.
+      stacked: inference keeps layers stacked where the pipeline would split them.
       command: that the report quotes.
     """
 
@@ -52,6 +54,8 @@ class Request:
     program: str = ""
     batch: int | None = None
     prompt_tokens: int = PROMPT_TOKENS
+    quantization: QuantizationConfig | None = None
+    stacked: bool = False
     command: str = ""
 
     @property
@@ -72,6 +76,9 @@ class Request:
         if self.program_name not in self._programs:
             known = ", ".join(self._programs)
             raise DeepGenError(f"--program {self.program!r} is not one of this configuration; choose one of {known}")
+        if self.program_name not in INFERENCE and (self.quantization or self.stacked):
+            option = "--quantize" if self.quantization else "--stacked"
+            raise DeepGenError(f"{option} is for inference; add --program and one of {', '.join(INFERENCE)}")
         return self._programs[self.program_name]
 
     @property
@@ -101,7 +108,11 @@ class Job:
         self._mesh: Mesh = make_mesh(request.mesh_text, devices)
         host_share(self._mesh)  # A mesh whose batches hosts cannot share is refused in training, too.
         sizes, source = model_sizes(request.config)
-        run = AbstractRun(request.config, sizes, self._mesh, request.prompt_tokens, request.batch)
+        if request.quantization is not None:
+            sizes = dataclasses.replace(sizes, quantization=request.quantization)
+        run = AbstractRun(
+            request.config, sizes, self._mesh, request.prompt_tokens, request.batch, request.stacked
+        )
         program = request.compilable.make(run)
         self._program = dataclasses.replace(program, summary=(source, *program.summary))
         self._lowered = program.lower()

@@ -131,8 +131,8 @@ class Report:
         lines = [
             f"arithmetic a device: {share / 1e12:.1f} TFLOP of the model, {estimate.operations / 1e12:.1f} computed",
             f"at peak rates: arithmetic {estimate.arithmetic_seconds:.3f} s, HBM {estimate.memory_seconds:.3f} s "
-            f"({estimate.memory / 1e9:.0f} GB), the longer for each instruction {estimate.device_seconds:.3f} s, "
-            f"network {estimate.network_seconds:.3f} s",
+            f"({estimate.memory / 1e9:.0f} GB, {estimate.moved / 1e9:.1f} of them copies), the longer for each "
+            f"instruction {estimate.device_seconds:.3f} s, network {estimate.network_seconds:.3f} s",
             f"estimated {estimate.seconds:.3f} s a run, {self.batch / estimate.seconds:.1f} {self.unit} a second, "
             f"MFU {self.mfu:.3f} of {chip.peak_flops / 1e12:.0f} TFLOP/s",
             f"bound: MFU if arithmetic, HBM and network overlapped perfectly {self.bound:.3f}",

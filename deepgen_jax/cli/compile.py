@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -36,11 +36,18 @@ class CompileCommand:
     mesh: str = ""
     """Sizes of the axes, such as data=8,fsdp=8; by default, as in training, fsdp is 16 chips, or the GPUs of a host."""
     program: str = ""
-    """step, encoders (stages 1 and 2), update, rollout (stage 3) or inference; by default the first of its stage."""
+    """step, encoders (stages 1 and 2), update, rollout (stage 3); or of generation inference (the sampler), prompts or
+    decoder. By default the first of its stage."""
     batch: int | None = None
     """Samples of an optimiser step, or images of a rollout or of inference, over all devices."""
     prompt_tokens: int = 100
     """Tokens of a prompt with its template."""
+    quantize: Literal["int8", "fp8"] | None = None
+    """Generation with 8-bit weights."""
+    products: bool = False
+    """With --quantize, matrix products in 8 bits, too."""
+    stacked: bool = False
+    """Generation on a single GPU with layers stacked, which the pipeline splits; to compare."""
     largest_batch: bool = False
     """Search for the largest batch that fits, in the same number of micro-batches."""
     search: bool = False
@@ -56,11 +63,14 @@ class CompileCommand:
             raise DeepGenError("--topology missing; name one, such as v6e:8x8 or h100:64")
         if self.largest_batch and (self.search or self.batch is not None):
             raise DeepGenError("--largest-batch searches for a batch; leave --batch and --search out")
+        if self.products and self.quantize is None:
+            raise DeepGenError("--products needs --quantize; add --quantize int8 or fp8")
         if self.json is not None and not self.json.parent.is_dir():
             raise DeepGenError(f"--json {self.json}: there is no folder {self.json.parent}")
         topology = topologies.parse_topology(self.topology, self.slices)
         topologies.prepare(topology)
         from deepgen_jax import settings
+        from deepgen_jax.config import QuantizationConfig
         from deepgen_jax.training import config_files
 
         config = settings.apply(config_files.load_config(self.config), self.overrides)
@@ -70,9 +80,11 @@ class CompileCommand:
         from deepgen_jax.aot.compile_process import compile_in_subprocess
 
         mesh = self.mesh or config.mesh
+        quantization = None if self.quantize is None else QuantizationConfig(self.quantize, self.products)
         request = compiling.Request(
-            config, topology, mesh, self.program, self.batch, self.prompt_tokens, self._command()
-        )
+            config, topology, mesh, self.program, self.batch, self.prompt_tokens, quantization, self.stacked,
+            self._command(),
+        )  # fmt: skip
         if self.search:
             reports = searching.search(request, compile_in_subprocess, _say)
             print(searching.ranking(reports), end="\n\n")
@@ -97,6 +109,9 @@ class CompileCommand:
             words += [f"--{name}", value] if value else []
         words += [] if self.batch is None else ["--batch", str(self.batch)]
         words += [] if self.prompt_tokens == 100 else ["--prompt-tokens", str(self.prompt_tokens)]
+        words += [] if self.quantize is None else ["--quantize", self.quantize]
+        words += ["--products"] if self.products else []
+        words += ["--stacked"] if self.stacked else []
         words += ["--largest-batch"] if self.largest_batch else []
         words += ["--search"] if self.search else []
         return shlex.join(words)

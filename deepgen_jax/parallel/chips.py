@@ -35,6 +35,7 @@ class Chip:
       latency_hiding_options: further ones, for programs jitted with ``latency_hiding``
         (`deepgen_jax.parallel.jit_options`).
       deviceless_options: further ones that compiling without the device needs.
+      fast_types: element types, in XLA's names, whose products run at twice ``peak_flops``.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Chip:
     options: Options = ()
     latency_hiding_options: Options = ()
     deviceless_options: Options = ()
+    fast_types: tuple[str, ...] = ()
 
     def compiler_options(self, latency_hiding: bool) -> dict[str, Any]:
         """Options for a program on the device."""
@@ -86,22 +88,23 @@ _GPU_LATENCY_HIDING: Options = (
 CHIPS: dict[str, Chip] = {
     "v4": Chip("TPU v4", ("TPU v4",), 275e12),
     "v5e": Chip(
-        "TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, (16,), _NO_WINDOWED_EINSUM
+        "TPU v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, (16,), _NO_WINDOWED_EINSUM,
+        fast_types=("s8",),
     ),
     "v5p": Chip(
         "TPU v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74 * GIB, 2765e9, 100e9, 6.25e9, (4, 8, 12, 16, 20, 24),
-        _NO_WINDOWED_EINSUM,
+        _NO_WINDOWED_EINSUM, fast_types=("s8",),
     ),
     "v6e": Chip(
         "TPU v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1640e9, 100e9, 12.5e9, (16,),
-        _NO_WINDOWED_EINSUM + _SPARSE_CORE_COLLECTIVES,
+        _NO_WINDOWED_EINSUM + _SPARSE_CORE_COLLECTIVES, fast_types=("s8",),
     ),
     "tpu7x": Chip("TPU7x", ("TPU7x",), 2307e12),
     "a100": Chip("A100", ("A100",), 312e12),
     "h100": Chip(
         "H100 SXM", ("H100",), 989e12, GPU_MEMORY_FRACTION * 84942979072, 3352e9, 450e9, 50e9,
         options=_GPU, latency_hiding_options=_GPU_LATENCY_HIDING,
-        deviceless_options=(("xla_gpu_enable_triton_gemm", False),),
+        deviceless_options=(("xla_gpu_enable_triton_gemm", False),), fast_types=("s8", "f8e4m3fn"),
     ),
     "h100-pcie": Chip("H100 PCIe", ("H100 PCIe",), 756e12),
     "h200": Chip("H200", ("H200",), 989e12, options=_GPU, latency_hiding_options=_GPU_LATENCY_HIDING),

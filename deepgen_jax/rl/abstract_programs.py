@@ -175,5 +175,5 @@ ABSTRACT_PROGRAMS = {
     "rollout": Compilable(
         abstract_rollout, lambda config, pieces: math.lcm(pieces, config.rollout.group_size)
     ),
-    "inference": INFERENCE,
+    **INFERENCE,
 }

@@ -7,7 +7,7 @@ Stages make their jitted programs from arrays or from shapes with the same funct
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.mixture import task_at
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.vision_inputs import patch_grid
-from deepgen_jax.inference.abstract import abstract_sampler, image_tokens
+from deepgen_jax.inference.abstract import AbstractImages, image_tokens
+from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.parallel.abstract import AbstractProgram, abstract_array, key_dtype
@@ -44,6 +45,7 @@ class AbstractRun:
       mesh: of devices that need not exist.
       prompt_tokens: length of prompts with the template, without think tokens.
       batch: samples or images of one run of a program, over all devices; None for what the configuration says.
+      stacked: inference keeps layers stacked where the pipeline would split them.
     """
 
     config: Any
@@ -51,6 +53,7 @@ class AbstractRun:
     mesh: Mesh
     prompt_tokens: int
     batch: int | None = None
+    stacked: bool = False
 
     @cached_property
     def weights(self) -> Weights:
@@ -194,22 +197,30 @@ def abstract_micro_batches(
     return micro, array(count, size, dtype=key_dtype())
 
 
-def abstract_inference(run: AbstractRun) -> AbstractProgram:
-    """The sampler of the pipeline, for images as the configuration samples them; by default one a piece of the mesh."""
+def _images(run: AbstractRun) -> AbstractImages:
+    """Images as the configuration samples them, by default one a piece of the mesh."""
     config: RunConfig = run.config
     batch = run.batch or batch_size_multiple(run.mesh)
     check_batch("--batch", batch, run.mesh)
     samples = config.samples
-    return abstract_sampler(
+    sampling = resolve_sampling(run.model, samples.num_inference_steps, samples.guidance_scale, samples.sampler)
+    return AbstractImages(
         run.model,
         run.mesh,
         config.dtype,
         batch=batch,
         side=samples.size,
-        steps=samples.num_inference_steps or run.model.num_inference_steps,
+        steps=sampling.steps,
+        sampler=sampling.sampler,
+        guided=sampling.guidance != 1,
         prompt_tokens=run.prompt_tokens,
+        stacked=run.stacked,
     )
 
 
-#: The program of every stage that samples images.
-INFERENCE = Compilable(abstract_inference, lambda config, pieces: pieces)
+#: Programs of every stage that samples images: the sampler, the prompts before it and the decoder after it.
+INFERENCE: Mapping[str, Compilable] = {
+    "inference": Compilable(lambda run: _images(run).denoising(), lambda config, pieces: pieces),
+    "prompts": Compilable(lambda run: _images(run).prompts(), lambda config, pieces: pieces),
+    "decoder": Compilable(lambda run: _images(run).decoding(), lambda config, pieces: pieces),
+}

@@ -366,7 +366,7 @@ class SupervisedStage(LoaderStage):
     abstract_programs: ClassVar[Mapping[str, Compilable]] = {
         "step": Compilable(abstract_step, lambda config, pieces: pieces * config.accumulation),
         "encoders": Compilable(abstract_encoders, lambda config, pieces: pieces),
-        "inference": INFERENCE,
+        **INFERENCE,
     }
 
     _config: SupervisedConfig

@@ -208,6 +208,47 @@ def test_memory_counts_slices_as_slices_and_leaves_on_chip_memory_out(module):
     assert moved["loop"] == moved["start"] == 0
 
 
+def test_instructions_that_only_copy_are_told_apart(module, estimated):
+    moves = {one.name for _, one, _ in module.executed() if costs.only_moves(module, one)}
+    assert {"layer", "last"} <= moves
+    assert not {"product", "out", "scattered"} & moves
+    # Ten layers out of their stack, each with the number of the turn, and the last one once more.
+    assert estimated.moved == 10 * (2 * LAYER + 4) + 2 * LAYER
+
+
+PRECISIONS = """\
+ENTRY %main (x: f32[64,32], k: f32[32,16], a: s8[64,32], b: s8[32,16], c: f8e4m3fn[64,32]) -> f32[64,16] {
+  %x = f32[64,32] parameter(0)
+  %k = f32[32,16] parameter(1)
+  %a = s8[64,32] parameter(2)
+  %b = s8[32,16] parameter(3)
+  %c = f8e4m3fn[64,32] parameter(4)
+  %e = s32[64,16] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %f = f32[64,64] dot(%c, %c), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %m = f32[64,16] dot(%x, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %h = f32[64,16] dot(%x, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={high,high}
+  ROOT %y = f32[64,16] dot(%x, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+operand_precision={highest,highest}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("topology", "costs_of"), [("h100:1", {"s8": 0.5, "f8": 0.5, "high": 2, "highest": 15}),
+                               ("v6e:1x1", {"s8": 0.5, "f8": 1, "high": 3, "highest": 6})],
+)  # fmt: skip
+def test_the_time_of_a_product_depends_on_its_precision(topology, costs_of):
+    module, topology = hlo.parse(PRECISIONS), parse_topology(topology)
+    devices = [SimpleNamespace(id=0, coords=(0, 0, 0))]
+    found = roofline.estimate(module, topology, devices)
+    small, square = 2 * 64 * 16 * 32, 2 * 64 * 64 * 32
+    assert found.operations == 4 * small + square
+    assert (found.eight_bit, found.exact) == (small + square, small)
+    mixed = small
+    work = costs_of["s8"] * small + costs_of["f8"] * square + mixed + (costs_of["high"] + costs_of["highest"]) * small
+    assert found.arithmetic_seconds == pytest.approx(work / topology.chip.peak_flops)
+
+
 def test_a_collective_overlaps_what_precedes_its_end(estimated):
     assert estimated.seconds < estimated.device_seconds + estimated.network_seconds
     assert estimated.seconds >= max(estimated.device_seconds, estimated.network_seconds)

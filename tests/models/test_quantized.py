@@ -161,8 +161,10 @@ def operand_types(text):
     for computation in hlo.parse(text).computations.values():
         types = {each.name: [array.dtype for array in each.results] for each in computation.instructions}
         for each in computation.instructions:
-            if each.opcode in ("dot", "convolution"):
-                found.append(tuple(sorted(types[name][0] for name in each.operands)))
+            library = (each.attribute(r'custom_call_target="([^"]*)"') or "").startswith("__cublas")
+            if each.opcode in ("dot", "convolution") or library:
+                # A GPU library's product of fp8 has scales as further operands.
+                found.append(tuple(sorted(types[name][0] for name in each.operands[:2])))
     return found
 
 
@@ -177,10 +179,10 @@ def test_products_are_of_8_bit_integers():
     assert operands(quantized.WEIGHT_SCALE) != [("s8", "s8")]
 
 
-TPU_PROGRAM = """
+DEVICE_PROGRAM = """
 from deepgen_jax.aot.topology import describe, parse_topology, prepare
 
-topology = parse_topology("v6e:2x2")
+topology = parse_topology(TOPOLOGY)
 prepare(topology)
 import jax
 import jax.numpy as jnp
@@ -193,10 +195,18 @@ def array(*shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
-layer = {"kernel": array(512, 256, dtype=jnp.int8), NAME: array(256, dtype=jnp.float32)}
+layer = {"kernel": array(512, 256, dtype=jnp.DTYPE), NAME: array(256, dtype=jnp.float32)}
 apply = jax.jit(Linear(256, use_bias=False, dtype=jnp.bfloat16).apply)
-print(apply.lower({"params": layer}, array(1024, 512, dtype=jnp.bfloat16)).compile().as_text())
+lowered = apply.lower({"params": layer}, array(1024, 512, dtype=jnp.bfloat16))
+print(lowered.compile(compiler_options=topology.compiler_options(False)).as_text())
 """
+
+
+def device_operand_types(topology, name, dtype):
+    """Operands of the product of a layer that is compiled for an absent device."""
+    program = DEVICE_PROGRAM.replace("NAME", repr(name)).replace("DTYPE", dtype).replace("TOPOLOGY", repr(topology))
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=300, capture_output=True, text=True)
+    return operand_types(done.stdout)
 
 
 @pytest.mark.libtpu
@@ -206,9 +216,22 @@ print(apply.lower({"params": layer}, array(1024, 512, dtype=jnp.bfloat16)).compi
 )
 def test_a_tpu_multiplies_8_bit_integers(name, types):
     """The TPU's compiler hands 8-bit operands to the matrix unit; weights alone are never widened in memory."""
-    program = TPU_PROGRAM.replace("NAME", repr(name))
-    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=300, capture_output=True, text=True)
-    assert operand_types(done.stdout) == [types]
+    assert device_operand_types("v6e:2x2", name, "int8") == [types]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs jax[cuda12]")
+@pytest.mark.parametrize(
+    ("dtype", "name", "types"),
+    [
+        ("int8", quantized.PRODUCT_SCALE, ("s8", "s8")),
+        ("float8_e4m3fn", quantized.PRODUCT_SCALE, ("f8e4m3fn", "f8e4m3fn")),
+        ("int8", quantized.WEIGHT_SCALE, ("bf16", "bf16")),
+        ("float8_e4m3fn", quantized.WEIGHT_SCALE, ("bf16", "bf16")),
+    ],
+)
+def test_a_gpu_multiplies_in_8_bits(dtype, name, types):
+    """cuBLAS gets 8-bit operands, int8 and fp8 alike; weights alone are widened first."""
+    assert device_operand_types("h100:1", name, dtype) == [types]
 
 
 def test_8_bit_kernels_are_not_packed():

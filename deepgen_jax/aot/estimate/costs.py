@@ -27,6 +27,13 @@ _PIECE = r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"'
 _ENDS = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
 _GPU_LIBRARY = r'custom_call_target="(__cublas|__cudnn)'
 _SLICES = ("dynamic-slice", "slice", "gather")
+#: Element types of 8-bit products.
+EIGHT_BIT = ("s8", "f8e4m3fn")
+# Instructions that change nothing but the place or order of values.
+_MOVES = frozenset((
+    "copy", "copy-start", "slice", "slice-start", "dynamic-slice", "dynamic-slice-start", "transpose", "reshape",
+    "bitcast",
+))  # fmt: skip
 
 
 def collective_kind(instruction: Instruction) -> str | None:
@@ -78,6 +85,34 @@ def _count_slices(text: str) -> int:
 def is_copy(instruction: Instruction) -> bool:
     """Whether an instruction starts an asynchronous copy within a device."""
     return instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start", "async-start")
+
+
+def only_moves(module: Module, instruction: Instruction) -> bool:
+    """Whether an instruction only copies, slices or transposes, such as a layer's weights out of their stack."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode in _MOVES
+    inner = module.computations[instruction.called()[0]].instructions
+    # Scalars are the place of a slice.
+    return all(
+        one.opcode in _MOVES or one.opcode in ("parameter", "constant", "tuple") or not one.results[0].shape
+        for one in inner
+    )
+
+
+def eight_bit_operations(module: Module, computation: Computation, instruction: Instruction) -> dict[str, int]:
+    """Operations of an instruction, and of the computations in it, whose operands both have 8 bits: type -> number."""
+    found: dict[str, int] = {}
+    for owner, one, count in _products(module, computation, instruction):
+        types = {arrays[0].dtype for arrays in owner.arrays(one)[:2] if arrays}
+        if len(types) == 1 and (kind := types.pop()) in EIGHT_BIT:
+            found[kind] = found.get(kind, 0) + count
+    return found
+
+
+def high_operations(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Operations of float32 at high precision: TF32 on GPUs, three bfloat16 products on TPUs."""
+    products = _products(module, computation, instruction)
+    return sum(count for owner, one, count in products if _has_precision(owner, one, "high"))
 
 
 def collectives_of(module: Module, instruction: Instruction, computation: Computation) -> Iterator[
@@ -244,14 +279,22 @@ def _operand_bytes(computation: Computation, instruction: Instruction) -> int:
 def operations(module: Module, computation: Computation, instruction: Instruction) -> tuple[int, int]:
     """(operations, of these in float32 at full precision) of an instruction and of the computations in it."""
     total = exact = 0
+    for owner, one, count in _products(module, computation, instruction):
+        total += count
+        exact += count if _has_precision(owner, one, "highest") else 0
+    return total, exact
+
+
+def _products(
+    module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction, int]]:
+    """(computation, product, its operations) of an instruction and of the computations in it."""
     where = [(computation, instruction)]
     if instruction.opcode in ("fusion", "async-start") or instruction.opcode.endswith("-start"):
         where += module.inside(instruction)
     for owner, one in where:
-        count = _operations(owner, one)
-        total += count
-        exact += count if count and _is_exact(owner, one) else 0
-    return total, exact
+        if count := _operations(owner, one):
+            yield owner, one, count
 
 
 def _operations(computation: Computation, one: Instruction) -> int:
@@ -352,11 +395,12 @@ def _window(text: str) -> dict[str, list[int]]:
     return found
 
 
-def _is_exact(computation: Computation, one: Instruction) -> bool:
-    """Whether a product is computed in float32 at full precision."""
+def _has_precision(computation: Computation, one: Instruction, precision: str) -> bool:
+    """Whether a product is computed in float32 at a precision of `jax.lax.Precision`."""
     sizes = [computation.by_name[name].results for name in one.operands[:2] if name in computation.by_name]
     wide = any(arrays and arrays[0].dtype == "f32" for arrays in sizes)
-    return wide and re.search(r"operand_precision[\"=:\s]*[\[{]\"?(?:highest|HIGHEST)", one.attributes) is not None
+    pattern = rf"operand_precision[\"=:\s]*[\[{{]\"?(?:{precision}|{precision.upper()})\b"
+    return wide and re.search(pattern, one.attributes) is not None
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -15,8 +15,11 @@ import numpy as np
 
 from deepgen_jax.aot.estimate.costs import (
     collectives_of,
+    eight_bit_operations,
+    high_operations,
     is_copy,
     memory_bytes,
+    only_moves,
     operations,
     piece_of,
     sent_to_slices,
@@ -27,8 +30,9 @@ from deepgen_jax.aot.topology import Topology
 from deepgen_jax.parallel.chips import GPUS_PER_HOST
 
 ASSUMPTIONS = (
-    "products at the chip's peak bfloat16 rate (float32 at full precision: 1/6 of it on TPUs, 1/15 on GPUs), HBM at "
-    "its full bandwidth; the longer of the two for each instruction, one instruction after another",
+    "products at the chip's peak bfloat16 rate (float32 at full precision: 1/6 of it on TPUs, 1/15 on GPUs, at high "
+    "precision: 1/3 and 1/2; 8-bit types of the chip: twice), HBM at its full bandwidth; the longer of the two for "
+    "each instruction, one instruction after another",
     "collectives at full link bandwidth, one at a time, overlapped with what the compiler scheduled between start "
     "and end",
     "left out: launches, latency of collectives, others' traffic on the network, arithmetic of vectors, and the time "
@@ -60,7 +64,9 @@ class Estimate:
     Attributes:
       operations: of products, recomputation included.
       exact: of these, in full-precision float32.
+      eight_bit: of these, with both operands of 8 bits.
       memory: bytes read from and written to HBM.
+      moved: of these, by instructions that only copy, slice or transpose.
       arithmetic_seconds, memory_seconds, device_seconds, network_seconds: of the arithmetic alone, the traffic alone,
         the longer of the two for each instruction, all collectives one after another.
       seconds: in the compiler's order, collectives overlapped.
@@ -70,7 +76,9 @@ class Estimate:
 
     operations: float = 0.0
     exact: float = 0.0
+    eight_bit: float = 0.0
     memory: float = 0.0
+    moved: float = 0.0
     arithmetic_seconds: float = 0.0
     memory_seconds: float = 0.0
     device_seconds: float = 0.0
@@ -164,7 +172,7 @@ def estimate(module: Module, topology: Topology, devices: Sequence[Any]) -> Esti
 class _Walk:
     def __init__(self, module: Module, topology: Topology, network: Network) -> None:
         self._module, self._chip, self._network = module, topology.chip, network
-        self._exact_cost = 15.0 if topology.gpu else 6.0
+        self._exact_cost, self._high_cost = (15.0, 2.0) if topology.gpu else (6.0, 3.0)
         self._known: dict[str, Estimate] = {}
 
     def computation(self, name: str) -> Estimate:
@@ -238,11 +246,18 @@ class _Walk:
     def _device(self, total: Estimate, computation: Computation, one: Instruction) -> float:
         count, exact = operations(self._module, computation, one)
         moved = memory_bytes(self._module, computation, one)
-        arithmetic = (count - exact + exact * self._exact_cost) / self._chip.peak_flops
+        small = eight_bit_operations(self._module, computation, one) if count else {}
+        fast = sum(number for kind, number in small.items() if kind in self._chip.fast_types)
+        high = high_operations(self._module, computation, one) if count else 0
+        plain = count - exact - high - fast
+        work = plain + exact * self._exact_cost + high * self._high_cost + fast / 2
+        arithmetic = work / self._chip.peak_flops
         memory = moved / self._chip.memory_bandwidth
         total.operations += count
         total.exact += exact
+        total.eight_bit += sum(small.values())
         total.memory += moved
+        total.moved += moved if moved and only_moves(self._module, one) else 0
         total.arithmetic_seconds += arithmetic
         total.memory_seconds += memory
         total.device_seconds += 0.0 if is_copy(one) else max(arithmetic, memory)
@@ -279,8 +294,8 @@ def _rendezvous(computation: Computation, done: Instruction) -> str | None:
 
 def _add(total: Estimate, one: Estimate, times: int) -> None:
     for name in (
-        "operations", "exact", "memory", "arithmetic_seconds", "memory_seconds", "device_seconds", "network_seconds",
-        "seconds",
+        "operations", "exact", "eight_bit", "memory", "moved", "arithmetic_seconds", "memory_seconds",
+        "device_seconds", "network_seconds", "seconds",
     ):  # fmt: skip
         setattr(total, name, getattr(total, name) + times * getattr(one, name))
     for mine, other in ((total.collectives, one.collectives), (total.links, one.links)):
