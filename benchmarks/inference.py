@@ -141,8 +141,8 @@ class Workload:
         return jax.device_put(x, batch_sharding(self.pipe.mesh, np.ndim(x)))
 
 
-def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, Any]:
-    """All results except environment and settings."""
+def measure(workload: Workload, peer_name: str, repetitions: int, torch_model: Any = None) -> dict[str, Any]:
+    """All results except environment and settings; ``torch_model`` is the peer's, made from our weights if None."""
     pipe = workload.pipe
     first: dict[str, float] = {}
 
@@ -166,7 +166,7 @@ def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, A
     workload.end_to_end()
     memory = peak_memory()
 
-    theirs = Peer(workload, peer_name) if peer_name != "none" else None
+    theirs = Peer(workload, peer_name, torch_model) if peer_name != "none" else None
     times: dict[str, list[float]] = {}
     for name, stage in stages.items():
         pair = {name: stage} | ({f"{peer_name} {name}": theirs.stages[name]} if theirs else {})
@@ -206,12 +206,11 @@ def measure(workload: Workload, peer_name: str, repetitions: int) -> dict[str, A
 class Peer:
     """The stages of a workload in PyTorch, from the same weights, prompts and noise, warmed up."""
 
-    def __init__(self, workload: Workload, name: str) -> None:
-        from torch_peer import TorchPeer, versions
+    def __init__(self, workload: Workload, name: str, model: Any = None) -> None:
+        from torch_peer import versions
 
-        pipe, dtype = workload.pipe, jnp.dtype(workload.pipe.model.dtype).name
-        progress("copying weights to torch")
-        model = TorchPeer(pipe.config, pipe.params, dtype, peer_device(name), name == "torch-compile")
+        pipe = workload.pipe
+        model = torch_model_of(pipe, name) if model is None else model
         positive, negative = (TokenizedPrompt(**pipe.tokenize(text)) for text in (PROMPT, ""))
         prompts = [positive] * workload.batch + [negative] * workload.batch
         noise, sigmas = np.array(workload.noise()), workload.sigmas()
@@ -240,6 +239,19 @@ class Peer:
             "mean_abs_difference": float(difference.mean()),
             "max_abs": float(np.abs(self._latents).max()),
         }
+
+
+def torch_model_of(pipe: DeepGenPipeline, name: str) -> Any:
+    """The `TorchPeer` of a pipeline, with its weights.
+
+    Raises:
+      DeepGenError: the peer's packages are missing, or torch does not see the device.
+    """
+    device = peer_device(name)
+    from torch_peer import TorchPeer
+
+    progress("copying weights to torch")
+    return TorchPeer(pipe.config, pipe.params, jnp.dtype(pipe.model.dtype).name, device, name == "torch-compile")
 
 
 def pipeline_of(args: argparse.Namespace) -> DeepGenPipeline:

@@ -184,12 +184,16 @@ class TorchPeer:
         self.vae_dtype = torch.float32 if config.vae.force_upcast else self.dtype
         self.vae = self._filled(autoencoder, config.vae, params, VAE, self.vae_dtype)
         if compiled:
-            self.mmdit.compile(fullgraph=True, dynamic=False)
+            self.compile()
         self._states: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.text.layers, start=1):
             if index in selected_layers(config.text.num_layers, config.bridge.selection_stride):
                 layer.register_forward_hook(lambda _, __, out, index=index: self._keep(index, out))
             layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: (args[0] * self._real,))
+
+    def compile(self) -> None:
+        """Runs the MMDiT through ``torch.compile`` from now on."""
+        self.mmdit.compile(fullgraph=True, dynamic=False)
 
     def _keep(self, index: int, output: Any) -> None:
         self._states[index] = output[0] if isinstance(output, tuple) else output
