@@ -231,9 +231,13 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
     )
 
 
-def abstract_inference(run: AbstractRun) -> AbstractProgram:
-    """The sampler of the pipeline with the student."""
-    return INFERENCE.make(dataclasses.replace(run, model=student_config(run.config, run.model)))
+def _of_student(program: Compilable) -> Compilable:
+    """A program of generation, with the student."""
+
+    def make(run: AbstractRun) -> AbstractProgram:
+        return program.make(dataclasses.replace(run, model=student_config(run.config, run.model)))
+
+    return Compilable(make, program.smallest_batch)
 
 
 class DistillStage(LoaderStage):
@@ -241,7 +245,7 @@ class DistillStage(LoaderStage):
 
     abstract_programs: ClassVar[Mapping[str, Compilable]] = {
         "step": Compilable(abstract_step, lambda config, pieces: pieces * config.accumulation),
-        "inference": Compilable(abstract_inference, INFERENCE.smallest_batch),
+        **{name: _of_student(program) for name, program in INFERENCE.items()},
     }
 
     _config: DistillConfig
