@@ -7,25 +7,25 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from deepgen_jax.aot.estimate import Estimate, estimate
-from deepgen_jax.aot.program_report import Report, account, shard_bytes
+from deepgen_jax.aot.program_report import Report, account
 from deepgen_jax.aot.topology import Topology, compiler_versions
-from deepgen_jax.config import DeepGenConfig, QuantizationConfig
+from deepgen_jax.config import QuantizationConfig
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, parse_mesh, usual_mesh
-from deepgen_jax.stores import model_folder
-from deepgen_jax.training.abstract_run import INFERENCE, AbstractRun, Compilable
+from deepgen_jax.parallel.abstract import shard_bytes
+from deepgen_jax.parallel.mesh import AXES, batch_size_multiple, host_share, make_mesh, parse_mesh
+from deepgen_jax.training.abstract_run import INFERENCE, PROMPT_TOKENS, AbstractRun, Compilable
+from deepgen_jax.training.auto_settings import Choice, Devices
 from deepgen_jax.training.run_config import RunConfig
-from deepgen_jax.training.stage import stage_class
+from deepgen_jax.training.stage import model_sizes, settings_for, stage_class
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-#: Default length of a prompt with its template, in tokens; most captions are shorter.
-PROMPT_TOKENS = 100
 # Fraction of the model's operations that every program computes: compilers drop a little, such as products with padding
 # and unused gradients.
 _LEAST_COMPUTED = 0.95
@@ -38,7 +38,7 @@ class Request:
     Attributes:
       config: of the run.
       topology: for which devices.
-      mesh: sizes of the axes as text; "" for :func:`usual_mesh`.
+      mesh: sizes of the axes as text; "" for the configuration's.
       program: name; "" for the configuration's first.
       batch: samples of an optimiser step, or images of a rollout or of inference, over all devices; None for what the
         configuration says.
@@ -58,9 +58,19 @@ class Request:
     stacked: bool = False
     command: str = ""
 
+    @cached_property
+    def choice(self) -> Choice:
+        """Settings left to "auto", as training chooses them on these devices."""
+        topology, chip = self.topology, self.topology.chip
+        platform = "gpu" if topology.gpu else "tpu"
+        devices = Devices(chip.device_kinds[0], platform, topology.size, topology.slices, chip.memory)
+        config = dataclasses.replace(self.config, mesh=self.mesh) if self.mesh else self.config
+        return settings_for(config, devices)
+
     @property
     def mesh_text(self) -> str:
-        return self.mesh or usual_mesh(self.topology.size, self.topology.slices, gpu=self.topology.gpu)
+        """Sizes of the axes."""
+        return self.choice.mesh
 
     @property
     def program_name(self) -> str:
@@ -110,11 +120,10 @@ class Job:
         sizes, source = model_sizes(request.config)
         if request.quantization is not None:
             sizes = dataclasses.replace(sizes, quantization=request.quantization)
-        run = AbstractRun(
-            request.config, sizes, self._mesh, request.prompt_tokens, request.batch, request.stacked
-        )
+        config = request.choice.applied(request.config)
+        run = AbstractRun(config, sizes, self._mesh, request.prompt_tokens, request.batch, request.stacked)
         program = request.compilable.make(run)
-        self._program = dataclasses.replace(program, summary=(source, *program.summary))
+        self._program = dataclasses.replace(program, summary=(source, str(request.choice), *program.summary))
         self._lowered = program.lower()
 
     @property
@@ -177,7 +186,7 @@ class Job:
         """Changes that would take less memory; they are not compiled here."""
         mesh, program = self._mesh, self._program
         advice = ["to take less memory (--search compiles and ranks such choices):"]
-        if program.trains and self._request.config.remat != "full":
+        if program.trains and self._request.choice.remat != "full":
             advice.append("remat=full, which recomputes activations in the backward pass")
         advice += program.advice
         each = program.micro_batch // batch_size_multiple(mesh)
@@ -193,14 +202,6 @@ class Job:
         if len(advice) == 1:
             advice.append("more devices: each sample has its own device already, and weights are split over all")
         return advice
-
-
-def model_sizes(config: RunConfig) -> tuple[DeepGenConfig, str]:
-    """Sizes of the model that a run starts from, and a line that says where they are from."""
-    folder = config.model_folder
-    if config.model and folder.is_dir():
-        return dataclasses.replace(model_folder.read_manifest(folder).config, lora=None), f"model {folder}"
-    return DeepGenConfig(), f"there is no folder {config.model!r}; sizes are those of the released model"
 
 
 def _check_operations(found: Estimate, model_flops: float, topology: Topology) -> None:

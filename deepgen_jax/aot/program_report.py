@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import jax
-
 from deepgen_jax.aot.estimate import ASSUMPTIONS, Estimate
 from deepgen_jax.aot.topology import Topology
+from deepgen_jax.parallel.abstract import shard_bytes
 from deepgen_jax.parallel.chips import GIB
 
 #: Kinds of memory in the order of the report.
@@ -158,12 +156,3 @@ def account(memory: Mapping[str, Any], work: float, trains: bool) -> dict[str, f
         work -= found["gradients"]
     found["activations and work space"] = work
     return {kind: found[kind] for kind in KINDS if found.get(kind)}
-
-
-def shard_bytes(tree: Any) -> float:
-    """Bytes of a tree of sharded shapes on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        width = leaf.dtype.itemsize
-        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * width
-    return float(total)

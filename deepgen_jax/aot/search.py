@@ -13,6 +13,7 @@ from deepgen_jax.aot.topology import Topology
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.models.stack import Remat
 from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST
+from deepgen_jax.training.auto_settings import AUTO
 
 #: Rematerialisation, least memory first. On GPUs "flash" is the same as "full".
 REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
@@ -48,6 +49,9 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
     Raises:
       DeepGenError: no choice can be compiled.
     """
+    gathered = getattr(request.config, "gather_frozen", None)
+    # On GPUs "auto" is false.
+    common = {"gather_frozen": False} if gathered == AUTO and not request.topology.gpu else {}
     found: list[_Choice] = []
     problems: list[str] = []
 
@@ -71,15 +75,15 @@ def search(request: Request, run: Callable[[Request], Report], say: Callable[[st
         for remat in REMAT:
             if remat == "flash" and request.topology.gpu:
                 continue
-            report = attempt(mesh, remat=remat)
+            report = attempt(mesh, remat=remat, **common)
             if report is None or not report.trains:
                 break
     if not found:
         raise DeepGenError(f"no mesh of {request.topology} can be compiled: {problems[0]}")
     best = min(found, key=lambda choice: _rank(choice.report))
     split = best.report.program == "step" and best.report.mesh["fsdp"] > 1
-    if split and best.report.fits and not getattr(request.config, "gather_frozen", True):
-        attempt(best.mesh, **best.settings, gather_frozen=True)
+    if split and best.report.fits and gathered in (AUTO, False):
+        attempt(best.mesh, **{**best.settings, "gather_frozen": True})
     return sorted((choice.report for choice in found), key=_rank)
 
 

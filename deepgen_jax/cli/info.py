@@ -165,6 +165,7 @@ def run_summary(folder: Path) -> dict[str, Any]:
         "checkpoints": saved_steps(folder),
         "origin": read_starting_point(folder).to_json(),
         "last_metrics": last_metrics(folder),
+        "chosen": description.get("chosen"),
         "config": description["config"],
     }
 
@@ -179,6 +180,10 @@ def run_lines(summary: dict[str, Any]) -> Iterator[str]:
     if saved[:-1]:
         steps += f" (and {', '.join(f'{step:,}' for step in saved[:-1])})"
     yield f"{'checkpoint':<15} {steps}{', with moving average' if saved and config['ema_decay'] else ''}"
+    if (chosen := summary["chosen"]) is not None:
+        gathered = chosen["gather_frozen"]
+        frozen = "" if gathered is None else f", gather_frozen {str(gathered).lower()}"
+        yield f"{'devices':<15} {chosen['devices']}, mesh {chosen['mesh']}, remat {chosen['remat']}{frozen}"
     yield f"{'model':<15} {origin['model']}"
     checkpoints: dict[tuple[str, int], list[str]] = {}
     for name, at in origin["inherited"].items():

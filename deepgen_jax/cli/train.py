@@ -57,15 +57,23 @@ class TrainCommand:
 
         from deepgen_jax.cli.stopping import Stop
         from deepgen_jax.inference.cache import enable_compilation_cache
-        from deepgen_jax.parallel.mesh import make_mesh, usual_mesh_of
+        from deepgen_jax.parallel.mesh import make_mesh
+        from deepgen_jax.stores.run_folder import recorded_choice
+        from deepgen_jax.training.auto_settings import Devices
         from deepgen_jax.training.loop import train
+        from deepgen_jax.training.stage import settings_for
 
         # Several CPU devices share one pool of threads: programs in flight at once, each waiting for all devices in a
         # collective, would deadlock.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         first = self.processes.join()
         enable_compilation_cache(self.compilation_cache)
-        mesh = make_mesh(config.mesh or usual_mesh_of(jax.devices()))
+        choice = settings_for(config, Devices.of(jax.devices()), recorded_choice(Path(config.out)))
+        if not self.processes.same(choice):
+            raise DeepGenError(
+                "processes chose different mesh, remat or gather_frozen; let all see the run's folder, or set the three"
+            )
+        mesh = make_mesh(choice.mesh)
 
         def say(text: str) -> None:
             if first:
@@ -76,9 +84,9 @@ class TrainCommand:
             from deepgen_jax.evaluation.in_training import InTraining
 
             evaluator = InTraining(config.eval, Path(config.out), average=config.ema_decay is not None)
-        say(f"{jax.device_count()} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+        say(f"{choice.devices}, {choice}")
         with self.processes.peer_watch(), Stop(graceful=True, unit="step") as stop:
-            outcome = train(config, mesh, stop, say, self.resume_from, evaluator)
+            outcome = train(config, mesh, stop, say, self.resume_from, evaluator, choice)
         if outcome.skipped:
             say(f"{outcome.skipped} steps were skipped: their loss or gradient was not finite")
         if not outcome.finished:

@@ -6,6 +6,7 @@ Code that prepares a program works on arrays and on ``jax.ShapeDtypeStruct``s al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,3 +97,12 @@ def reshard(tree: Tree, shardings: Tree) -> Tree:
         return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), tree, shardings)
     out: Tree = jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
     return out
+
+
+def shard_bytes(tree: Any) -> float:
+    """Bytes of a tree of sharded shapes on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        width = leaf.dtype.itemsize
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * width
+    return float(total)

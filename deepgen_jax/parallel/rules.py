@@ -6,6 +6,7 @@ other large dimension over "fsdp". Leading axes of stacked layers are never spli
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,16 +60,22 @@ def matching_rules(path: str) -> list[int]:
     return [i for i, (pattern, _) in enumerate(RULES) if re.fullmatch(pattern, path)]
 
 
+@functools.cache
+def _spec_of(path: str) -> Spec:
+    """Mesh axes of a parameter's last dimensions."""
+    matches = matching_rules(path)
+    if len(matches) != 1:
+        raise ValueError(f"sharding: {path} matches {len(matches)} rules of deepgen_jax.parallel.rules, expected 1")
+    return RULES[matches[0]][1]
+
+
 def partition_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Partition of one parameter. A dimension that its mesh axis does not divide is not split.
 
     Raises:
       ValueError: no rule, or more than one, matches the path.
     """
-    matches = matching_rules(path)
-    if len(matches) != 1:
-        raise ValueError(f"sharding: {path} matches {len(matches)} rules of deepgen_jax.parallel.rules, expected 1")
-    spec = RULES[matches[0]][1]
+    spec = _spec_of(path)
     leading = len(shape) - len(spec)
     axes = [axis if axis and shape[leading + i] % mesh.shape[axis] == 0 else None for i, axis in enumerate(spec)]
     return PartitionSpec(*(None,) * leading, *axes)

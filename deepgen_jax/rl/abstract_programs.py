@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.abstract import abstract_condition, image_tokens, sequence_length
 from deepgen_jax.inference.guidance import Condition
@@ -32,12 +33,15 @@ from deepgen_jax.rl.rollout import Trajectory, rollout
 from deepgen_jax.rl.update import UpdateKeys, learned_steps
 from deepgen_jax.training.abstract_run import (
     INFERENCE,
+    PROMPT_TOKENS,
     AbstractRun,
     AbstractStepBatch,
     Compilable,
     abstract_step_batch,
+    sequence_lengths,
     state_memory,
 )
+from deepgen_jax.training.memory_model import Passes, Workload
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.state import TrainState
 
@@ -126,6 +130,26 @@ def abstract_update(run: AbstractRun) -> AbstractProgram:
         trains=True,
         half_batch=f"policy.micro_batch={policy.micro_batch // 2}, the same batch",
     )
+
+
+def workload(config: GRPOConfig, model: DeepGenConfig) -> Workload:
+    """Passes of an update for the memory model, with shapes as in :func:`abstract_update`."""
+    size, sides = config.rollout.size, 1 if guidance_scale(config) is None else 2
+    length = sequence_length(model, PROMPT_TOKENS)
+    samples = sides * config.policy.micro_batch
+    passes = [Passes(samples, image_tokens(model, size), length, runs_text=False, loops=2)]
+    sizes = [config.policy.micro_batch, config.rollout.micro_batch]
+    if config.data is not None and config.policy.sft_weight:
+        data = config.data
+        tokens, lengths = image_tokens(model, data.image_size), sequence_lengths(model, data, PROMPT_TOKENS)
+        passes += [
+            Passes(data.micro_batch, tokens * (2 if task == "edit" else 1), lengths[task])
+            for task in data.mixture.tasks
+        ]
+        sizes.append(data.micro_batch)
+    trained = bool(config.policy.beta) and "mmdit" in config.trains
+    average = config.ema_decay is not None or get_algorithm(config.policy.algorithm).old_policy
+    return Workload(tuple(passes), tuple(sizes), average=average, reference=trained)
 
 
 class _AbstractImages:

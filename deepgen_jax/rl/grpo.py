@@ -19,7 +19,7 @@ from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.mesh import check_batch
 from deepgen_jax.rewards.mixture import RewardMixture
 from deepgen_jax.rl import step_metrics
-from deepgen_jax.rl.abstract_programs import ABSTRACT_PROGRAMS
+from deepgen_jax.rl.abstract_programs import ABSTRACT_PROGRAMS, workload
 from deepgen_jax.rl.advantages import compute
 from deepgen_jax.rl.algorithms import get_algorithm
 from deepgen_jax.rl.experience import Experience, ExperienceCollector
@@ -43,6 +43,7 @@ class GRPOStage:
     """Reinforcement learning of the MMDiT; see `deepgen_jax.training.stage.Stage`."""
 
     abstract_programs: ClassVar[Mapping[str, Compilable]] = ABSTRACT_PROGRAMS
+    workload = staticmethod(workload)
 
     state: TrainState
 

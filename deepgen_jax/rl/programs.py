@@ -35,7 +35,7 @@ from deepgen_jax.training.weights import Weights
 
 def policy_model(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
     """The network of rollout and update: with the same attention their rounding is the same, and first ratios are 1."""
-    return make_network(model, mesh, config.dtype, remat=config.remat, gradients=True)
+    return make_network(model, mesh, config.dtype, remat=config.chosen_remat, gradients=True)
 
 
 def canvas_of(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> Canvas:

@@ -53,6 +53,23 @@ def read_run(folder: Path) -> dict[str, Any]:
     return dict(values)
 
 
+def recorded_choice(folder: Path) -> dict[str, Any] | None:
+    """What was chosen for the devices that a run was on last: devices, mesh, remat and gather_frozen.
+
+    None for a folder without a run, and for a run without checkpoints, which has not begun.
+    """
+    if not is_run(folder) or not saved_steps(folder):
+        return None
+    values = read_run(folder)
+    if "chosen" in values or not values.get("devices"):
+        chosen: dict[str, Any] | None = values.get("chosen")
+        return chosen
+    # Written before "auto", when "" was a mesh for the devices and all else was given.
+    config = values["config"]
+    settings = {"remat": config["remat"], "gather_frozen": config.get("gather_frozen", False)}
+    return {"devices": values["devices"][-1], "mesh": config["mesh"] or None, **settings}
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of a run's complete checkpoints, in ascending order."""
     folder = run / CHECKPOINTS

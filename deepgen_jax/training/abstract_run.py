@@ -34,6 +34,9 @@ from deepgen_jax.training.state import TrainState
 from deepgen_jax.training.step_batches import token_budget
 from deepgen_jax.training.weights import Weights, abstract_start
 
+#: Default length of a prompt with its template, in tokens; most captions are shorter.
+PROMPT_TOKENS = 100
+
 
 @dataclass(frozen=True)
 class AbstractRun:
@@ -126,7 +129,7 @@ def abstract_step_batch(
       negative: samples come with their empty prompt.
     """
     check_batch("data.micro_batch", data.micro_batch, run.mesh)
-    tokens, lengths = image_tokens(run.model, data.image_size), _sequence_lengths(run, data)
+    tokens, lengths = image_tokens(run.model, data.image_size), sequence_lengths(run.model, data, run.prompt_tokens)
     micro: dict[str, MicroBatch] = {}
     keys: dict[str, Any] = {}
     each = operations or partial(flops.training, run.model, run.config.trains)
@@ -149,11 +152,11 @@ def task_counts(data: DataConfig, accumulation: int) -> Counter[str]:
     return Counter(task_at(data.mixture, position)[0] for position in range(accumulation))
 
 
-def _sequence_lengths(run: AbstractRun, data: DataConfig) -> dict[str, int]:
+def sequence_lengths(model: DeepGenConfig, data: DataConfig, prompt_tokens: int) -> dict[str, int]:
     """Sequence length by task: prompt, think tokens, and in editing the reference's tokens in the language model."""
-    rows, columns = patch_grid((data.image_size, data.image_size), run.model.vision)
-    image = rows * columns // run.model.vision.spatial_merge_size**2
-    text = run.prompt_tokens + run.model.bridge.num_queries
+    rows, columns = patch_grid((data.image_size, data.image_size), model.vision)
+    image = rows * columns // model.vision.spatial_merge_size**2
+    text = prompt_tokens + model.bridge.num_queries
     return {task: round_up(length, data.token_multiple) for task, length in (("t2i", text), ("edit", text + image))}
 
 

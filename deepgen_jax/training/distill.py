@@ -142,7 +142,7 @@ def make_program(
       mesh: metrics are replicated on it.
     """
     nets = Networks(
-        make_network(weights.config, mesh, config.dtype, remat=config.remat, gradients=True),
+        make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat, gradients=True),
         make_network(teacher_config, mesh, config.dtype),
     )
     settings = DistillSettings(

@@ -22,11 +22,20 @@ from deepgen_jax.parallel.chips import peak_flops, peak_memory
 from deepgen_jax.parallel.hosts import Agreement
 from deepgen_jax.stores.checkpoint import Checkpoints, set_aside
 from deepgen_jax.stores.lineage import MODEL_CHANGES, newest_starting_point, starting_point_of
-from deepgen_jax.stores.run_folder import RUN_FILE, RUN_FORMAT, RUN_VERSION, pin, read_run, saved_steps
+from deepgen_jax.stores.run_folder import (
+    RUN_FILE,
+    RUN_FORMAT,
+    RUN_VERSION,
+    pin,
+    read_run,
+    recorded_choice,
+    saved_steps,
+)
+from deepgen_jax.training.auto_settings import Choice
 from deepgen_jax.training.progress import Progress
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.samples import check_images, make_samples
-from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage
+from deepgen_jax.training.stage import Stage, StepReport, kind_of, make_stage, settings_on
 from deepgen_jax.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -79,6 +88,7 @@ def train(
     say: Callable[[str], None],
     resume_from: str = "",
     evaluator: Evaluator | None = None,
+    choice: Choice | None = None,
 ) -> Outcome:
     """Runs a stage to its last step, from the newest checkpoint in ``config.out`` if there is one.
 
@@ -92,6 +102,7 @@ def train(
       resume_from: the step of the checkpoint to continue from, or "previous" for the one before the newest; later ones
         are put aside. "" for the newest.
       evaluator: called every ``config.eval.every`` steps.
+      choice: of the settings that are left to "auto"; by default made here.
 
     Raises:
       DeepGenError: something in the config cannot be used, another process trains in ``config.out``, a checkpoint
@@ -106,8 +117,9 @@ def train(
             files.remove_partials(run)
             if resume_from and (folder := set_aside(run, _step_to_resume(run, resume_from))):
                 say(f"later checkpoints were moved to {folder}; remove it when it is not needed")
-        describe(run, config, f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
-        stage = make_stage(config, mesh)
+        choice = choice or settings_on(config, mesh, recorded_choice(run))
+        describe(run, config, choice)
+        stage = make_stage(choice.applied(config), mesh)
         stack.callback(stage.close)
         kept = config.checkpoints
         checkpoints = stack.enter_context(Checkpoints(run, kept.keep_last, kept.keep_every))
@@ -140,7 +152,7 @@ def _step_to_resume(run: Path, asked: str) -> int:
     return steps[-2]
 
 
-def describe(run: Path, config: RunConfig, devices: str = "") -> None:
+def describe(run: Path, config: RunConfig, choice: Choice | None = None) -> None:
     """Writes the run's description, unless the folder holds another run. It pins what the run starts from.
 
     Where no checkpoint was saved yet, nothing was trained: the settings may be others, and are pinned anew.
@@ -148,7 +160,7 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
     Args:
       run: its folder.
       config: of the run.
-      devices: what it runs on from now on, such as "8 x TPU v6e"; all that it has run on are kept.
+      choice: devices that it runs on from now on, and settings for them; all devices that it has run on are kept.
 
     Raises:
       DeepGenError: it does, or something else; or ``config.start`` cannot be started from.
@@ -172,7 +184,9 @@ def describe(run: Path, config: RunConfig, devices: str = "") -> None:
         raise DeepGenError(f"{run} holds something else than a training run; give another out")
     origin = starting_point_of(config) if saved else newest_starting_point(config)
     values["origin"] = origin.to_json()
-    values["devices"] = list(dict.fromkeys([*used, *([devices] if devices else [])]))
+    values["devices"] = list(dict.fromkeys([*used, *([choice.devices] if choice else [])]))
+    if choice is not None:
+        values["chosen"] = choice.to_json()
     if jax.process_count() > 1:  # all have looked before process 0 writes
         multihost_utils.sync_global_devices("run looked at")
     if jax.process_index() == 0:

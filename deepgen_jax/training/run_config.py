@@ -9,6 +9,7 @@ from typing import Any, Literal
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.local_paths import LocalPath, refuse_urls
+from deepgen_jax.models.stack import Remat
 from deepgen_jax.settings import at_least
 from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.training.optimizer import OptimizerConfig
@@ -157,11 +158,11 @@ class RunConfig:
       steps: optimiser steps.
       trains: names of the parts that train.
       seed: of noise, noise levels, dropout and new adapters.
-      mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "" for `usual_mesh`, weights split over
-        the GPUs of a host or 16 chips, batches over all.
+      mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "auto": batches over all devices, weights over the GPUs of
+        a host or 16 chips, or over more if they would not fit (`deepgen_jax.training.auto_settings`).
       dtype: of the computation; trained parameters are float32 masters in any case.
       remat: what the backward pass computes again: "none", "dots" (all but products of matrices), "flash" (all but
-        flash attention) or "full" (all, but on GPUs not flash attention either).
+        flash attention), "full" (all, but on GPUs not flash attention either), or "auto": the least that fits.
       ema_decay: of a moving average of the trained parameters; None for none.
       max_bad_steps: the run stops after this many consecutive steps without a finite loss and gradient.
     """
@@ -172,9 +173,9 @@ class RunConfig:
     steps: int
     trains: tuple[Trainable, ...]
     seed: int = 0
-    mesh: str = ""
+    mesh: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "flash", "full"] = "full"
+    remat: Literal["auto", "none", "dots", "flash", "full"] = "auto"
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None
@@ -194,6 +195,17 @@ class RunConfig:
             raise DeepGenError(f"trains is {self.trains}; name each part that trains once")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise DeepGenError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1, or null")
+
+    @property
+    def chosen_remat(self) -> Remat:
+        """``remat`` once it is chosen; `deepgen_jax.training.stage.make_stage` does that.
+
+        Raises:
+          ValueError: it is still "auto".
+        """
+        if self.remat == "auto":
+            raise ValueError("remat is still auto; make the stage with make_stage")
+        return self.remat
 
     @property
     def model_folder(self) -> Path:
@@ -217,7 +229,8 @@ class SupervisedConfig(RunConfig):
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
         products, with more memory for activations.
       gather_frozen: replicate the frozen layers of the language model on every device instead of gathering them at each
-        use. Takes their size in memory (5.2 GiB), and pays where gathering takes longer than computing.
+        use. Takes their size in memory (5.2 GiB), and pays where gathering takes longer than computing. "auto" where it
+        pays and fits.
       weighting: of noise levels, "auto" (as the scheduler's shift asks), "none" (uniform) or "logit_normal".
       noise_shift: of the noise levels, in place of the scheduler's; larger trains more on nearly pure noise, where only
         the text says what is in the picture.
@@ -226,7 +239,7 @@ class SupervisedConfig(RunConfig):
     data: DataConfig
     accumulation: int = 3
     merge: int = 1
-    gather_frozen: bool = False
+    gather_frozen: bool | Literal["auto"] = "auto"
     weighting: Literal["auto", "none", "logit_normal"] = "auto"
     noise_shift: float | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,12 +14,15 @@ import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.reader import Batch
 from deepgen_jax.data.tokens import PromptTokenizer
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import check_batch, replicated
+from deepgen_jax.stores import model_folder
 from deepgen_jax.training.accumulation import Sums, start_sums
+from deepgen_jax.training.auto_settings import Choice, Devices, choose
 from deepgen_jax.training.optimizer import learning_rate
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.run_config import RunConfig
@@ -232,9 +236,30 @@ def stage_class(config: RunConfig) -> Any:
 
 
 def make_stage(config: RunConfig, mesh: Mesh) -> Stage:
-    """The stage of a config, its weights loaded and its data opened."""
+    """The stage of a config, its weights loaded and its data opened; settings left to "auto" are chosen."""
+    config = settings_on(config, mesh).applied(config)
     stage: Stage = stage_class(config)(config, mesh)
     return stage
+
+
+def settings_for(config: RunConfig, devices: Devices, recorded: Mapping[str, Any] | None = None) -> Choice:
+    """Mesh, rematerialisation and replication of a run on devices; see `deepgen_jax.training.auto_settings.choose`."""
+    workload = getattr(stage_class(config), "workload", None)
+    return choose(config, devices, lambda: model_sizes(config)[0], workload, recorded)
+
+
+def settings_on(config: RunConfig, mesh: Mesh, recorded: Mapping[str, Any] | None = None) -> Choice:
+    """The same on a mesh."""
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return settings_for(replace(config, mesh=sizes), Devices.of(list(mesh.devices.flat)), recorded)
+
+
+def model_sizes(config: RunConfig) -> tuple[DeepGenConfig, str]:
+    """Sizes of the model that a run starts from, and a line that says where they are from."""
+    folder = config.model_folder
+    if config.model and folder.is_dir():
+        return replace(model_folder.read_manifest(folder).config, lora=None), f"model {folder}"
+    return DeepGenConfig(), f"there is no folder {config.model!r}; sizes are those of the released model"
 
 
 def kind_of(config: RunConfig) -> str:

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from deepgen_jax.config import SchedulerConfig
+from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.vision_inputs import patch_grid
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.losses import flow_matching_losses
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
+from deepgen_jax.inference.abstract import image_tokens
 from deepgen_jax.models import flops, lora
 from deepgen_jax.models.deepgen import DeepGen, make_network
 from deepgen_jax.parallel.abstract import AbstractProgram, reshard
@@ -31,13 +32,16 @@ from deepgen_jax.parallel.rules import gathered_shardings
 from deepgen_jax.random_keys import Training
 from deepgen_jax.training.abstract_run import (
     INFERENCE,
+    PROMPT_TOKENS,
     AbstractRun,
     Compilable,
     abstract_step_batch,
+    sequence_lengths,
     state_memory,
     task_counts,
 )
 from deepgen_jax.training.inputs import MicroBatch, condition
+from deepgen_jax.training.memory_model import Passes, Workload
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree, join
 from deepgen_jax.training.run_config import SupervisedConfig
@@ -265,11 +269,11 @@ def make_step(
       mesh: metrics are replicated on it.
     """
     frozen = weights.frozen
-    if config.gather_frozen:
+    if config.gather_frozen is True:
         # Layers are replicated except along a "tensor" axis.
         text = frozen["text"]
         frozen = {**frozen, "text": reshard(text, gathered_shardings(text, mesh, "text"))}
-    model = make_network(weights.config, mesh, config.dtype, remat=config.remat, gradients=True)
+    model = make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat, gradients=True)
     schedule = training_schedule(config, weights.scheduler)
     settings = StepSettings(schedule, weights.lora_scale, config.weighting, config.ema_decay, config.merge)
     rate = learning_rate(config.optimizer, config.steps)
@@ -312,7 +316,7 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
     size, counts = config.data.micro_batch, task_counts(config.data, config.accumulation)
     together = size * max(map(merged, counts.values()))
     advice = []
-    if config.gather_frozen:
+    if config.gather_frozen is True:
         advice.append("gather_frozen=false, which splits the language model, too, and gathers its layers")
     if config.merge > 1:
         advice.append("merge=1, which takes the micro-batches of a task one after another")
@@ -333,6 +337,31 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
         latency_hiding=True,
         advice=tuple(advice),
         half_batch=f"accumulation={2 * config.accumulation} data.micro_batch={size // 2}, the same batch",
+    )
+
+
+def workload(config: SupervisedConfig, model: DeepGenConfig) -> Workload:
+    """Passes of a step for the memory model, with shapes as in :func:`abstract_step`."""
+    data, learns = config.data, "lora" in config.trains
+    tokens, lengths = image_tokens(model, data.image_size), sequence_lengths(model, data, PROMPT_TOKENS)
+    passes = []
+    for task, count in sorted(task_counts(data, config.accumulation).items()):
+        joined = at_once(count, config.merge)
+        passes.append(
+            Passes(
+                data.micro_batch * joined,
+                tokens * (2 if task == "edit" else 1),
+                lengths[task],
+                trains_text=learns,
+                loops=count // joined,
+            )
+        )
+    return Workload(
+        tuple(passes),
+        (data.micro_batch,),
+        step_samples=data.micro_batch * config.accumulation,
+        encoded=(data.micro_batch, data.image_size**2),
+        average=config.ema_decay is not None,
     )
 
 
@@ -368,6 +397,7 @@ class SupervisedStage(LoaderStage):
         "encoders": Compilable(abstract_encoders, lambda config, pieces: pieces),
         **INFERENCE,
     }
+    workload = staticmethod(workload)
 
     _config: SupervisedConfig
 

@@ -247,7 +247,7 @@ def test_search_splits_weights_over_neighbours_and_hosts():
     ]  # fmt: skip
     assert next(search.meshes(parse_topology("v6e:16x16", 2))) == "data=64,fsdp=8"
     assert next(search.meshes(parse_topology("h100:8"))) == "data=1,fsdp=8"
-    config = config_files.load_config("sft")
+    config = settings.apply(config_files.load_config("sft"), ["data.micro_batch=512"])
     assert compiling.Request(config, parse_topology("v6e:16x16", 2)).mesh_text == "data=32,fsdp=16"
     assert compiling.Request(config, parse_topology("h100:64")).mesh_text == "data=8,fsdp=8"
 
@@ -263,7 +263,7 @@ def test_search_ranks_what_fits_by_time_with_the_command_of_each(step):
         seconds, needed = {"full": (3.0, 1), "dots": (2.0, 2), "none": (1.0, 100)}[request.config.remat]
         if "tensor" in request.mesh:
             raise DeepGenError("no such mesh")
-        if request.config.gather_frozen:
+        if request.config.gather_frozen is True:
             assert request.config.remat == "dots"  # the best of the others
             seconds += 0.5
         return Report(

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from deepgen_jax import files
+from deepgen_jax.cli.main import main
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.stores.run_folder import read_run
 from deepgen_jax.training import loop
+from deepgen_jax.training.auto_settings import Choice
 from deepgen_jax.training.optimizer import OptimizerConfig
 from deepgen_jax.training.run_config import (
     AutoencoderConfig,
@@ -101,6 +103,35 @@ def checkpoints(config):
     return sorted(int(path.name) for path in (Path(config.out) / "checkpoints").iterdir() if path.name.isdecimal())
 
 
+def test_settings_that_were_chosen_are_recorded_and_kept(config, run, capsys):
+    run(config, stop=4)
+    folder = Path(config.out)
+    chosen = {"devices": "1 x cpu", "mesh": "data=1,fsdp=1,tensor=1", "remat": "full", "gather_frozen": False}
+    assert read_run(folder)["chosen"] == chosen
+    assert read_run(folder)["config"]["remat"] == "auto"
+    # An earlier version may have chosen otherwise.
+    values = read_run(folder) | {"chosen": chosen | {"remat": "dots"}}
+    (folder / "config.json").write_text(json.dumps(values))
+    run(config)
+    assert read_run(folder)["chosen"]["remat"] == "dots"
+    run(replace(config, steps=12, remat="flash"))
+    assert read_run(folder)["chosen"]["remat"] == "flash"
+    assert main(["info", str(folder)]) == 0
+    assert "mesh data=1,fsdp=1,tensor=1, remat flash, gather_frozen false" in capsys.readouterr().out
+
+
+def test_runs_from_before_the_choice_keep_their_settings(config, run):
+    run(config, stop=4)
+    folder = Path(config.out)
+    values = read_run(folder)
+    del values["chosen"]
+    values["config"] |= {"mesh": "", "remat": "dots", "gather_frozen": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    run(config)
+    assert read_run(folder)["chosen"]["remat"] == "dots"
+    assert read_run(folder)["chosen"]["gather_frozen"] is True
+
+
 def test_every_step_is_logged_and_the_right_checkpoints_stay(config, run):
     outcome, stage, _ = run(config)
     assert (outcome.step, outcome.finished, outcome.skipped) == (10, True, 0)
@@ -182,8 +213,9 @@ def test_a_run_that_has_saved_nothing_takes_other_settings(config):
 def test_all_devices_that_a_run_has_used_are_recorded(config, run):
     run(config, stop=1)
     assert read_run(Path(config.out))["devices"] == ["1 x cpu"]
-    for devices in ("8 x TPU v6e", "1 x cpu", ""):
-        loop.describe(Path(config.out), config, devices)
+    for devices in ("8 x TPU v6e", "1 x cpu"):
+        loop.describe(Path(config.out), config, Choice(devices, "fsdp=8", "full", False))
+    loop.describe(Path(config.out), config)
     assert read_run(Path(config.out))["devices"] == ["1 x cpu", "8 x TPU v6e"]
 
 
