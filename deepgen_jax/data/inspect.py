@@ -145,7 +145,7 @@ def inspect(
     Raises:
       DeepGenError: as `Loader`.
     """
-    with Loader(config, model, tokenizer, weights=weights) as loader:
+    with Loader(config, model, tokenizer, weights=weights, images=False) as loader:
         plan = loader.plan
         rate = _speed(loader, seconds) if seconds else None
         if contact_sheet is not None:

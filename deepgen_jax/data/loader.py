@@ -21,7 +21,7 @@ from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.reader import Batch, Reader, Skipped, check_share, default_threads
-from deepgen_jax.data.sources import open_source
+from deepgen_jax.data.sources import require_images
 from deepgen_jax.data.sources.features import Features
 from deepgen_jax.errors import DeepGenError
 
@@ -87,7 +87,7 @@ class Loader(Iterator[Batch]):
                 "make it a multiple of them"
             )
         if images:
-            _check_images(config)
+            require_images(config.sources)
         self._token_dtypes = _check_features(config, model, weights)
         self.prompts = PromptEncoder(tokenizer, model)
         indices = open_indices(config, self.prompts)
@@ -182,16 +182,6 @@ class Loader(Iterator[Batch]):
             self.skipped[sample.source, sample.reason] += 1
             bad = sum(count for (source, _), count in self.skipped.items() if source == sample.source)
             check_share(sample, bad, bad + self.loaded[sample.source], self.plan.config.max_bad_share)
-
-
-def _check_images(config: DataConfig) -> None:
-    """Raises a DeepGenError where a source has prompts alone."""
-    for source in config.sources:
-        if not open_source(source).has_images:
-            raise DeepGenError(
-                f"source {source.name} has prompts without pictures, which only distillation from noise learns from; "
-                "give pictures, or take the source out"
-            )
 
 
 def _check_features(config: DataConfig, model: DeepGenConfig, weights: str | None) -> dict[str, str]:

@@ -30,7 +30,7 @@ from deepgen_jax.data.indexing import open_indices
 from deepgen_jax.data.plan import Plan
 from deepgen_jax.data.prompt_encoder import PromptEncoder
 from deepgen_jax.data.reader import Skipped, check_share, default_threads
-from deepgen_jax.data.sources import BadSample, open_source, read_row
+from deepgen_jax.data.sources import BadSample, open_source, read_row, require_images
 from deepgen_jax.data.sources.base import CachedImage, located
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.transforms import UNIT
@@ -104,6 +104,7 @@ def cache_features(
     folders = _folders(data, out)
     config = model_folder.read_manifest(model).config
     prompts = PromptEncoder(model / "tokenizer", config)
+    require_images(data.sources)
     plan = Plan(data, open_indices(data, prompts), prompts)
     weights = encoder_digest(model)
     sources: list[_SourceCache] = []

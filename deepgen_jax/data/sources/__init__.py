@@ -8,11 +8,14 @@ or an entry point of the group ``deepgen_jax.data_sources`` in an installed pack
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deepgen_jax.data.data_config import SourceConfig
 from deepgen_jax.data.source_kinds import SOURCE_KINDS
 from deepgen_jax.data.sources.base import BadSample, Record, Row, Source, read_row
+from deepgen_jax.errors import DeepGenError
 
-__all__ = ["BadSample", "Record", "Row", "Source", "open_source", "read_row", "register"]
+__all__ = ["BadSample", "Record", "Row", "Source", "open_source", "read_row", "register", "require_images"]
 
 register = SOURCE_KINDS.register
 
@@ -24,3 +27,13 @@ def open_source(config: SourceConfig) -> Source:
       DeepGenError: its kind is unknown or cannot be imported, or its settings do not fit the kind.
     """
     return SOURCE_KINDS.load(config.kind, f"source {config.name}: kind")(config)
+
+
+def require_images(sources: Sequence[SourceConfig]) -> None:
+    """Raises a DeepGenError where a source has prompts without pictures."""
+    for source in sources:
+        if not open_source(source).has_images:
+            raise DeepGenError(
+                f"source {source.name} has prompts without pictures, from which only distillation learns, with "
+                "states=noise; give pictures, or take the source out"
+            )
