@@ -69,9 +69,10 @@ COMMANDS: dict[str, Subcommand | Group] = {
     "train": Subcommand(
         "deepgen_jax.cli.train",
         "TrainCommand",
-        "train a stage: alignment pre-training or joint fine-tuning, resumable at any step",
+        "train a stage (pretrain, sft, grpo) or distil to few steps, resumable at any step",
         (
             "deepgen train pretrain model=deepgen out=runs/pretrain data.sources.pairs.path=pairs.json",
+            "deepgen train distill start=runs/grpo out=runs/distill evaluations=4",
             "deepgen train configs/tiny_pretrain.py steps=20",
         ),
     ),

@@ -26,7 +26,7 @@ class CompileCommand:
     """
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
-    """A .py file with `get_config()`, or the name of a packaged one: pretrain, sft or grpo."""
+    """A .py file with `get_config()`, or the name of a packaged one: pretrain, sft, grpo or distill."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = field(default=())
     """Changes to it, such as data.micro_batch=512 remat=dots."""
     topology: str = ""

@@ -65,12 +65,14 @@ class ExplainCommand(ExplainArguments):
         from deepgen_jax.files import write_text
         from deepgen_jax.inference.cache import enable_compilation_cache
         from deepgen_jax.inference.pipeline import DeepGenPipeline
-        from deepgen_jax.stores.model_folder import locate
+        from deepgen_jax.stores.model_folder import locate, read_manifest
         from deepgen_jax.terminal import progress_bar
 
         model, prompt = self._words()
         self._check()
         folder = locate(model)
+        if read_manifest(folder).config.few_step:
+            raise DeepGenError(f"{folder} was distilled to few steps; explain the model that it was distilled from")
         enable_compilation_cache(self.compilation_cache)
         pipe = DeepGenPipeline.from_pretrained(folder, self.dtype)
         images = self._images(pipe)

@@ -24,7 +24,7 @@ class TrainCommand:
     """
 
     config: Annotated[Positional[str], arg(metavar="CONFIG")]
-    """A .py file with `get_config()`, or the name of a packaged one, such as pretrain or sft."""
+    """A .py file with `get_config()`, or the name of a packaged one: pretrain, sft, grpo or distill."""
     overrides: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = field(default=())
     """Changes to it, such as steps=1000 optimizer.learning_rate=2e-5 data.sources.pairs.path=/data/pairs.json."""
     resume_from: Annotated[str, arg(metavar="STEP")] = ""

@@ -29,7 +29,7 @@ from deepgen_jax.serving.jobs import Checked, EngineInfo, Job, OnPhase, OnPrevie
 
 def engine_info(config: DeepGenConfig, name: str) -> EngineInfo:
     """Properties of a model that clients need."""
-    samplers = [config.sampler, *(known for known in SAMPLERS.names() if known != config.sampler)]
+    others = [] if config.few_step else [known for known in SAMPLERS.names() if known != config.sampler]
     return EngineInfo(
         name=name,
         side=config.default_side,
@@ -37,7 +37,8 @@ def engine_info(config: DeepGenConfig, name: str) -> EngineInfo:
         largest=config.mmdit.pos_embed_max_size * config.mmdit.patch_size * config.vae.downscale,
         steps=config.num_inference_steps,
         guidance=config.guidance_scale,
-        samplers=tuple(samplers),
+        samplers=(config.sampler, *others),
+        few_step=config.few_step,
     )
 
 

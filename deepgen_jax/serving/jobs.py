@@ -70,6 +70,7 @@ class EngineInfo:
       largest: longest side in pixels.
       steps, guidance: defaults.
       samplers: names; the first is the default.
+      few_step: distilled to these steps and sampler without guidance; others are refused.
     """
 
     name: str
@@ -79,6 +80,7 @@ class EngineInfo:
     steps: int
     guidance: float
     samplers: tuple[str, ...]
+    few_step: bool = False
 
 
 @dataclass(frozen=True)

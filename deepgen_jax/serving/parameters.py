@@ -80,7 +80,8 @@ def parse(
     prompt = _text(given, "prompt", "")
     if not prompt.strip():
         raise invalid("'prompt' is missing or empty; write what to show", "prompt", "missing_required_parameter")
-    steps = _integer(given, "num_inference_steps", info.steps, 1, config.max_steps)
+    least, most = (info.steps, info.steps) if info.few_step else (1, config.max_steps)
+    steps = _integer(given, "num_inference_steps", info.steps, least, most)
     n = _integer(given, "n", 1, 1, config.max_n)
     seed = _integer(given, "seed", -1, 0, MAX_SEED - n + 1)
     if seed < 0:
@@ -100,12 +101,18 @@ def parse(
     return Parameters(
         kind=kind, prompt=prompt, negative_prompt=_text(given, "negative_prompt", ""), n=n,
         size=_size(given, info, config), steps=steps,
-        guidance=_number(given, "guidance_scale", info.guidance, lambda x: 0 <= x <= 100, "from 0 to 100"),
+        guidance=_guidance(given, info),
         seed=seed, sampler=_choice(given, "sampler", info.samplers[0], info.samplers), strength=strength,
         format=format, compression=None if compression < 0 else compression,
         as_url=_choice(given, "response_format", "b64_json", ("b64_json", "url")) == "url",
         stream=stream, partial_images=partial_images,
     )  # fmt: skip
+
+
+def _guidance(given: Mapping[str, Any], info: EngineInfo) -> float:
+    if info.few_step:
+        return _number(given, "guidance_scale", info.guidance, lambda x: x == info.guidance, f"{info.guidance:g}")
+    return _number(given, "guidance_scale", info.guidance, lambda x: 0 <= x <= 100, "from 0 to 100")
 
 
 def max_pixels(info: EngineInfo, config: ServeConfig) -> int:

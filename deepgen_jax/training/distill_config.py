@@ -60,6 +60,11 @@ class DistillConfig(RunConfig):
             raise DeepGenError(f"guidance_scale is {self.guidance_scale}; use 0 or more, 1 for no guidance")
         if not 0 < self.window <= 0.1:
             raise DeepGenError(f"window is {self.window}; it must be above 0 and at most 0.1")
+        own = {"num_inference_steps": self.evaluations, "guidance_scale": 1.0, "sampler": FEW_STEP_SAMPLER}
+        for part, settings in (("samples", self.samples), ("eval", self.eval)):
+            for name, value in own.items():
+                if (asked := getattr(settings, name, None)) not in (None, value):
+                    raise DeepGenError(f"{part}.{name} is {asked}, but the student's is {value}; leave it out")
 
     @property
     def model_changes(self) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def test_show_prints_the_whole_configuration(config, capsys):
     assert shown["data"]["micro_batch"] == 8
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "grpo", "tiny_pretrain", "tiny_sft", "tiny_grpo"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "sft", "grpo", "distill", "tiny_pretrain", "tiny_sft", "tiny_grpo", "tiny_distill"]
+)
 def test_packaged_configurations_load(name, capsys):
     assert main(["train", name, "--show"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] > 0
@@ -81,10 +83,12 @@ def test_packaged_configurations_load(name, capsys):
 
 def test_published_batches():
     """Tables 9 and 10: samples a step."""
-    from deepgen_jax.configs import grpo, pretrain, sft
+    from deepgen_jax.configs import distill, grpo, pretrain, sft
 
     for module, samples in ((pretrain, 512), (sft, 768)):
         config = module.get_config()
         assert config.accumulation * config.data.micro_batch == samples
+    config = distill.get_config()
+    assert config.accumulation * config.data.micro_batch == 256
     config = grpo.get_config()
     assert config.prompts_per_step * config.rollout.group_size == 256

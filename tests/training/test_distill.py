@@ -392,6 +392,7 @@ def test_the_compiled_step_is_that_of_a_run(config):
         ("window=0", "window is 0.0; it must be above 0"),
         ("guidance_scale=-1", "guidance_scale is -1.0"),
         ("states=picture", "noise.*data"),
+        ("samples.num_inference_steps=50", "samples.num_inference_steps is 50, but the student's is 4; leave it out"),
     ],
 )
 def test_settings_that_cannot_be(word, message):
