@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -119,3 +120,16 @@ def test_previews_fall_between_the_first_and_the_last_step(steps, strength, prev
     assert len(due) == min(previews, steps - first - 1) or len(due) <= previews
     if steps - first > previews:
         assert list(due.values()) == list(range(previews))
+
+
+def test_a_model_of_few_steps_takes_its_settings_alone():
+    info = replace(INFO, steps=2, guidance=1.0, samplers=("pi_flow",), few_step=True)
+
+    def read_few(**fields):
+        return parse("generation", {"prompt": "a fox", **fields}, info, ServeConfig(), ("fake",))
+
+    p = read_few(num_inference_steps=2, guidance_scale=1, sampler="pi_flow")
+    assert (p.steps, p.guidance, p.sampler) == (2, 1.0, "pi_flow")
+    for field, value in (("num_inference_steps", 4), ("guidance_scale", 4.0), ("sampler", "euler")):
+        with pytest.raises(APIError, match=field):
+            read_few(**{field: value})
