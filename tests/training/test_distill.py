@@ -380,7 +380,7 @@ def test_the_compiled_step_is_that_of_a_run(config):
     assert shapes(made.arguments[3]["t2i"]) == shapes(passed[3]["t2i"])
     assert made.flops > 0
     sampler = DistillStage.abstract_programs["inference"].make(AbstractRun(config, model, mesh, length))
-    assert "2 pi_flow steps" in sampler.summary[0]
+    assert "2 steps of pi_flow" in sampler.summary[0]
 
 
 @pytest.mark.parametrize(
