@@ -37,7 +37,7 @@ class DemoCommand:
     """Port to listen on; 0 takes a free one."""
     history: Path = Path("~/.cache/deepgen-jax/demo")
     """Folder where made images are kept; each browser sees its own."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: auto)")] = None
     """Split the work over devices: data=8 or fsdp=8 for many images, tensor=8 for each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
@@ -87,6 +87,7 @@ class DemoCommand:
         if self.server is not None:
             yield self.server, None
             return
+        from deepgen_jax.cli.image_run import chosen_mesh
         from deepgen_jax.serving.app import create_app
         from deepgen_jax.serving.loading import load_engine
         from deepgen_jax.serving.server import BackgroundServer
@@ -96,7 +97,9 @@ class DemoCommand:
         read_manifest(folder)
         failures: list[BaseException] = []
         app = create_app(
-            lambda: load_engine(folder, self.dtype, self.mesh, self.compilation_cache),
+            lambda: load_engine(
+                folder, self.dtype, chosen_mesh(self.mesh, folder, self.dtype, images=1), self.compilation_cache
+            ),
             ServeConfig(max_batch=4),
             on_failure=failures.append,
         )

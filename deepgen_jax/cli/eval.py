@@ -96,7 +96,7 @@ class EvalCommand(EvalArguments):
     """Make all images again."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: auto)")] = None
     """Split the work over devices: data=8 or, where memory is short, fsdp=8."""
     compilation_cache: Annotated[LocalPath | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""

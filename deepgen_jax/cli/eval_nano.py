@@ -65,7 +65,7 @@ class NanoCommand(NanoArguments):
 
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: nothing is kept)")] = None
     """Keep the pictures, resumable, and their scores for `deepgen report`."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: auto)")] = None
     """Split the work over devices, such as data=8."""
     processes: Annotated[ProcessOptions, OmitArgPrefixes] = field(default_factory=ProcessOptions)
 

@@ -47,7 +47,7 @@ class ImageRun:
       settings: shared by all images.
       batch_size: images at once.
       dtype: "float32", "bfloat16" or "auto".
-      mesh: such as "data=8"; None for one device, or for all devices of several processes.
+      mesh: such as "data=8"; None or "auto" for `auto_mesh`, and of several processes for `usual_mesh`.
       compilation_cache: where compiled programs are kept.
       processes: the other processes, joined already.
     """
@@ -138,10 +138,11 @@ class ImageRun:
         stopped: Callable[[], bool],
     ) -> list[Failure]:
         """Loads the model and makes ``todo``, saving image by image, until done or ``stopped`` (any process)."""
-        pipe = load_pipeline(self.folder, resolved_dtype(self.dtype), self._mesh, self.compilation_cache)
+        mesh = self._mesh(len(planned))
+        pipe = load_pipeline(self.folder, resolved_dtype(self.dtype), mesh, self.compilation_cache)
         if self.processes.any(stopped()):
             return []
-        sizes = batch_sizes(planned, self._whole_batch())
+        sizes = batch_sizes(planned, self._whole_batch(mesh))
         failures: list[Failure] = []
         layers = [0.0, 0.0]
 
@@ -172,19 +173,19 @@ class ImageRun:
         chosen = self.processes.broadcast([request.file in missing for request in requests])
         return [request for request, wanted in zip(requests, chosen, strict=True) if wanted]
 
-    def _whole_batch(self) -> int:
+    def _whole_batch(self, mesh: str | None) -> int:
         """The batch size, rounded up to what the mesh splits evenly: the rows are computed in any case."""
-        if self._mesh is None:
+        if mesh is None:
             return self.batch_size
         from deepgen_jax.parallel.mesh import BATCH_AXES, parse_mesh
 
-        sizes = parse_mesh(self._mesh)
+        sizes = parse_mesh(mesh)
         unit = math.prod(sizes[axis] for axis in BATCH_AXES)
         return -(-self.batch_size // unit) * unit
 
-    @property
-    def _mesh(self) -> str | None:
-        return self.mesh or self.processes.mesh
+    def _mesh(self, images: int) -> str | None:
+        given = self.processes.mesh if self.mesh in (None, "auto") else self.mesh
+        return chosen_mesh(given, self.folder, self.dtype, images)
 
 
 def load_pipeline(folder: Path, dtype: str, mesh: str | None, compilation_cache: str | None) -> Callable[..., Any]:
@@ -204,6 +205,18 @@ def load_pipeline(folder: Path, dtype: str, mesh: str | None, compilation_cache:
     if sys.stderr.isatty():
         print(f"deepgen: loaded {folder} in {dtype}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     return pipe
+
+
+def chosen_mesh(mesh: str | None, folder: Path, dtype: str, images: int) -> str | None:
+    """``mesh``, or for None and "auto" the one that `deepgen_jax.inference.auto_mesh` chooses, which is printed."""
+    if mesh not in (None, "auto"):
+        return mesh
+    from deepgen_jax.inference.auto_mesh import auto_mesh
+
+    chosen = auto_mesh(folder, resolved_dtype(dtype), images)
+    if chosen is not None:
+        print(f"deepgen: mesh {chosen} (auto)", file=sys.stderr, flush=True)
+    return chosen
 
 
 def resolved_dtype(dtype: str) -> str:

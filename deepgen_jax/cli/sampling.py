@@ -97,8 +97,9 @@ class SamplingCommand(PromptArguments):
     (one prompt only), or with padding hidden."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
-    """Split the work over devices: data=8 or, where memory is short, fsdp=8 for many images, tensor=8 for each."""
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: auto)")] = None
+    """Split the work over devices: data=8 or, where memory is short, fsdp=8 for many images, tensor=8 for each. auto
+    takes all devices so, and one on CPUs."""
     compilation_cache: Annotated[LocalPath | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Where compiled programs are kept, or off; by default $DEEPGEN_CACHE_DIR or ~/.cache/deepgen-jax/xla."""
     max_image_megapixels: float = 64.0

@@ -28,8 +28,9 @@ class ServeCommand:
     """Address to listen on; 0.0.0.0 for all, with --api-keys or behind a proxy that checks access."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: one device)")] = None
-    """Split the work over devices: data=8 or fsdp=8 for many images, tensor=8 for each."""
+    mesh: Annotated[str | None, arg(metavar="AXES", help_behavior_hint="(default: auto)")] = None
+    """Split the work over devices: data=8 or fsdp=8 for many images, tensor=8 for each. auto takes all devices so, and
+    one on CPUs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
     max_batch: int = 8
@@ -64,6 +65,7 @@ class ServeCommand:
     def run(self) -> int:
         """Serves; returns the exit status."""
         require("serve", "deepgen serve")
+        from deepgen_jax.cli.image_run import chosen_mesh
         from deepgen_jax.serving import server
         from deepgen_jax.serving.app import create_app
         from deepgen_jax.serving.loading import load_engine, model_name
@@ -92,7 +94,9 @@ class ServeCommand:
             running.stop()
 
         app = create_app(
-            lambda: load_engine(folder, self.dtype, self.mesh, self.compilation_cache),
+            lambda: load_engine(
+                folder, self.dtype, chosen_mesh(self.mesh, folder, self.dtype, self.max_batch), self.compilation_cache
+            ),
             config,
             names=self.model_name,
             access_log=None if self.no_access_log else log_to_stderr,

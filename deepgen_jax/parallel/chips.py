@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,17 @@ def peak_flops(device: jax.Device) -> float | None:
     """Peak bfloat16 operations a second of a device; None if it is not known."""
     chip = find_chip(device.device_kind)
     return chip.peak_flops if chip else None
+
+
+def device_memory(devices: Sequence[jax.Device]) -> float:
+    """Bytes that programs may use on each device: the smaller of the chip's and of what JAX reports; 0 if not known."""
+    import jax
+
+    first, chip = devices[0], find_chip(devices[0].device_kind)
+    here = next((device for device in devices if device.process_index == jax.process_index()), None)
+    reported = (here.memory_stats() or {}).get("bytes_limit", 0) if here and first.platform != "cpu" else 0
+    known = [float(size) for size in (chip.memory if chip else 0.0, reported) if size]
+    return min(known, default=0.0)
 
 
 def peak_memory() -> float | None:

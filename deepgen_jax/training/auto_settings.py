@@ -19,7 +19,7 @@ import jax
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.models.stack import Remat
-from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST, Chip, find_chip
+from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST, Chip, device_memory, find_chip
 from deepgen_jax.parallel.mesh import parse_mesh, slices_of, usual_mesh
 from deepgen_jax.training.memory_model import MemoryModel, Workload, abstract_mesh
 from deepgen_jax.training.run_config import RunConfig
@@ -64,12 +64,9 @@ class Devices:
 
     @classmethod
     def of(cls, devices: Sequence[jax.Device]) -> Devices:
-        """Devices of all hosts. Memory is the smaller of the chip's and of what JAX reports."""
-        first, chip = devices[0], find_chip(devices[0].device_kind)
-        here = next((device for device in devices if device.process_index == jax.process_index()), None)
-        reported = (here.memory_stats() or {}).get("bytes_limit", 0) if here and first.platform != "cpu" else 0
-        known = [float(size) for size in (chip.memory if chip else 0.0, reported) if size]
-        return cls(first.device_kind, first.platform, len(devices), slices_of(devices), min(known, default=0.0))
+        """Devices of all hosts."""
+        first = devices[0]
+        return cls(first.device_kind, first.platform, len(devices), slices_of(devices), device_memory(devices))
 
     @property
     def chip(self) -> Chip | None:
