@@ -65,6 +65,10 @@ class Registry(Generic[T]):
         """All names, the built-in ones first."""
         return list(self._known())
 
+    def is_registered(self, name: str) -> bool:
+        """Whether a name is built in or was registered in this process; installed packages are not searched."""
+        return name in self._targets
+
     def target(self, name: str, where: str = "") -> str:
         """The ``module:Class`` or ``file.py:Class`` that a name stands for; one of these stands for itself.
 

@@ -179,13 +179,23 @@ def cache() -> Finding:
         return Finding("compilation cache", "note", f"off ({ENVIRONMENT}); every start compiles all programs")
     path = Path(choice).expanduser()
     if not path.is_dir():
-        return Finding("compilation cache", "ok", f"{path}, empty", {"folder": str(path), "bytes": 0, "programs": 0})
+        return Finding(
+            "compilation cache",
+            "ok",
+            f"{path}, empty",
+            {"folder": str(path), "bytes": 0, "programs": 0, "ready_programs": 0},
+        )
     if not os.access(path, os.W_OK):
         fix = f"set {ENVIRONMENT} to another folder"
         return Finding("compilation cache", "failed", f"{path} cannot be written; {fix}", {"folder": str(path)})
-    programs, used = len(list(path.glob("*-cache"))), disk_usage(path)
-    data = {"folder": str(path), "bytes": used, "programs": programs}
-    return Finding("compilation cache", "ok", f"{path}: {programs} programs, {size(used)}", data)
+    programs, ready, used = (
+        len(list(path.glob("*-cache"))),
+        len(list(path.glob("programs/*.program"))),
+        disk_usage(path),
+    )
+    data = {"folder": str(path), "bytes": used, "programs": programs, "ready_programs": ready}
+    text = f"{path}: {programs} programs, {ready} ready to run without tracing, {size(used)}"
+    return Finding("compilation cache", "ok", text, data)
 
 
 def extra_finding(extra: str) -> Finding:

@@ -57,6 +57,9 @@ class Acceleration:
         return values
 
 
+NO_ACCELERATION = Acceleration()
+
+
 def interval_of(values: str | Sequence[float]) -> tuple[float, float]:
     """Parses (start, stop) from "0,0.6" or two numbers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     """
     import jax
 
+    from deepgen_jax.inference.stored_programs import keep_programs
+
     choice = os.fspath(folder) if folder is not None else os.environ.get(ENVIRONMENT)
     if not choice:
         choice = jax.config.values["jax_compilation_cache_dir"] or str(DEFAULT)
@@ -36,6 +39,7 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
     # meet the wrong ones.
     if choice == "off" or (jax.process_count() > 1 and jax.default_backend() == "cpu"):
         jax.config.update("jax_enable_compilation_cache", False)
+        keep_programs(None)
         return None
     refuse_url(choice, "the folder of compiled programs")
     path = Path(choice).expanduser()
@@ -45,18 +49,36 @@ def enable_compilation_cache(folder: str | os.PathLike[str] | None = None) -> Pa
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         warn_user(f"compiled programs are not kept: {path} cannot be used ({error.strerror or error})")
+        keep_programs(None)
         return None
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     # JAX's default of one second leaves out the many small programs, which together take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    _drop_unreadable_entries()
+    _wrap_cache_reads()
+    keep_programs(path)
     return path
 
 
-def _drop_unreadable_entries() -> None:
-    """Makes JAX remove entries that it cannot read, so that they are written again.
+class CacheReads(threading.local):
+    """How the current thread reads JAX's cache.
+
+    Attributes:
+      skip: compile even what the cache holds.
+      hit: whether the last program came from the cache.
+    """
+
+    skip = False
+    hit = False
+
+
+#: An executable that came from the cache cannot be stored again on CPUs: it would lack its machine code.
+cache_reads = CacheReads()
+
+
+def _wrap_cache_reads() -> None:
+    """Makes JAX follow `cache_reads`, and remove entries that it cannot read, so that they are written again.
 
     A process that is killed while it writes leaves half an entry. JAX would warn of it at every start, compile the
     program, and keep the damaged entry, as there is one of that key.
@@ -71,8 +93,13 @@ def _drop_unreadable_entries() -> None:
         return
 
     def read_or_drop(key: str, *args: Any, **kwargs: Any) -> Any:
+        cache_reads.hit = False
+        if cache_reads.skip:
+            return None, None
         try:
-            return read(key, *args, **kwargs)
+            executable, seconds = read(key, *args, **kwargs)
+            cache_reads.hit = executable is not None
+            return executable, seconds
         except Exception as error:  # of decompression or XLA, of many types
             folder = jax.config.values["jax_compilation_cache_dir"]
             with contextlib.suppress(OSError):

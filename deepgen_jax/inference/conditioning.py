@@ -50,6 +50,17 @@ class PromptEncoder:
         with self._lock:
             return self.tokenizer(prompt, image_sizes, self.model.config.max_prompt_tokens)
 
+    def padded_length(self, prompts: Sequence[str], images: Sequence[Images | None]) -> int:
+        """Length of the condition of prompts with these pictures, think tokens included.
+
+        Args:
+          prompts: the users' words, and the negative prompts where there is guidance.
+          images: reference pictures of each prompt, repeated for the negative prompts.
+        """
+        sizes = [_sizes(refs) for refs in images]
+        longest = max(len(self.tokenize(text, sizes[row % len(sizes)]).input_ids) for row, text in enumerate(prompts))
+        return round_up(longest + self.model.config.bridge.num_queries, SEQUENCE_BUCKET)
+
     def encode_images(self, images: Images) -> tuple[jax.Array, tuple[int, ...]]:
         """VLM tokens of pictures: [M', N, hidden] (M' and N padded), and how many tokens each picture has."""
         rows = round_up(len(images), batch_size_multiple(self.mesh))

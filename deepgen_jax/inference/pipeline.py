@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import jax
@@ -17,32 +16,31 @@ from PIL import Image
 
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.images import load_image
-from deepgen_jax.data.tokens import Padding, PromptTokenizer, round_up
+from deepgen_jax.data.tokens import Padding, PromptTokenizer
 from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.samplers import get_sampler
 from deepgen_jax.inference import programs
-from deepgen_jax.inference.accelerated import start_work
-from deepgen_jax.inference.acceleration import Acceleration, interval_of
+from deepgen_jax.inference.accelerated import Work, start_work
+from deepgen_jax.inference.acceleration import NO_ACCELERATION, Acceleration, interval_of
 from deepgen_jax.inference.conditioning import PromptEncoder
 from deepgen_jax.inference.defaults import Sampling, check_acceleration, resolve_sampling, resolve_size
+from deepgen_jax.inference.denoising import Denoising, prepare
 from deepgen_jax.inference.known_words import KnownWords, read_known_words
+from deepgen_jax.inference.references import Posterior, encode_references
 from deepgen_jax.inference.requests import ImageArgument, Requests, collect
 from deepgen_jax.inference.rows import OnStep, PreviewCallback, Sampled, on_step_of, run_each_row
+from deepgen_jax.inference.stored_programs import in_background
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import make_network
 from deepgen_jax.models.packing import pack_kernels
 from deepgen_jax.models.stack import unrolls, unstack
-from deepgen_jax.models.vae import normalise, sample_posterior
+from deepgen_jax.models.vae import normalise
 from deepgen_jax.parallel.mesh import batch_sharding, batch_size_multiple, to_host
 from deepgen_jax.random_keys import Inference
 from deepgen_jax.stores.model_folder import locate
 
 OutputType = Literal["pil", "np", "latent"]
-Posterior = Literal["mean", "sample"]
-
-#: Reference tokens of the MMDiT are padded to a multiple of this.
-REFERENCE_BUCKET = 64
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ class DeepGenPipeline:
         self.tokenizer = tokenizer
         self.model = make_network(config, mesh, dtype)
         self._prompts = PromptEncoder(self.model, params, tokenizer, mesh)
+        self._prepared: set[Any] = set()
 
     @classmethod
     def from_pretrained(
@@ -176,7 +175,7 @@ class DeepGenPipeline:
         first = next((refs[0].size for refs in requests.images if refs), None)
         width, height = resolve_size(self.config, width, height, () if first is None else (first,))
         self._check_size(height, width)
-        shape = (self.config.vae.latent_channels, *(side // self.config.vae.downscale for side in (height, width)))
+        shape = self._latent_shape(height, width)
         if latents is not None:
             latents = np.asarray(latents, np.float32)
             if latents.shape != (requests.count, *shape):
@@ -186,16 +185,13 @@ class DeepGenPipeline:
         decode = output_type != "latent"
 
         def run(requests: Requests, rows: Sequence[int]) -> Sampled:
-            noise = self._initial_noise(requests, shape, None if latents is None else latents[list(rows)])
+            noise = None if latents is None else self._split(latents[list(rows)][requests.rows])
             posterior_noise = None if reference_noise is None else [reference_noise[row] for row in rows]
             references = self._references(requests, reference_posterior, posterior_noise)
-            return self._sample(
-                requests, noise, references, sampling, saving, padding, decode, on_step_of(callback, rows),
-                callback_every,
-            )  # fmt: skip
+            denoising = self._start(requests, shape, noise, references, sampling, None, saving, padding, decode)
+            return self._finish(denoising, requests.count, decode, on_step_of(callback, rows), callback_every)
 
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        if self.mesh.size == 1 and on_cpu and padding != "batch":
+        if self.images_alone and padding != "batch":
             sampled = run_each_row(run, requests)
         else:
             sampled = run(requests, range(requests.count))
@@ -205,51 +201,126 @@ class DeepGenPipeline:
             images = [Image.fromarray(array) for array in pixels] if output_type == "pil" else pixels
         return PipelineOutput(images, sampled.latents, sampled.evaluations)
 
-    def _sample(
+    @property
+    def images_alone(self) -> bool:
+        """Whether the images of a call are computed one by one: on one CPU device, where products in batches of other
+        sizes are rounded differently."""
+        return self.mesh.size == 1 and self.mesh.devices.flat[0].platform == "cpu"
+
+    def start(
+        self,
+        prompt: str | Sequence[str],
+        image: ImageArgument = None,
+        negative_prompt: str | Sequence[str | None] | None = "",
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: Sequence[float],
+        sampler: str,
+        seed: Sequence[int],
+        acceleration: Acceleration = NO_ACCELERATION,
+    ) -> Denoising:
+        """Begins to sample images as one batch; for services that interleave steps with work of their own.
+
+        Args:
+          prompt, image, negative_prompt, height, width, seed: as for :meth:`__call__`; their number must be a multiple
+            of :attr:`batch_multiple`.
+          steps, sampler: of the batch.
+          guidance: of each image; 1 for all of them or for none.
+          acceleration: of the batch.
+
+        Raises:
+          DeepGenError: as for :meth:`__call__`.
+        """
+        requests = self._requests(prompt, image, negative_prompt, seed)
+        shape = self._latent_shape(height, width)
+        references = self._references(requests, "mean", None)
+        sampling = Sampling(steps, guidance[0], sampler)
+        scales = None if len(guidance) == 1 else jnp.asarray(guidance, jnp.float32)[:, None, None]
+        return self._start(requests, shape, None, references, sampling, scales, acceleration, "reference", True)
+
+    @property
+    def batch_multiple(self) -> int:
+        """The mesh splits batches of multiples of this size evenly."""
+        return batch_size_multiple(self.mesh)
+
+    def encode_sources(self, images: Sequence[Image.Image | None], shape: tuple[int, ...]) -> jax.Array:
+        """Normalised latents [B, C, h, w] of pictures of the result's size; zeros for None."""
+        latents = np.zeros(shape, np.float32)
+        for row, image in enumerate(images):
+            if image is not None:
+                mean, _ = self.vae_encode(np.moveaxis(to_pixels(image)[None], -1, 1))
+                latents[row] = normalise(jnp.asarray(mean[0]), self.config.vae)
+        return self._split(latents)
+
+    def decode_images(self, latents: jax.Array) -> np.ndarray:
+        """Normalised latents [B, C, h, w] -> uint8 [B, H, W, 3]."""
+        return to_uint8(to_host(programs.vae_decode(self.model, self._vae, latents, one_by_one=self.mesh.size == 1)))
+
+    def _start(
         self,
         requests: Requests,
-        noise: jax.Array,
+        shape: tuple[int, int, int],
+        noise: jax.Array | None,
         references: programs.References | None,
         sampling: Sampling,
+        scales: jax.Array | np.float32 | None,
         saving: Acceleration,
         padding: Padding,
         decode: bool,
-        on_step: OnStep | None,
-        every: int,
-    ) -> Sampled:
-        """Requests, run together; without ``decode``, only to latents."""
-        guidance = None if sampling.guidance == 1.0 else jnp.float32(sampling.guidance)
-        condition = self._condition(requests, padding, guided=guidance is not None)
-        size, steps = (noise.shape[2], noise.shape[3]), sampling.steps
-        tokens = size[0] * size[1] // self.config.mmdit.patch_size**2
+    ) -> Denoising:
+        """Requests with the state before the first step; ``scales`` [B, 1, 1] replace the guidance scale."""
+        guided = sampling.guidance != 1.0
         sampler = get_sampler(sampling.sampler)
-        levels = sampler.noise_levels(self.scheduler, steps, tokens)
-        sigmas = jnp.asarray(programs.padded_sigmas(levels))
-        mmdit = {"mmdit": self.params["mmdit"]}
-        keys = None
-        if sampler.stochastic:
-            keys = programs.sample_keys(*self._seeds(requests))
-        work = None
+        sigmas = sampler.noise_levels(self.scheduler, sampling.steps, self._tokens(shape))
+        rows, work = len(requests.seeds), None
         if saving:
-            work = start_work(self.model, saving, len(noise), tokens, levels, guided=guidance is not None)
-        state = programs.start_denoising(self.model, noise, sampling.sampler, work)
-        bounds = [*range(0, steps, every if on_step else steps), steps]
-        for begin, end in pairwise(bounds):
-            state = programs.denoise_steps(
-                self.model, mmdit, state, references, condition, sigmas, guidance, np.int32(begin), np.int32(end), keys,
-                sampler=sampling.sampler, size=size,
-            )  # fmt: skip
+            work = start_work(self.model, saving, rows, self._tokens(shape), sigmas, guided)
+        if self.images_alone:
+            self._prepare(requests, shape, references, sampling.sampler, guided, work, decode)
+        if noise is None:
+            noise = programs.normal_noise(*self._seeds(requests), shape, Inference.INITIAL_NOISE)
+        condition = self._condition(requests, padding, guided)
+        keys = programs.sample_keys(*self._seeds(requests)) if sampler.stochastic else None
+        if guided and scales is None:
+            scales = np.float32(sampling.guidance)
+        return Denoising(
+            self.model, self.params, noise, references, condition, sigmas, scales if guided else None,
+            sampling.sampler, keys, work,
+        )  # fmt: skip
+
+    def _prepare(
+        self,
+        requests: Requests,
+        shape: tuple[int, int, int],
+        references: programs.References | None,
+        sampler: str,
+        guided: bool,
+        work: Work | None,
+        decode: bool,
+    ) -> None:
+        """Begins to load or compile programs that one image needs, while this thread goes on to the first of them."""
+        length = self._prompts.padded_length(requests.prompts + requests.negative_prompts * guided, requests.images)
+        rows, arrays = len(requests.seeds), (references, work)
+        settings = (rows, shape, length, str(jax.tree.map(np.shape, arrays)), sampler, guided, decode)
+        if settings not in self._prepared:
+            self._prepared.add(settings)
+            first = (self.model, self.params, rows, shape, length)
+            in_background(lambda: prepare(*first, references, sampler, guided, work, decode))
+
+    def _finish(self, denoising: Denoising, count: int, decode: bool, on_step: OnStep | None, every: int) -> Sampled:
+        """All steps; without ``decode``, only to latents. ``count`` rows are wanted."""
+        steps = len(denoising.sigmas) - 1
+        for last in [*range(every if on_step else steps, steps, every), steps]:
+            denoising.advance(last)
             if on_step is not None:
-                clean = programs.to_latents(self.model, state.clean, size)
-                on_step(end, steps, to_host(clean)[: requests.count])
-        final = programs.to_latents(self.model, state.x, size)
-        images = None
-        if decode:
-            pixels = programs.vae_decode(self.model, self._vae, final, one_by_one=self.mesh.size == 1)
-            images = to_uint8(to_host(pixels)[: requests.count])
-        done = state.cache
-        evaluations = (requests.count * float(done.done), requests.count * float(done.all)) if saving else None
-        return Sampled(images, to_host(final)[: requests.count], evaluations)
+                on_step(last, steps, to_host(denoising.clean_latents())[:count])
+        final = denoising.latents()
+        images = self.decode_images(final)[:count] if decode else None
+        work = denoising.state.cache
+        evaluations = (count * float(work.done), count * float(work.all)) if isinstance(work, Work) else None
+        return Sampled(images, to_host(final)[:count], evaluations)
 
     def tokenize(self, prompt: str, image_sizes: Sequence[tuple[int, int]] | None = None) -> dict[str, np.ndarray]:
         """Tokens of one plain prompt text, the template applied inside.
@@ -356,6 +427,14 @@ class DeepGenPipeline:
         seeds, indices = (self._split(np.asarray(x, np.uint32)) for x in (requests.seeds, requests.indices))
         return seeds, indices
 
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        vae = self.config.vae
+        return vae.latent_channels, height // vae.downscale, width // vae.downscale
+
+    def _tokens(self, shape: tuple[int, int, int]) -> int:
+        """MMDiT tokens of latents [C, h, w]."""
+        return shape[1] * shape[2] // self.config.mmdit.patch_size**2
+
     def _check_size(self, height: int, width: int) -> None:
         unit = self.config.image_multiple
         if height % unit or width % unit or height < unit or width < unit:
@@ -388,13 +467,6 @@ class DeepGenPipeline:
         images = [None if refs is None else [rgb[id(image)] for image in refs] for refs in requests.images]
         return replace(requests, images=images).padded(batch_size_multiple(self.mesh))
 
-    def _initial_noise(
-        self, requests: Requests, shape: tuple[int, ...], latents: np.ndarray | jax.Array | None
-    ) -> jax.Array:
-        if latents is None:
-            return programs.normal_noise(*self._seeds(requests), shape, Inference.INITIAL_NOISE)
-        return self._split(np.asarray(latents)[requests.rows])
-
     def _condition(self, requests: Requests, padding: Padding, guided: bool) -> programs.Condition:
         """Condition of the batch; with guidance prompt and negative prompt of each sample side by side."""
         if not guided:
@@ -408,45 +480,4 @@ class DeepGenPipeline:
     def _references(
         self, requests: Requests, posterior: Posterior, noise: Sequence[Sequence[np.ndarray]] | None
     ) -> programs.References | None:
-        """Reference latents of the batch as padded MMDiT tokens."""
-        if posterior not in ("mean", "sample"):
-            raise DeepGenError(f"reference_posterior is {posterior!r}; choose mean or sample")
-        if not any(requests.images):
-            return None
-        moments: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        latents: list[list[np.ndarray]] = []
-        for i, refs in enumerate(requests.images):
-            row: list[np.ndarray] = []
-            for j, image in enumerate(refs or ()):
-                if id(image) not in moments:
-                    mean, logvar = self.vae_encode(np.moveaxis(to_pixels(image)[None], -1, 1))
-                    moments[id(image)] = (mean[0], logvar[0])
-                z, logvar = moments[id(image)]
-                if posterior == "sample":
-                    eps = (
-                        self._posterior_noise(requests, i, j, z.shape) if noise is None else noise[requests.rows[i]][j]
-                    )
-                    z = np.asarray(sample_posterior(jnp.asarray(z), jnp.asarray(logvar), jnp.asarray(eps)))
-                row.append(np.asarray(normalise(jnp.asarray(z), self.config.vae)))
-            latents.append(row)
-        config = self.config.mmdit
-        tokens = max(sum(z[0].size // config.patch_size**2 for z in row) for row in latents)
-        empty = [np.zeros((config.in_channels, 0, 0), np.float32)] * len(latents)
-        packed = grids.pack(
-            empty,
-            latents,
-            patch_size=config.patch_size,
-            max_size=config.pos_embed_max_size,
-            reference_tokens=round_up(tokens, REFERENCE_BUCKET),
-        )
-        padded = not packed.patch_mask.all()
-        return programs.References(
-            self._split(packed.patches),
-            self._split(packed.position_ids),
-            self._split(packed.patch_mask) if padded else None,
-        )
-
-    def _posterior_noise(self, requests: Requests, row: int, column: int, shape: tuple[int, ...]) -> np.ndarray:
-        seed, index = (np.asarray([x[row]], np.uint32) for x in (requests.seeds, requests.indices))
-        purpose = Inference.REFERENCE_POSTERIOR + column
-        return np.asarray(programs.normal_noise(seed, index, shape, purpose)[0])
+        return encode_references(requests, posterior, noise, self.config, self.vae_encode, self._split)

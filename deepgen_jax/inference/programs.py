@@ -6,6 +6,7 @@ invisible to the result.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepgen_jax.flow import samplers
+from deepgen_jax.flow.samplers.registered import canonical_name
 from deepgen_jax.inference.accelerated import Work, accelerated_velocity
 from deepgen_jax.inference.guidance import Condition, guided_velocity
+from deepgen_jax.inference.stored_programs import stored_jit
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.vae import denormalise
@@ -37,7 +40,7 @@ def _apply(model: DeepGen, method: str, params: Params, *args: Any, **kwargs: An
     return model.apply({"params": params}, *args, method=method, **kwargs)
 
 
-@partial(jax.jit, static_argnames=("shape", "purpose"))
+@partial(stored_jit, static_argnames=("shape", "purpose"))
 def normal_noise(seeds: jax.Array, indices: jax.Array, shape: tuple[int, ...], purpose: int) -> jax.Array:
     """Standard normal noise [B, *shape], each sample's from its own (seed, index) and one purpose of `Inference`."""
 
@@ -51,25 +54,25 @@ def _key(seed: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), purpose)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(stored_jit, static_argnames=("model",))
 def encode_images(model: DeepGen, params: Params, *batch: jax.Array) -> jax.Array:
     """Padded image patches -> VLM tokens [M, N / 4, hidden]; see ``DeepGen.encode_images``."""
     return _apply(model, "encode_images", params, *batch)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(stored_jit, static_argnames=("model",))
 def hidden_states(model: DeepGen, params: Params, *batch: jax.Array | None) -> jax.Array:
     """Selected hidden states [n, B, L, hidden]; see ``DeepGen.hidden_states``."""
     return _apply(model, "hidden_states", params, *batch)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(stored_jit, static_argnames=("model",))
 def condition(model: DeepGen, params: Params, *batch: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Padded prompts -> pooled and sequence; see ``DeepGen.condition``."""
     return _apply(model, "condition", params, *batch)
 
 
-@partial(jax.jit, static_argnames=("model", "num_targets"))
+@partial(stored_jit, static_argnames=("model", "num_targets"))
 def velocity(model: DeepGen, params: Params, *batch: jax.Array | None, num_targets: int) -> jax.Array:
     """Velocity of packed samples; see ``DeepGen.velocity``."""
     return _apply(model, "velocity", params, *batch, num_targets=num_targets)
@@ -110,13 +113,18 @@ def denoise(
     return to_latents(model, samplers.sample(sampler, velocity, x, sigmas), size)
 
 
-@partial(jax.jit, static_argnames=("model", "sampler"))
+def _known_sampler(static: Mapping[str, Any]) -> bool:
+    """Whether the sampler is part of this package, whose sources are in the key of stored programs."""
+    return samplers.SAMPLERS.target(canonical_name(static["sampler"])).startswith("deepgen_jax.")
+
+
+@partial(stored_jit, static_argnames=("model", "sampler"), keep=_known_sampler)
 def start_denoising(model: DeepGen, noise: jax.Array, sampler: str, work: Work | None = None) -> samplers.State:
     """State before the first step from initial latents [B, C, h, w]; ``work`` where steps are accelerated."""
     return samplers.start(sampler, grids.patchify(noise, model.config.mmdit.patch_size), () if work is None else work)
 
 
-@partial(device_jit, static_argnames=("model", "sampler", "size"))
+@partial(stored_jit, static_argnames=("model", "sampler", "size"), large=True, keep=_known_sampler)
 def denoise_steps(
     model: DeepGen,
     params: Params,
@@ -154,13 +162,13 @@ def denoise_steps(
     return samplers.advance(sampler, velocity, state, sigmas, first, last, noise_fn)
 
 
-@partial(jax.jit, static_argnames=("model", "size"))
+@partial(stored_jit, static_argnames=("model", "size"))
 def to_latents(model: DeepGen, tokens: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Tokens [..., T, D] -> latents [..., C, h, w]."""
     return grids.unpatchify(tokens, *size, model.config.mmdit.patch_size, model.config.mmdit.out_channels)
 
 
-@jax.jit
+@stored_jit
 def sample_keys(seeds: jax.Array, indices: jax.Array) -> jax.Array:
     """Keys [B] of the noise that stochastic samplers add, each depending only on the sample's (seed, index)."""
     return jax.vmap(lambda seed, index: _key(seed, index, Inference.STEP_NOISE))(seeds, indices)
@@ -234,13 +242,13 @@ def _with_references(x: jax.Array, references: References | None) -> jax.Array:
     return x if references is None else jnp.concatenate([x, references.patches.astype(x.dtype)], axis=1)
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(stored_jit, static_argnames=("model",))
 def vae_encode(model: DeepGen, params: Params, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pixels [B, H, W, 3] -> posterior mean and log variance [B, h, w, C]."""
     return _apply(model, "vae_encode", params, pixels)
 
 
-@partial(jax.jit, static_argnames=("model", "one_by_one"))
+@partial(stored_jit, static_argnames=("model", "one_by_one"))
 def vae_decode(model: DeepGen, params: Params, latents: jax.Array, one_by_one: bool) -> jax.Array:
     """Normalised latents [B, C, h, w] -> float32 pixels [B, H, W, 3].
 

@@ -45,6 +45,10 @@ class device_jit:
         """Runs the program."""
         return self._jitted(*args, **kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """The traced program for arguments or their shapes."""
+        return self._jitted.trace(*args, **kwargs)
+
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """The lowered program for arguments or their shapes."""
         return self._jitted.lower(*args, **kwargs)

@@ -7,22 +7,18 @@ import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.data.tokens import round_up
-from deepgen_jax.data.vision_inputs import to_pixels, to_uint8
-from deepgen_jax.flow.samplers import SAMPLERS, get_sampler
-from deepgen_jax.inference import programs
+from deepgen_jax.flow.samplers import SAMPLERS
+from deepgen_jax.inference.acceleration import NO_ACCELERATION, Acceleration
 from deepgen_jax.inference.conditioning import SEQUENCE_BUCKET
 from deepgen_jax.inference.pipeline import DeepGenPipeline
-from deepgen_jax.models.vae import normalise
-from deepgen_jax.parallel.mesh import batch_size_multiple, to_host
 from deepgen_jax.serving import blending
 from deepgen_jax.serving.jobs import Checked, EngineInfo, Job, OnPhase, OnPreview
 
@@ -52,10 +48,18 @@ class PipelineEngine:
     products round differently in batches of other sizes, and a single image leaves part of the cores idle.
     """
 
-    def __init__(self, pipe: DeepGenPipeline, name: str) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: DeepGenPipeline, name: str, acceleration: Acceleration = NO_ACCELERATION) -> None:
+        """Takes a pipeline.
+
+        Args:
+          pipe: the pipeline.
+          name: of the model.
+          acceleration: of all images. Images computed together would share a cache's decisions, so that with a cache
+            each is computed by itself on any device.
+        """
+        self._pipe, self._acceleration = pipe, acceleration
         self.info = engine_info(pipe.config, name)
-        self._by_row = pipe.mesh.size == 1 and pipe.mesh.devices.flat[0].platform == "cpu"
+        self._by_row = pipe.images_alone
         self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "image") if self._by_row else None
         self._compiled: set[Hashable] = set()
 
@@ -75,16 +79,13 @@ class PipelineEngine:
         return Checked(bucket, lengths[0] - image_tokens, image_tokens, job.width * job.height // cell**2)
 
     def run(self, jobs: Sequence[Job], rows: int, on_preview: OnPreview, on_phase: OnPhase) -> list[np.ndarray]:
+        if self._pool is None and self._acceleration.cache is not None:
+            return [self._alone(jobs, place, rows, on_preview, on_phase) for place in range(len(jobs))]
         if self._pool is None:
             padded = [*jobs, *[replace(jobs[-1], previews=0)] * (rows - len(jobs))]
             return self._run_together(padded, on_preview, on_phase)[: len(jobs)]
 
-        def alone(place: int) -> np.ndarray:
-            def preview(_: int, index: int, image: np.ndarray) -> None:
-                on_preview(place, index, image)
-
-            return self._run_together([jobs[place]], preview, on_phase)[0]
-
+        alone = partial(self._alone, jobs, rows=1, on_preview=on_preview, on_phase=on_phase)
         bucket = (self.check(jobs[0]).bucket, any(job.mask is not None for job in jobs))
         done: list[np.ndarray] = []
         if bucket not in self._compiled:
@@ -96,7 +97,9 @@ class PipelineEngine:
     def row_sizes(self, max_batch: int) -> tuple[int, ...]:
         if self._by_row:
             return tuple(range(1, max_batch + 1))
-        unit = batch_size_multiple(self._pipe.mesh)
+        unit = self._pipe.batch_multiple
+        if self._acceleration.cache is not None:
+            return (unit,)
         sizes = {round_up(min(2**power, max_batch), unit) for power in range(max_batch.bit_length() + 1)}
         return tuple(sorted(sizes))
 
@@ -110,68 +113,62 @@ class PipelineEngine:
         edit = replace(generation, kind="edit", images=(blank,), source=blank)
         return [generation, edit, replace(edit, mask=np.ones((info.side, info.side), np.bool_))]
 
+    def _alone(
+        self, jobs: Sequence[Job], place: int, rows: int, on_preview: OnPreview, on_phase: OnPhase
+    ) -> np.ndarray:
+        """The image of one job of a batch, computed by itself, in ``rows`` copies."""
+
+        def preview(row: int, index: int, image: np.ndarray) -> None:
+            if row == 0:
+                on_preview(place, index, image)
+
+        copies = [replace(jobs[place], previews=0)] * (rows - 1)
+        return self._run_together([jobs[place], *copies], preview, on_phase)[0]
+
     def _run_together(self, jobs: Sequence[Job], on_preview: OnPreview, on_phase: OnPhase) -> list[np.ndarray]:
         """Images of a batch of one bucket, computed together."""
         pipe, config, first = self._pipe, self._pipe.config, jobs[0]
         clock = _Clock(on_phase)
         # A copy each: a picture that rows share is encoded once, and the programs' shapes would follow how many do.
         pictures = [[image.copy() for image in job.images] for job in jobs]
-        requests = pipe._requests(
+        run = pipe.start(
             [job.prompt for job in jobs],
             pictures if first.images else None,
             [job.negative_prompt for job in jobs],
-            [job.seed for job in jobs],
+            height=first.height,
+            width=first.width,
+            steps=first.steps,
+            guidance=[job.guidance for job in jobs],
+            sampler=first.sampler,
+            seed=[job.seed for job in jobs],
+            acceleration=self._acceleration,
         )
-        size = (first.height // config.vae.downscale, first.width // config.vae.downscale)
-        noise = pipe._initial_noise(requests, (config.vae.latent_channels, *size), None)
-        guidance = None
-        if first.guidance != 1:
-            scales = [job.guidance for job in jobs]
-            guidance = jnp.float32(scales[0]) if len(jobs) == 1 else jnp.asarray(scales, jnp.float32)[:, None, None]
-        condition = pipe._condition(requests, "reference", guided=guidance is not None)
-        references = pipe._references(requests, "mean", None)
-        sampler, tokens = get_sampler(first.sampler), size[0] * size[1] // config.mmdit.patch_size**2
-        sigmas = sampler.noise_levels(pipe.scheduler, first.steps, tokens)
-        keys = programs.sample_keys(*pipe._seeds(requests)) if sampler.stochastic else None
         masks = blending.latent_masks(jobs, config.vae.downscale)
-        source = self._encode(jobs, noise.shape) if masks is not None or first.first_step else noise
-        sample = blending.noised(source, noise, sigmas[first.first_step]) if first.first_step else noise
-        state = programs.start_denoising(pipe.model, sample, first.sampler)
-        clock.tick("condition", condition.sequence)
+        source = run.noise
+        if masks is not None or first.first_step:
+            source = pipe.encode_sources([job.source for job in jobs], run.noise.shape)
+        if first.first_step:
+            sample = blending.noised(source, run.noise, run.sigmas[first.first_step])
+            run.restart(sample, first.first_step)
+        clock.tick("condition", run.condition.sequence)
 
         previews = [job.preview_steps() for job in jobs]
         stops = set(range(first.first_step, first.steps)) if masks is not None else set().union(*previews)
-        levels, mmdit = jnp.asarray(programs.padded_sigmas(sigmas)), {"mmdit": pipe.params["mmdit"]}
-        for begin, end in pairwise(sorted(stops | {first.first_step, first.steps})):
-            state = programs.denoise_steps(
-                pipe.model, mmdit, state, references, condition, levels, guidance, np.int32(begin), np.int32(end), keys,
-                sampler=first.sampler, size=size,
-            )  # fmt: skip
+        for end in sorted((stops | {first.steps}) - {first.first_step}):
+            run.advance(end)
             if masks is not None:
-                state = blending.keep_outside(state, masks, source, noise, sigmas[end], config.mmdit.patch_size)
+                run.state = blending.keep_outside(
+                    run.state, masks, source, run.noise, run.sigmas[end], config.mmdit.patch_size
+                )
             for row, due in enumerate(previews):
                 if end in due:
-                    clean = programs.to_latents(pipe.model, state.clean[row : row + 1], size)
-                    on_preview(row, due[end], blending.composite(self._decode(clean)[0], jobs[row]))
-        final = programs.to_latents(pipe.model, state.x, size)
+                    image = pipe.decode_images(run.clean_latents(row))[0]
+                    on_preview(row, due[end], blending.composite(image, jobs[row]))
+        final = run.latents()
         clock.tick("denoise", final)
-        images = self._decode(final)
+        images = pipe.decode_images(final)
         clock.tick("decode", None)
         return [blending.composite(image, job) for image, job in zip(images, jobs, strict=False)]
-
-    def _encode(self, jobs: Sequence[Job], shape: tuple[int, ...]) -> jax.Array:
-        """Latents of the sources [B, C, h, w], normalised; zeros for jobs without one."""
-        latents = np.zeros(shape, np.float32)
-        for row, job in enumerate(jobs):
-            if job.source is not None:
-                mean, _ = self._pipe.vae_encode(np.moveaxis(to_pixels(job.source)[None], -1, 1))
-                latents[row] = normalise(jnp.asarray(mean[0]), self._pipe.config.vae)
-        return self._pipe._split(latents)
-
-    def _decode(self, latents: jax.Array) -> np.ndarray:
-        """Latents [B, C, h, w] -> uint8 [B, H, W, 3]."""
-        pipe = self._pipe
-        return to_uint8(to_host(programs.vae_decode(pipe.model, pipe._vae, latents, one_by_one=pipe.mesh.size == 1)))
 
 
 class _Clock:

@@ -36,10 +36,10 @@ def get_sampler(name: str) -> Sampler:
 
 def canonical_name(name: str) -> str:
     """The registered name that ``name`` spells, apart from case, spaces, "-" and "_"; otherwise ``name`` itself."""
-    spelled = {_letters(known): known for known in SAMPLERS.names()}
-    return name if ":" in name else spelled.get(_letters(name), name)
+    if ":" in name or SAMPLERS.is_registered(name):
+        return name
+    return {_letters(known): known for known in SAMPLERS.names()}.get(_letters(name), name)
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower().replace("++", "pp")))
-
