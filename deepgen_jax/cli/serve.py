@@ -11,6 +11,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 from deepgen_jax.cli.extras import require
 from deepgen_jax.cli.stopping import Terminated
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.acceleration import Acceleration, interval_of
+from deepgen_jax.inference.defaults import check_acceleration
 from deepgen_jax.stores.model_folder import locate, read_manifest
 
 
@@ -33,6 +35,13 @@ class ServeCommand:
     one on CPUs."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights and computation; auto is float32 on CPU and bfloat16 elsewhere."""
+    cache: Annotated[float | None, arg(metavar="THRESHOLD", help_behavior_hint="(default: off)")] = None
+    """Skip the MMDiT's later layers in steps where its first layer changes by less than this share, such as 0.08;
+    images are then computed one by one, as those of a batch would share decisions."""
+    taylor: bool = False
+    """With --cache: extrapolate skipped layers from the last two evaluations instead of repeating them."""
+    guidance_interval: Annotated[str | None, arg(metavar="START,STOP", help_behavior_hint="(default: all)")] = None
+    """Guide only in this part of the steps, such as 0,0.6 for the first three fifths."""
     max_batch: int = 8
     """Most images computed at once."""
     batch_window_ms: float = 5.0
@@ -68,12 +77,15 @@ class ServeCommand:
         from deepgen_jax.cli.image_run import chosen_mesh
         from deepgen_jax.serving import server
         from deepgen_jax.serving.app import create_app
+        from deepgen_jax.serving.engine import PipelineEngine
         from deepgen_jax.serving.loading import load_engine, model_name
         from deepgen_jax.serving.middleware import log_to_stderr
         from deepgen_jax.serving.settings import ServeConfig
 
+        interval = None if self.guidance_interval is None else interval_of(self.guidance_interval)
+        acceleration = Acceleration(self.cache, self.taylor, interval)
         folder = locate(self.model)
-        read_manifest(folder)
+        check_acceleration(read_manifest(folder).config, acceleration)
         config = ServeConfig(
             max_batch=self.max_batch,
             batch_window=self.batch_window_ms / 1000,
@@ -93,10 +105,12 @@ class ServeCommand:
             failures.append(error)
             running.stop()
 
+        def load() -> PipelineEngine:
+            mesh = chosen_mesh(self.mesh, folder, self.dtype, self.max_batch)
+            return load_engine(folder, self.dtype, mesh, self.compilation_cache, acceleration)
+
         app = create_app(
-            lambda: load_engine(
-                folder, self.dtype, chosen_mesh(self.mesh, folder, self.dtype, self.max_batch), self.compilation_cache
-            ),
+            load,
             config,
             names=self.model_name,
             access_log=None if self.no_access_log else log_to_stderr,

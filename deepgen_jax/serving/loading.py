@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepgen_jax.errors import DeepGenError, is_out_of_memory
+from deepgen_jax.inference.acceleration import NO_ACCELERATION, Acceleration
 from deepgen_jax.serving.engine import PipelineEngine
 
 
@@ -14,7 +15,11 @@ def model_name(folder: Path) -> str:
 
 
 def load_engine(
-    folder: Path, dtype: str = "auto", mesh: str | None = None, compilation_cache: str | None = None
+    folder: Path,
+    dtype: str = "auto",
+    mesh: str | None = None,
+    compilation_cache: str | None = None,
+    acceleration: Acceleration = NO_ACCELERATION,
 ) -> PipelineEngine:
     """Loads a model folder, with compiled programs kept on disk.
 
@@ -22,6 +27,7 @@ def load_engine(
       dtype: "float32", "bfloat16", or "auto": float32 on CPU, bfloat16 elsewhere.
       mesh: sizes of its axes, such as "fsdp=8"; None for one device.
       compilation_cache: folder of compiled programs, "off", or None for the usual one.
+      acceleration: of all images.
 
     Raises:
       DeepGenError: not a model folder, damaged weights, an unusable mesh, or out of memory.
@@ -35,7 +41,8 @@ def load_engine(
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     try:
-        return PipelineEngine(DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh), model_name(folder))
+        pipe = DeepGenPipeline.from_pretrained(folder, dtype=dtype, mesh=mesh)
+        return PipelineEngine(pipe, model_name(folder), acceleration)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

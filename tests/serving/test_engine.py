@@ -10,6 +10,7 @@ from PIL import Image
 from support.services import noise
 
 from deepgen_jax import DeepGenPipeline
+from deepgen_jax.inference.acceleration import Acceleration
 from deepgen_jax.serving.blending import latent_mask
 from deepgen_jax.serving.engine import PipelineEngine
 from deepgen_jax.serving.jobs import Job
@@ -149,3 +150,22 @@ def test_together_as_on_an_accelerator(pipe, engine, monkeypatch):
 def test_usual_jobs_are_accepted(engine):
     for job in engine.usual_jobs():
         engine.check(job)
+
+
+def test_acceleration_is_that_of_the_pipeline_and_never_sees_the_batch(pipe, monkeypatch):
+    """Images computed together would share the cache's decisions."""
+    accelerated = PipelineEngine(pipe, "tiny", Acceleration(0.5, False, (0.0, 0.5)))
+    jobs = [replace(FOX, prompt=prompt, guidance=4.0, steps=6) for prompt in ("a red fox", "two dogs", "x")]
+    wanted = [
+        pipe(
+            job.prompt, height=64, width=64, num_inference_steps=6, guidance_scale=4.0, seed=[3], output_type="np",
+            cache=0.5, guidance_interval=(0.0, 0.5),
+        ).images[0]
+        for job in jobs
+    ]  # fmt: skip
+    assert any((image != by_pipeline(pipe, job)).any() for image, job in zip(wanted, jobs, strict=True))
+    np.testing.assert_array_equal(run(accelerated, jobs)[0], wanted)
+    monkeypatch.setattr(accelerated, "_pool", None)
+    monkeypatch.setattr(accelerated, "_by_row", False)
+    assert accelerated.row_sizes(8) == (1,)
+    np.testing.assert_array_equal(run(accelerated, jobs, rows=1)[0], wanted)
