@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from support.fake_engine import FakeEngine, image_of
 from support.services import noise, png, wait_until
 
+from deepgen_jax import DeepGenPipeline
 from deepgen_jax.cli.main import main
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.serving.client import ServiceClient
@@ -149,7 +157,7 @@ def test_old_images_leave_the_history(tmp_path):
         history.add("../x", Image.new("RGB", (8, 8)), FOX)
 
 
-@pytest.mark.parametrize("prompt", ["it's \"quoted\" $HOME `x`", "-dash", "two\nlines"])
+@pytest.mark.parametrize("prompt", ['it\'s "quoted" $HOME `x`', "-dash", "two\nlines"])
 def test_commands_survive_a_shell(prompt, tmp_path):
     settings = Settings(prompt, "dark", 1, 64, 64, 4, 3.5, "euler", 0.5, ("a b.png",), "m.png")
     words = shlex.split(command_of(settings, lambda name: tmp_path / name, None, "http://x"))
@@ -187,6 +195,68 @@ def test_the_client_names_what_is_wrong(start):
 def test_options_that_are_refused(words, message, capsys):
     assert main(["demo", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def command(*words: str, ready: str, environment: dict[str, str]) -> Iterator[re.Match[str]]:
+    """Runs ``deepgen`` until its output has a match of ``ready``, which is yielded."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "deepgen_jax.cli.main", *words], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline()]
+            while not (found := re.search(ready, lines[-1])):
+                assert lines[-1], f"{words} ended: {lines}"
+                lines.append(process.stdout.readline())
+            yield found
+        finally:
+            process.terminate()
+            process.communicate(timeout=120)
+
+
+@pytest.mark.slow
+def test_the_commands_serve_and_demo_together(tmp_path):
+    """A page of ``deepgen demo --server`` generates and edits with the model of a running ``deepgen serve``."""
+    client = pytest.importorskip("gradio_client")
+    keys = tmp_path / "keys.txt"
+    keys.write_text("secret\n")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
+    serve = ("serve", "nano", "--port", "0", "--api-keys", str(keys))
+    demo = ("--api-key-file", str(keys), "--port", "0", "--history", str(tmp_path / "history"))
+    values = dict(
+        session="", negative="", seed=7, fixed=True, width=96, height=96, count=1, steps=4, guidance=1,
+        sampler="euler", picture=None, more=[], strength=1, api_name="/_run",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(contextlib.ExitStack())
+        url = server.enter_context(command(*serve, ready=r"http://\S+", environment=environment))[0]
+        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, 600)
+        page = ("demo", "--server", url, *demo)
+        where = stack.enter_context(command(*page, ready=r"open (http://\S+)", environment=environment))[1]
+        browser = client.Client(where, verbose=False, httpx_kwargs={"timeout": 600})
+        status, image, _, _, text, history, seed = browser.predict(prompt="a small red circle", **values)
+        assert (status[:14], seed, len(history)) == ("96x96 · seed 7", 7, 1)
+        assert text.startswith(f"curl {url}/v1/images/generations ")
+        made = np.asarray(Image.open(image).convert("RGB"))
+        pipe = DeepGenPipeline.from_pretrained("nano")
+        np.testing.assert_array_equal(made, pipe("a small red circle", seed=[7], output_type="np").images[0])
+
+        layer = np.zeros((96, 96, 4), np.uint8)
+        layer[8:40, 16:48] = (255, 59, 48, 255)
+        Image.fromarray(layer).save(tmp_path / "mask.png")
+        browser.predict(api_name="/lambda_1")  # opens the tab for edits
+        picture = {"background": client.handle_file(image), "layers": [client.handle_file(str(tmp_path / "mask.png"))]}
+        edit = {**values, "picture": {**picture, "composite": None}}
+        _, image, _, _, text, history, _ = browser.predict(prompt="add a small red circle", **edit)
+        edited, painted = np.asarray(Image.open(image).convert("RGB")), layer[..., 3] > 0
+        np.testing.assert_array_equal(edited[~painted], made[~painted])
+        assert (edited[painted] != made[painted]).any()
+        assert (len(history), text.count("=@")) == (2, 2)
+
+        server.close()
+        with pytest.raises(Exception, match=f"{url} does not answer"):
+            browser.predict(prompt="a small red circle", **edit)
 
 
 @pytest.fixture
