@@ -67,13 +67,13 @@ class Size(NamedTuple):
 SIZES: Mapping[str, Size] = {
     "full": Size(
         "full", 512, (1, 8), 50, 100,
-        ("accumulation=3", "data.micro_batch=8"),
+        ("gather_frozen=false", "accumulation=3", "data.micro_batch=8"),
         ("prompts_per_step=4", "rollout.steps=10", "policy.micro_batch=8", "rollout.micro_batch=8",
          "data.micro_batch=8"),
     ),
     "tiny": Size(
         "tiny", 64, (1, 2), 2, 20,
-        ("accumulation=3", "data.micro_batch=2", "data.image_size=64", "data.token_multiple=64"),
+        ("gather_frozen=false", "accumulation=3", "data.micro_batch=2", "data.image_size=64", "data.token_multiple=64"),
         ("prompts_per_step=1", "rollout.steps=2", "rollout.size=64", "policy.micro_batch=8", "rollout.micro_batch=8",
          "data.micro_batch=2", "data.image_size=64", "data.token_multiple=64"),
     ),
@@ -204,7 +204,7 @@ def update(size: Size, say: Say) -> None:
 
 
 def _train(config_name: str, program: str, size: Size, words: tuple[str, ...], say: Say) -> None:
-    config = settings.apply(config_files.load_config(config_name), [*words, f"dtype={_dtype()}"])
+    config = settings.apply(config_files.load_config(config_name), [*words, "remat=full", f"dtype={_dtype()}"])
     run = AbstractRun(config, PRESETS[size.preset], make_mesh(None), size.prompt_tokens)
     made = stage_class(config).abstract_programs[program].make(run)
     say(program, batch=made.batch, unit=made.unit, **_timed(made, donates=True))

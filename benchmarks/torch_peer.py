@@ -131,6 +131,7 @@ def mmdit(config: MMDiTConfig) -> Any:
     from diffusers import SD3Transformer2DModel
 
     names = dataclasses.asdict(config)
+    del names["estimates"]  # a distilled model's
     names["attention_head_dim"], names["num_attention_heads"] = names.pop("head_dim"), names.pop("num_heads")
     return SD3Transformer2DModel(**names, qk_norm="rms_norm")
 

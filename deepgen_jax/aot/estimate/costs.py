@@ -103,6 +103,8 @@ def eight_bit_operations(module: Module, computation: Computation, instruction: 
     """Operations of an instruction, and of the computations in it, whose operands both have 8 bits: type -> number."""
     found: dict[str, int] = {}
     for owner, one, count in _products(module, computation, instruction):
+        if one.opcode not in ("dot", "convolution") and not one.attribute(r'custom_call_target="(__cublas)'):
+            continue  # Other kernels read small integers that they do not multiply.
         types = {arrays[0].dtype for arrays in owner.arrays(one)[:2] if arrays}
         if len(types) == 1 and (kind := types.pop()) in EIGHT_BIT:
             found[kind] = found.get(kind, 0) + count
