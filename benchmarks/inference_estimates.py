@@ -104,25 +104,25 @@ def row_of(words: Sequence[str], report: dict[str, Any]) -> Row:
 
 
 def image_table(rows: Sequence[Row]) -> str:
-    """The table of images; a row without all of its programs says so."""
+    """The table of images; programs without a row are "not compiled"."""
     known = {row["command"]: row for row in rows}
     lines = [
         "| device | weights | images | evaluations | GiB | prompts | sampler | decoder | seconds an image |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for image in images():
-        found = [known.get(command(image.words(program))) for program in _PROGRAMS]
-        start = f"| {_TOPOLOGIES[image.topology]} | {image.weights} | {image.batch} | {image.steps} |"
-        parts = [row for row in found if row is not None and "seconds" in row]
-        if len(parts) < len(_PROGRAMS):
-            lines.append(f"{start} not compiled | | | | |")
-            continue
-        seconds = [row["seconds"] for row in parts]
-        # Weights of all parts stay on the device; the programs run one after another.
-        needed = parts[1]["weights_gib"] + max(row["work_gib"] for row in parts)
-        times = " | ".join(f"{value:.3f}" for value in seconds)
-        memory = f"{needed:.1f} of {parts[1]['limit_gib']}"
-        lines.append(f"{start} {memory} | {times} | {sum(seconds) / image.batch:.3f} |")
+        found = [known.get(command(image.words(program)), {}) for program in _PROGRAMS]
+        seconds = [row.get("seconds") for row in found]
+        times = ["not compiled" if value is None else f"{value:.3f}" for value in seconds]
+        memory = total = ""
+        if found[1]:
+            # Weights of all parts stay on the device; the programs run one after another.
+            needed = found[1]["weights_gib"] + max(row.get("work_gib", 0.0) for row in found)
+            memory = f"{needed:.1f} of {found[1]['limit_gib']}"
+        if None not in seconds:
+            total = f"{sum(filter(None, seconds)) / image.batch:.3f}"
+        where = (_TOPOLOGIES[image.topology], image.weights, image.batch, image.steps)
+        lines.append(f"| {' | '.join(map(str, where))} | {memory} | {' | '.join(times)} | {total} |")
     return "\n".join(lines)
 
 

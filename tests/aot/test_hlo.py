@@ -580,3 +580,41 @@ ENTRY %main (all: f32[13,8,16], layer: s32[], weights: f32[16,32], new: f32[8,16
     assert costs.memory_bytes(module, main, main.by_name["read"]) == row + index + 4 * 16 * 32 + 4 * 8 * 32
     # The new row is read and written; the others stay where they are.
     assert costs.memory_bytes(module, main, main.by_name["stored"]) == 2 * row + index
+
+
+def test_a_slice_of_a_stack_in_another_layout_is_a_slice():
+    """TPU programs change the tiling of a stack of 8-bit weights within the fusion of the product of a layer."""
+    text = """\
+%relaid (s: s8[10,64,32]) -> s8[10,64,32] {
+  %s = s8[10,64,32]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[10,64,32]{2,1,0:T(8,128)(4,1)} copy(%s)
+}
+
+%layer (s: s8[10,64,32], i: s32[]) -> s8[64,32] {
+  %s = s8[10,64,32] parameter(0)
+  %f = s8[10,64,32] fusion(%s), kind=kLoop, calls=%relaid
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = s8[1,64,32] dynamic-slice(%f, %i, %z, %z), dynamic_slice_sizes={1,64,32}
+  ROOT %b = s8[64,32] bitcast(%d)
+}
+
+%product (x: s8[16,64], s: s8[10,64,32], i: s32[]) -> s32[16,32] {
+  %x = s8[16,64] parameter(0)
+  %s = s8[10,64,32] parameter(1)
+  %i = s32[] parameter(2)
+  %w = s8[64,32] fusion(%s, %i), kind=kLoop, calls=%layer
+  ROOT %y = s32[16,32] convolution(%x, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: s8[16,64], s: s8[10,64,32], i: s32[]) -> s32[16,32] {
+  %x = s8[16,64] parameter(0)
+  %s = s8[10,64,32] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = s32[16,32] fusion(%x, %s, %i), kind=kOutput, calls=%product
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    assert costs.memory_bytes(module, main, main.root) == 16 * 64 + 64 * 32 + 4 + 4 * 16 * 32
+    assert costs.eight_bit_operations(module, main, main.root) == {"s8": 2 * 16 * 64 * 32}

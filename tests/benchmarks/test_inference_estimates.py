@@ -59,9 +59,10 @@ def test_an_image_takes_its_three_programs():
          "seconds": seconds}
         for program, work, seconds in (("prompts", 0.5, 0.008), ("inference", 0.25, 0.08), ("decoder", 2.0, 0.04))
     ]  # fmt: skip
-    (line,) = [line for line in estimates.image_table(rows).splitlines() if "not compiled" not in line][2:]
+    (line,) = [line for line in estimates.image_table(rows).splitlines()[2:] if "not compiled" not in line]
     assert line == "| H100 | bfloat16 | 8 | 4 | 12.0 of 75.2 | 0.008 | 0.080 | 0.040 | 0.016 |"
-    assert estimates.image_table(rows[:2]).count("not compiled") == len(list(estimates.images()))
+    partial = estimates.image_table(rows[:2]).splitlines()
+    assert "| H100 | bfloat16 | 8 | 4 | 10.5 of 75.2 | 0.008 | 0.080 | not compiled |  |" in partial
 
 
 @pytest.mark.parametrize("topology", ["h100:1", "v6e:1x1", "v5e:1x1"])

@@ -221,7 +221,7 @@ def _fusion_reads(module: Module, body: Computation, whole: list[int]) -> Iterat
         if inner.opcode != "parameter":
             continue
         most = whole[inner.number] if inner.number < len(whole) else 0
-        uses = _through_bitcasts(inner, users)
+        uses = _through_views(module, inner, users)
         yield min(most, sum(_read_by(module, use, name, most) for use, name in uses)) if most and uses else most
 
 
@@ -238,15 +238,25 @@ def _read_by(module: Module, use: Instruction, name: str, whole: int) -> int:
     return whole
 
 
-def _through_bitcasts(start: Instruction, users: dict[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
-    """(user, operand name) of the users of a value, through bitcasts."""
+def _through_views(
+    module: Module, start: Instruction, users: dict[str, list[Instruction]]
+) -> list[tuple[Instruction, str]]:
+    """(user, operand name) of the users of a value, through bitcasts and, within a fusion, changes of layout."""
     found = []
     for use in users.get(start.name, []):
-        if use.opcode == "bitcast":
-            found += _through_bitcasts(use, users)
+        if _is_view(module, use):
+            found += _through_views(module, use, users)
         else:
             found.append((use, start.name))
     return found
+
+
+def _is_view(module: Module, use: Instruction) -> bool:
+    if use.opcode == "fusion":
+        # TPU programs change the tiling of 8-bit weights in a fusion within that of the product.
+        body = module.computations[use.called()[0]].instructions
+        return all(one.opcode in ("parameter", "bitcast", "copy") for one in body)
+    return use.opcode in ("bitcast", "copy")
 
 
 def _fusion_writes(module: Module, body: Computation, results: tuple[Array, ...]) -> int:
