@@ -7,7 +7,7 @@ two, pads hidden from the language model and seen by the bridge and the MMDiT.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepgen_jax.config import BridgeConfig, DeepGenConfig, MMDiTConfig, TextConfig, VAEConfig, VisionConfig
-from deepgen_jax.convert.names import MMDIT, TEXT, VAE, weights
+from deepgen_jax.convert.names import MMDIT, TEXT, VAE, Weight, weights
 from deepgen_jax.convert.transforms import to_source
 from deepgen_jax.data.tokens import TokenizedPrompt, pad_prompts
 from deepgen_jax.models.qwen_text import selected_layers
 from deepgen_jax.models.stack import restack
+from deepgen_jax.training.optimizer import OptimizerConfig
 
 _BRIDGE = "bridge."
 
@@ -227,6 +228,12 @@ class TorchPeer:
     @torch.inference_mode()
     def condition(self, prompts: Sequence[TokenizedPrompt]) -> tuple[torch.Tensor, torch.Tensor]:
         """Pooled [B, P] and sequence [B, L, J] of prompts, left-padded to the longest."""
+        result = self.differentiable_condition(prompts)
+        self.wait()
+        return result
+
+    def differentiable_condition(self, prompts: Sequence[TokenizedPrompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`condition` with gradients, where they are enabled."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         batch = pad_prompts(prompts, [longest] * len(prompts), self.config)
         ids, positions, real = (
@@ -237,8 +244,7 @@ class TorchPeer:
         embeddings = torch.cat([self.text.embed_tokens(ids.long()), think], dim=1)
         self.text(inputs_embeds=embeddings, attention_mask=real.long(), position_ids=positions.long())
         order = selected_layers(self.config.text.num_layers, self.config.bridge.selection_stride)
-        result = self.bridge(torch.cat([self._states[i] for i in order], dim=-1))
-        self._wait()
+        result: tuple[torch.Tensor, torch.Tensor] = self.bridge(torch.cat([self._states[i] for i in order], dim=-1))
         return result
 
     @torch.inference_mode()
@@ -252,7 +258,7 @@ class TorchPeer:
             velocity = self.mmdit(torch.cat([x, x]).to(self.dtype), sequence, pooled, timestep, return_dict=False)[0]
             positive, negative = velocity.float().chunk(2)
             x = x + (following - sigma) * (negative + guidance * (positive - negative))
-        self._wait()
+        self.wait()
         return x
 
     @torch.inference_mode()
@@ -263,9 +269,78 @@ class TorchPeer:
         pixels = torch.cat([self.vae.decode(one[None], return_dict=False)[0] for one in z])
         return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits until the device is done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+class TorchTraining:
+    """The training step of stage 2 without adapters: flow matching, clipping by the global norm, AdamW.
+
+    Args:
+      peer: the model.
+      trains: parts that train, among "bridge" and "mmdit".
+      config: of the optimiser; its learning rate is constant.
+    """
+
+    def __init__(self, peer: TorchPeer, trains: Sequence[str], config: OptimizerConfig) -> None:
+        self._peer, self._clip = peer, config.clip_norm
+        self._parts = {name: getattr(peer, name).train() for name in trains}
+        for module in (peer.text, peer.vae, peer.bridge, peer.mmdit):
+            module.requires_grad_(module in self._parts.values())
+        prefixes = {"bridge": "", "mmdit": MMDIT}
+        rows = {weight.key: weight for weight in weights(peer.config).values()}
+        self._weights = {part: {key: rows.get(prefixes[part] + key) for key in dict(module.named_parameters())}
+                         for part, module in self._parts.items()}  # fmt: skip
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for module in self._parts.values():
+            for parameter in module.parameters():
+                (decayed if parameter.ndim > 1 else others).append(parameter)
+        self._parameters = decayed + others
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(
+            groups, config.learning_rate, (config.beta1, config.beta2), config.eps, config.weight_decay, fused=True
+        )
+
+    def gradients(self, *batch: Any) -> float:
+        """Flow-matching loss, whose gradients are left in the parameters.
+
+        The arguments are prompts, latents and noise [B, C, h, w], and noise levels [B].
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(*batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._peer.wait()
+        return float(loss.detach())
+
+    def step(self, *batch: Any) -> float:
+        """One step; returns the loss before it."""
+        loss = self.gradients(*batch)
+        torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self._optimizer.step()
+        self._peer.wait()
+        return loss
+
+    def gradients_by_name(self) -> Iterator[tuple[str, Weight, np.ndarray]]:
+        """(part, weight, gradient) of every parameter that our model has, too."""
+        for part, module in self._parts.items():
+            for name, parameter in module.named_parameters():
+                weight = self._weights[part][name]
+                if weight is not None and weight.part == part and parameter.grad is not None:
+                    yield part, weight, parameter.grad.float().cpu().numpy()
+
+    def _loss(
+        self, prompts: Sequence[TokenizedPrompt], latents: np.ndarray, noise: np.ndarray, sigma: np.ndarray
+    ) -> torch.Tensor:
+        device, dtype = self._peer.device, self._peer.dtype
+        clean, drawn, levels = (torch.from_numpy(np.array(x)).to(device) for x in (latents, noise, sigma))
+        pooled, sequence = self._peer.differentiable_condition(prompts)
+        wide = levels[:, None, None, None]
+        noisy = (1 - wide) * clean + wide * drawn
+        velocity = self._peer.mmdit(noisy.to(dtype), sequence, pooled, levels * 1000, return_dict=False)[0]
+        return F.mse_loss(velocity.float(), drawn - clean)
 
 
 def device_for(platform: str) -> str | None:
