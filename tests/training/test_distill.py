@@ -379,6 +379,7 @@ def test_the_compiled_step_is_that_of_a_run(config):
     assert shapes(made.arguments[:3]) == shapes(passed[:3])
     assert shapes(made.arguments[3]["t2i"]) == shapes(passed[3]["t2i"])
     assert made.flops > 0
+    assert "func.func public @main" in made.lower().as_text()
     sampler = DistillStage.abstract_programs["inference"].make(AbstractRun(config, model, mesh, length))
     assert "2 steps of pi_flow" in sampler.summary[0]
 
