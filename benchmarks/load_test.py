@@ -80,7 +80,7 @@ def server(model: str, max_batch: int) -> Iterator[tuple[str, int]]:
             if found is None:
                 log.seek(0)
                 raise SystemExit(f"the server did not start: {log.read()}")
-            while httpx.get(f"{found[0]}/ready").status_code != 200:
+            while httpx.get(f"{found[0]}/ready", timeout=60).status_code != 200:
                 if process.poll() is not None:
                     raise SystemExit("the server ended while it loaded the model")
                 time.sleep(0.2)
@@ -298,7 +298,7 @@ def main() -> int:
         url, pid = running.enter_context(server(options.model, options.max_batch))
         load = Load(url, options.steps)
         seconds = asyncio.run(load.run(asks, options.clients, lambda done: sizes.append(resident(pid))))
-        metrics = httpx.get(f"{url}/metrics").text
+        metrics = httpx.get(f"{url}/metrics", timeout=60).text
         if more:
             servers = {"batched": (url, pid), "one_at_a_time": running.enter_context(server(options.model, 1))}
             rounds = throughput(servers, more, options.clients, options.steps, options.rounds)

@@ -186,11 +186,11 @@ class stored_jit:
                 shapes.append((leaf.shape, leaf.dtype, False))
             else:
                 return None
-        default = jax.config.values["jax_default_device"] or jax.local_devices()[0]
-        settings = tuple(map(jax.config.values.__getitem__, _THREAD_SETTINGS))
-        signature = _Signature(
-            tuple(sorted(static.items())), tree, tuple(shapes), next(iter(devices or (default,))), settings
-        )
+        if devices is None:
+            default = jax.config.values["jax_default_device"]
+            devices = {default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]}
+        settings = tuple(map(jax.config.values.get, _THREAD_SETTINGS))
+        signature = _Signature(tuple(sorted(static.items())), tree, tuple(shapes), next(iter(devices)), settings)
         return _Call(arrays, keywords, signature)
 
     def _find(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], background: bool) -> _Program:

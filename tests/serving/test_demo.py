@@ -231,7 +231,7 @@ def test_the_commands_serve_and_demo_together(tmp_path):
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(contextlib.ExitStack())
         url = server.enter_context(command(*serve, ready=r"http://\S+", environment=environment))[0]
-        wait_until(lambda: httpx.get(f"{url}/ready").status_code == 200, 600)
+        wait_until(lambda: httpx.get(f"{url}/ready", timeout=60).status_code == 200, 600)
         page = ("demo", "--server", url, *demo)
         where = stack.enter_context(command(*page, ready=r"open (http://\S+)", environment=environment))[1]
         browser = client.Client(where, verbose=False, httpx_kwargs={"timeout": 600})
