@@ -91,10 +91,9 @@ class Ours:
         self._model = make_network(pipe.config, pipe.mesh, pipe.model.dtype, remat=remat, gradients=True)
         optimizer = make_optimizer(OPTIMIZER, steps=1000)
         params, self._frozen = split({name: pipe.params[name] for name in ("text", "bridge", "mmdit")}, TRAINS)
+        self.trainable = {"params": params, "lora": {}}
         # A copy, as the state takes its arrays over.
-        self.trainable = {"params": jax.tree.map(jnp.copy, params), "lora": {}}
-        start = {"params": params, "lora": {}}
-        self.state = start_state(optimizer, jax.tree.map(jnp.copy, start), pipe.mesh, ema=False)
+        self.state = start_state(optimizer, jax.tree.map(jnp.copy, self.trainable), pipe.mesh, ema=False)
         draws = jax.jit(draw, static_argnums=2)(self._keys["t2i"][0], micro, self._settings)
         self.sigma = np.asarray(draws.sigma)
         self.noise = np.asarray(grids.unpatchify(draws.noise, shape[2], shape[3], config.patch_size, shape[1]))
@@ -199,6 +198,7 @@ def measure(ours: Ours, peer: bool, repetitions: int, clock: str) -> dict[str, A
             "loss_difference": abs(peer_loss - float(loss)) / abs(peer_loss),
             "gradients": theirs.compare(gradients),
         }
+        progress(json.dumps({name: result["peer"][name] for name in ("loss_difference", "gradients")}))
     del gradients
     progress("taking steps")
     ours_losses = [float(ours.step()) for _ in range(CONSECUTIVE)]
