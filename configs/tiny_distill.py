@@ -1,6 +1,6 @@
 """Distillation of a tiny model to 2 evaluations, after `tiny_sft.py`: prompts and edits, no pictures as targets.
 
-More than a minute of CPU time, nearly all of it for compiling; much less when the programs are cached.
+TIME s of CPU time, most of it for compiling; much less when the programs are cached.
 """
 
 from deepgen_jax.configs.tiny_vae import SOURCES

@@ -119,7 +119,14 @@ def renders(kind: Renders, size: int) -> ImageSource:
 
 
 def generated(
-    pipe: Callable[..., Any], size: int, *, steps: int, guidance: float, seed: int, batch_size: int
+    pipe: Callable[..., Any],
+    size: int,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    sampler: str = "euler",
 ) -> ImageSource:
     """Images that a pipeline generates from the samples' prompts and references.
 
@@ -129,14 +136,15 @@ def generated(
       steps, guidance: sampler steps and guidance scale.
       seed: sample i draws its noise from seed + i.
       batch_size: images per batch; samples in a batch have the same number of references.
+      sampler: name of the sampler.
     """
 
     def make(samples: Sequence[Sample]) -> Iterator[SampleImages]:
         benchmark = NanoBenchmark(size=size)
         items = benchmark.items(samples)
         settings = Settings(
-            seed=seed, width=size, height=size, steps=steps, guidance=guidance, padding=benchmark.padding, side=size,
-            max_reference_pixels=size * size,
+            seed=seed, width=size, height=size, steps=steps, guidance=guidance, sampler=sampler,
+            padding=benchmark.padding, side=size, max_reference_pixels=size * size,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             benchmark.prepare(items, Reading(Path(), ""), Path(folder))

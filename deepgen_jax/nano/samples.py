@@ -106,7 +106,17 @@ class Only:
             raise DeepGenError(f"things is {self.things}, but no {others[0]} starts with that many; {known}")
 
 
-def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = Only()) -> Sample:
+def check_varied(skills: tuple[str, ...], varied: str) -> None:
+    """Raises `DeepGenError` unless all these skills can vary what their captions leave open, in this way."""
+    if varied not in pictures.VARIED_PLACES:
+        raise DeepGenError(f"varied is {varied!r}; use one of {', '.join(pictures.VARIED_PLACES)}")
+    if others := [skill for skill in skills if skill not in pictures.VARIED_SKILLS]:
+        raise DeepGenError(f"{others[0]} cannot be varied; use skills {', '.join(pictures.VARIED_SKILLS)}")
+
+
+def make_sample(
+    split: str, kind: str, *, seed: int, index: int, only: Only = Only(), varied: str = ""
+) -> Sample:
     """One sample of the world.
 
     Args:
@@ -115,20 +125,28 @@ def make_sample(split: str, kind: str, *, seed: int, index: int, only: Only = On
       seed: of the world.
       index: number of the sample, from 0, unlimited.
       only: selects samples.
+      varied: draw places, sizes and backgrounds that the caption leaves open, instead of the defaults: things are
+        "anywhere" or at named "places" (`deepgen_jax.nano.world.pictures.varied`); "" for the defaults.
 
     Raises:
-      DeepGenError: split or kind is unknown, or ``only`` asks for names in skills that have none.
+      DeepGenError: split or kind is unknown, ``only`` asks for names in skills that have none, or ``varied`` is
+        unknown or set for edits or signs.
     """
     skills = TASK_SKILLS.get(kind, (kind,))
     if split not in SPLITS or skills[0] not in _MAKERS:
         known = (*TASK_SKILLS, *_MAKERS)
         raise DeepGenError(f"{kind!r} of split {split!r} is not known; use {' or '.join(SPLITS)}, {', '.join(known)}")
     only.check(skills)
+    if varied:
+        check_varied(skills, varied)
     # A string seed gives the same stream in every version of Python.
     rng = random.Random(f"{VERSION}/{seed}/{split}/{kind}/{index}")
     make = _MAKERS[rng.choice(skills)]
     while True:
         sample = make(rng)
         is_held_out = any(held_out(*combination) for combination in sample.combinations)
-        if is_held_out == (split == "held_out") and sample in only:
+        if is_held_out == (split == "held_out"):
+            sample = pictures.varied(rng, sample, varied) if varied else sample
+            if sample not in only:
+                continue
             return replace(sample, text=captions.typed(rng, sample.text))

@@ -3,9 +3,11 @@
 The path is a list of settings, ``size=96,samples=200000,seed=0``: side of the pictures in pixels, samples of an epoch,
 and seed; these values are the defaults. ``skills=single+relation`` cycles through these skills; by default all skills
 of the task are mixed. ``background=grey`` selects samples of that background, ``named=shape`` (or colour) edits that
-name what they change by that alone, ``things=3`` edits of pictures with three things. ``split`` is "train" or
-"held_out". With ``questions=1`` and task "edit", the text of a sample is a question about its reference and the answer,
-to train the vision-language model.
+name what they change by that alone, ``things=3`` edits of pictures with three things. ``varied=anywhere`` draws
+places, sizes and backgrounds that a caption leaves open, which otherwise have defaults; ``varied=places`` takes only
+places that captions could name. ``split`` is "train" or "held_out". With
+``questions=1`` and task "edit", the text of a sample is a question about its reference and the answer, to train the
+vision-language model.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Synthetic(Source):
 
     def __init__(self, config: SourceConfig) -> None:
         super().__init__(config)
-        values, self._skills, self._only = _parse(config)
+        values, self._skills, self._only, self._varied = _parse(config)
         self._size, self._samples, self._seed, questions = (values[name] for name in _DEFAULTS)
         self._asks = bool(questions)
         if self._asks and config.task != "edit":
@@ -65,18 +67,20 @@ class Synthetic(Source):
         if self._skills:
             index, place = divmod(index, len(self._skills))
             kind = self._skills[place]
-        sample = samples.make_sample(self.config.split, kind, seed=self._seed, index=index, only=self._only)
+        sample = samples.make_sample(
+            self.config.split, kind, seed=self._seed, index=index, only=self._only, varied=self._varied
+        )
         if self._asks:
             return ask(random.Random(f"{self._seed}/{row}"), sample), (sample.scene, sample.scene)
         return sample.text, (sample.scene, *sample.references)
 
 
-def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], samples.Only]:
-    """Numbers by name, the skills (empty for all), and the selection of samples."""
+def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], samples.Only, str]:
+    """Numbers by name, the skills (empty for all), the selection of samples, and how scenes vary."""
     values: dict[str, int] = dict(_DEFAULTS)
     skills: tuple[str, ...] = ()
     wanted: dict[str, str] = {}
-    things = 0
+    things, varied = 0, ""
     for part in config.path.split(","):
         name, equals, text = part.strip().partition("=")
         if name == "skills":
@@ -85,13 +89,17 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], sampl
         if name in ("background", "named") and text.strip():
             wanted[name] = text.strip()
             continue
+        if name == "varied" and text.strip():
+            varied = text.strip()
+            continue
         if name == "things" and text.strip().isdecimal():
             things = int(text)
             continue
         if name not in values or not equals or not text.strip().isdecimal():
             raise DeepGenError(
                 f"source {config.name}: path has {part.strip()!r}; write size=96,samples=200000,seed=0 or a part of "
-                "it, skills=single+two for some skills, background=grey, named=shape or things=3 for such samples"
+                "it, skills=single+two for some skills, background=grey, named=shape or things=3 for such samples, "
+                "varied=anywhere or varied=places for scenes that vary where captions leave them open"
             )
         values[name] = int(text)
     if values["size"] < 2 * UNIT or values["size"] % UNIT or not values["samples"]:
@@ -112,9 +120,11 @@ def _parse(config: SourceConfig) -> tuple[dict[str, int], tuple[str, ...], sampl
     try:
         only = samples.Only(**wanted, things=things)
         only.check(skills or known)
+        if varied:
+            samples.check_varied(skills or known, varied)
     except DeepGenError as error:
         raise DeepGenError(f"source {config.name}: {error}") from None
-    return values, skills, only
+    return values, skills, only, varied
 
 
 def _encoded(image: Image.Image) -> bytes:

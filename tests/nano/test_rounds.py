@@ -8,9 +8,10 @@ from deepgen_jax.errors import DeepGenError
 from deepgen_jax.training.config_files import load_config, packaged_configs
 
 NAMES = [
-    "bridge_trial", "grpo", "language", "pretrain", "pretrain_counts", "pretrain_relations", "pretrain_relations_long",
-    "sft", "sft_changes", "sft_colours", "sft_edits", "sft_long", "sft_names", "sft_noise", "sft_phrases", "sft_scenes",
-    "sft_shapes", "sft_swaps", "sft_words", "vae", "vae_colours", "vae_long", "vae_signs", "vae_small",
+    "bridge_trial", "grpo", "language", "open_pairs", "open_singles", "open_student", "open_teacher", "pretrain",
+    "pretrain_counts", "pretrain_relations", "pretrain_relations_long", "sft", "sft_changes", "sft_colours",
+    "sft_edits", "sft_long", "sft_names", "sft_noise", "sft_phrases", "sft_scenes", "sft_shapes", "sft_swaps",
+    "sft_words", "vae", "vae_colours", "vae_long", "vae_signs", "vae_small",
 ]  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.make_data import TOKENIZER, model
 
 from deepgen_jax.data.data_config import DataConfig, MixtureConfig, SourceConfig
@@ -16,9 +18,11 @@ from deepgen_jax.data.loader import Loader
 from deepgen_jax.data.sources import open_source, read_row
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.nano.samples import SPLITS, TASK_SKILLS, Only, make_sample, render
+from deepgen_jax.nano.world.pictures import VARIED_PLACES, VARIED_SKILLS
 from deepgen_jax.nano.world.scene import ARRANGEMENTS, HELD_OUT_SHARE, Scene, fits, held_out, relation_key
+from deepgen_jax.nano.world.score import score
 from deepgen_jax.nano.world.truth import SKILLS, Truth
-from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, SHAPES, WORDS
+from deepgen_jax.nano.world.vocabulary import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, WORDS
 
 
 def world(task: str = "t2i", split: str = "train", path: str = "size=64,samples=50,seed=3") -> SourceConfig:
@@ -217,6 +221,37 @@ def test_pictures_can_be_selected_by_number_of_things(skill, things):
         assert source.read(row).text == sample.text
 
 
+@pytest.mark.parametrize("where", VARIED_PLACES)
+@pytest.mark.parametrize("skill", VARIED_SKILLS)
+def test_what_captions_leave_open_varies(skill, where):
+    drawn = [make_sample("train", skill, seed=0, index=i, varied=where) for i in range(120)]
+    for sample in drawn:
+        result = score(np.asarray(render(sample.scene, 96)), sample.truth, lambda sign: [])
+        assert result.done, (sample.text, sample.scene)
+        for thing in sample.scene.things:
+            assert fits(thing, [other for other in sample.scene.things if other is not thing])
+    free = [sample for sample in drawn if sample.truth.background is None]
+    assert {sample.scene.background for sample in free} == set(BACKGROUNDS)
+    sizes = [t.size for s in drawn for t, w in zip(s.scene.things, s.truth.things, strict=True) if w.size is None]
+    assert {0.3 < sizes.count(size) / len(sizes) < 0.7 for size in SIZES} == {True}
+    places = [(t.x, t.y) for s in drawn for t, w in zip(s.scene.things, s.truth.things, strict=True) if not w.place]
+    assert (np.std(places, axis=0) > 0.15).all()
+    nearest = [min(np.hypot(x - px, y - py) for px, py in PLACES.values()) for x, y in places]
+    assert (max(nearest) < 0.01) == (where == "places")
+    # What is asked for is the same as with the defaults.
+    assert [s.truth for s in drawn] == [make_sample("train", skill, seed=0, index=i).truth for i in range(len(drawn))]
+
+
+def test_varied_scenes_are_read():
+    source = open_source(world(path="size=64,seed=3,skills=two,varied=anywhere"))
+    sample = make_sample("train", "two", seed=3, index=5, varied="anywhere")
+    record = source.read(5)
+    assert record.text == sample.text
+    (drawn,) = record.images
+    assert isinstance(drawn, bytes)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(drawn))), np.asarray(render(sample.scene, 64)))
+
+
 def test_unselected_samples_stay_the_same():
     assert make_sample("train", "edit", seed=0, index=3, only=Only()) == make_sample("train", "edit", seed=0, index=3)
 
@@ -231,6 +266,8 @@ def test_unselected_samples_stay_the_same():
         ({"path": "things=4"}, "things is 4; use 1 to 3"),
         ({"path": "things=2"}, "no single starts with that many; leave it out"),
         ({"path": "size=60"}, "size is 60"),
+        ({"path": "varied=places"}, "count cannot be varied; use skills single, two, relation"),
+        ({"path": "skills=single,varied=1"}, "varied is '1'; use one of anywhere, places"),
         ({"path": "pixels=64"}, "'pixels=64'"),
         ({"path": "samples=0"}, "samples 0"),
         ({"split": "test"}, "'test'; use train or held_out"),

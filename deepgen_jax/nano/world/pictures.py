@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepgen_jax.nano.world import captions
 from deepgen_jax.nano.world.render import FONTS
@@ -18,6 +18,7 @@ from deepgen_jax.nano.world.scene import (
     different_looks,
     fits,
     relation_key,
+    scattered,
 )
 from deepgen_jax.nano.world.truth import Truth, Wanted
 from deepgen_jax.nano.world.vocabulary import (
@@ -33,7 +34,13 @@ from deepgen_jax.nano.world.vocabulary import (
     ZH,
 )
 
+# Least distance along the axis of a relation, above the scorer's tolerance (`deepgen_jax.nano.world.score`).
+_LEAST_APART = 0.12
+
 Look = tuple[str, str]
+#: Skills whose scenes `varied` draws, and where it puts things.
+VARIED_SKILLS = ("single", "two", "relation")
+VARIED_PLACES = ("anywhere", "places")
 #: Share of captions in Chinese, for skills that have them.
 _CHINESE = 0.15
 #: Where a sign can be.
@@ -175,6 +182,34 @@ def text(rng: random.Random) -> Sample:
     return Sample(described, _plain(said_scenery, things, Sign(word, 0, height)), (), truth, combinations)
 
 
+def varied(rng: random.Random, sample: Sample, where: str) -> Sample:
+    """The sample with another scene that meets its truth: what the caption leaves open is drawn at random.
+
+    Sizes and backgrounds are uniform over their names. With the default scenes a caption determines its picture; here
+    it has a distribution of pictures.
+
+    Args:
+      rng: source of the scene.
+      sample: of one of `VARIED_SKILLS`.
+      where: one of `VARIED_PLACES`: "anywhere" in the picture, or at one of `PLACES`.
+    """
+    truth = sample.truth
+    looks = [(wanted.colour, wanted.shape) for wanted in truth.things]
+    scenery = truth.background or background(rng)
+    while True:
+        sizes = [wanted.size or some_size(rng) for wanted in truth.things]
+        if truth.things[0].place:
+            things = arranged(rng, looks, sizes, [PLACES[wanted.place] for wanted in truth.things])
+        elif where == "places":
+            things = arranged(rng, looks, sizes, rng.sample(list(PLACES.values()), len(looks)))
+            if not all(fits(thing, things[:i]) for i, thing in enumerate(things)):
+                continue
+        else:
+            things = scattered(rng, looks, sizes)
+        if not truth.relation or _clearly(truth.relation, *things):
+            return replace(sample, scene=Scene(scenery, things))
+
+
 def any_sign(rng: random.Random, word: str) -> Sign:
     """A sign of any font at any height."""
     return Sign(word, rng.randrange(len(FONTS)), rng.choice(SIGN_HEIGHTS))
@@ -186,6 +221,13 @@ def free_place(rng: random.Random, size: str, others: tuple[Thing, ...], sign: S
         place for place, (x, y) in PLACES.items() if fits(Thing("red", "circle", size, x, y), others, sign)
     ]
     return rng.choice(places) if places else None
+
+
+def _clearly(relation: str, first: Thing, second: Thing) -> bool:
+    """Whether the first thing is farther on the side of the relation than it is beside the second."""
+    across, down = second.x - first.x, second.y - first.y
+    along, beside = (across, down) if relation in ("left", "right") else (down, across)
+    return (along if relation in ("left", "above") else -along) > max(abs(beside), _LEAST_APART)
 
 
 def _several(
