@@ -274,6 +274,8 @@ class Results:
         if setting == reference or not setting.steps or not all(path.exists() for path in paths):
             return None
         first, second = (np.load(path).astype(np.float32) for path in paths)
+        if first.shape != second.shape:
+            raise DeepGenError(f"{self.folder} has pictures of other --seeds; choose another --out")
         return float(10 * np.log10(255**2 / np.mean(np.square(first - second))))
 
     def sheet(self, out: Path) -> None:
