@@ -233,13 +233,20 @@ def table(results: Results) -> Iterator[str]:
         cells = [
             setting.name, setting.label, _interval(scores.right, 100), _interval(scores.open_right, 100),
             f"{100 * scores.doubled[0]:.1f}, {100 * scores.unclear[0]:.1f}", f"{scores.outline[0]:.2f}",
-            _interval(scores.spread, 1, 3), f"{scores.sizes[0]:.2f}, {scores.backgrounds[0]:.2f}",
+            _interval(scores.spread, 1, 3), "" if math.isnan(scores.sizes[0]) else _pair(scores),
             "" if likeness is None else f"{likeness:.1f}",
         ]  # fmt: skip
         yield f"| {' | '.join(cells)} |"
 
 
+def _pair(scores: Scores) -> str:
+    return f"{scores.sizes[0]:.2f}, {scores.backgrounds[0]:.2f}"
+
+
 def _interval(values: Sequence[float], factor: float, digits: int = 1) -> str:
+    """The value and its interval; empty where no prompt has two right pictures."""
+    if math.isnan(values[0]):
+        return ""
     value, low, high = (f"{factor * x:.{digits}f}" for x in values)
     return f"{value} ({low} to {high})"
 
