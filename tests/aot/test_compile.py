@@ -311,7 +311,7 @@ def test_generation_follows_the_sampling_of_the_configuration(model):
             program = abstract(model, words, program=name, batch=3)
             assert program.flops == 3 * expected
     summary = abstract(model, FEW, program="inference").summary
-    assert "4 steps of pi_flow" in summary[1]
+    assert any("4 steps of pi_flow" in line for line in summary)
 
 
 def test_generation_with_8_bit_weights_takes_half_the_memory(model):

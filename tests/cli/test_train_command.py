@@ -51,7 +51,7 @@ def test_bad_input_is_one_line(words, message, config, capsys, tmp_path):
 
 @pytest.mark.parametrize(("words", "status"), [((), 0), (("--stopped-status", "7"), 7)])
 def test_status_after_sigterm(words, status, config, capsys, monkeypatch):
-    def train(config, mesh, stop, say, resume_from, evaluator):
+    def train(config, mesh, stop, say, resume_from, evaluator, choice):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM
         return loop.Outcome(step=3, finished=False, skipped=0)
