@@ -15,6 +15,8 @@ _ANSWERS = 16
 _HTML = re.compile(r"</?(?:b|i|u|p|br|em|strong|span|div|h[1-6])\s*/?>", re.IGNORECASE | re.ASCII)
 _LATEX = re.compile(r"\\(?:boxed|textbf|text|mathbf)\b", re.IGNORECASE)
 _MARKUP = str.maketrans(dict.fromkeys('*`~#"“”„«»「」『』{}[]()\\', " ") | {"\u200b": None, "\ufeff": None})
+#: Markup leaves a space where it ended, as in ``**Image 1**, not``.
+_SPACED_COMMA = re.compile(r" (?=[,;](?:\s|$))")
 _PUNCTUATION = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms of ASCII
     | {"。": ".", "、": ",", "’": "'", "‘": "'", "–": "-", "—": "-", "−": "-", "\u3000": " ", "\u00a0": " ", "_": " "}
@@ -102,4 +104,5 @@ def shortened(text: str) -> str:
 def plain_text(text: str) -> str:
     """Text without Markdown, HTML, LaTeX, quotes and brackets, with ASCII punctuation, shortened; lines are kept."""
     text = _LATEX.sub(" ", _HTML.sub(" ", shortened(text))).translate(_PUNCTUATION).translate(_MARKUP)
-    return "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
+    lines = (_SPACED_COMMA.sub("", " ".join(line.split())) for line in text.splitlines())
+    return "\n".join(filter(None, lines))

@@ -84,6 +84,14 @@ def test_prompts_fit_and_signs_are_spelled(model: Path):
 def test_stages_follow_each_other():
     stages = {name: load_config(name) for name in packaged_configs() if name.startswith("nano/")}
     trial = stages.pop("nano/bridge_trial")
+    # The experiment on distillation starts from the finished model.
+    pairs, singles, teacher, student = (
+        stages.pop(f"nano/open_{name}") for name in ("pairs", "singles", "teacher", "student")
+    )
+    assert (pairs.model, pairs.start) == ("nano", "")
+    assert not student.start
+    assert (singles.start, teacher.start) == (pairs.out, singles.out)
+    assert len({config.out for config in (pairs, singles, teacher, student)}) == 4
     assert not trial.start
     assert trial.model not in {config.model for config in stages.values()}
     assert {"nano/vae_small", "nano/vae", "nano/language", "nano/pretrain", "nano/sft", "nano/grpo"} <= set(stages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepgen_jax.rewards.base import Missing
@@ -139,6 +139,7 @@ statements = st.one_of(
 
 
 @given(statements, st.sampled_from(WRAPS), st.booleans(), st.sampled_from([str, str.strip, str.swapcase]))
+@example(("{x}, not {y}, is better.", ("**Image 1**", "**Image 2**")), "{}", False, str)
 def test_any_wording_is_read_for_either_image(statement, wrap, swap, change):
     template, names = statement
     if change is str.swapcase and any(name.rstrip("*]")[-1] in "ABab" for name in names):
