@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from deepgen_jax.data.data_config import DataConfig
 from deepgen_jax.data.mixture import task_at
 from deepgen_jax.data.tokens import round_up
 from deepgen_jax.data.vision_inputs import patch_grid
+from deepgen_jax.errors import DeepGenError
 from deepgen_jax.inference.abstract import AbstractImages, image_tokens
 from deepgen_jax.inference.defaults import resolve_sampling
 from deepgen_jax.models import flops
@@ -89,6 +90,22 @@ def state_memory(state: TrainState) -> dict[str, Any]:
         "moving average": state.ema,
         "optimiser": (state.opt_state, state.step, state.skipped),
     }
+
+
+def with_batch(config: Any, batch: int | None) -> Any:
+    """A stage's configuration, its micro-batches sized for ``batch`` samples a step; unchanged for None.
+
+    Raises:
+      DeepGenError: the batch does not divide into the micro-batches of a step.
+    """
+    if batch is None:
+        return config
+    size, rest = divmod(batch, config.accumulation)
+    if rest or not size:
+        raise DeepGenError(
+            f"--batch {batch} does not divide into accumulation={config.accumulation} micro-batches; change either"
+        )
+    return replace(config, data=replace(config.data, micro_batch=size))
 
 
 class AbstractStepBatch(NamedTuple):

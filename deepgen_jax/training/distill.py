@@ -31,6 +31,7 @@ from deepgen_jax.training.abstract_run import (
     Compilable,
     abstract_step_batch,
     state_memory,
+    with_batch,
 )
 from deepgen_jax.training.distill_config import DistillConfig
 from deepgen_jax.training.distillation import DistillSettings, Networks, distill_step
@@ -181,15 +182,7 @@ def operations_of(config: DistillConfig, student: DeepGenConfig, guided: bool) -
 
 def abstract_step(run: AbstractRun) -> AbstractProgram:
     """The training step."""
-    config: DistillConfig = run.config
-    if run.batch is not None:
-        size, rest = divmod(run.batch, config.accumulation)
-        if rest or not size:
-            raise DeepGenError(
-                f"--batch {run.batch} does not divide into accumulation={config.accumulation} micro-batches; change "
-                "either"
-            )
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=size))
+    config: DistillConfig = with_batch(run.config, run.batch)
     optimizer = make_optimizer(config.optimizer, config.steps)
     weights, teacher = make_student(config, run.weights, run.mesh)
     state = start_state(optimizer, weights.trainable, run.mesh, ema=config.ema_decay is not None)

@@ -39,6 +39,7 @@ from deepgen_jax.training.abstract_run import (
     sequence_lengths,
     state_memory,
     task_counts,
+    with_batch,
 )
 from deepgen_jax.training.inputs import MicroBatch, condition
 from deepgen_jax.training.memory_model import Passes, Workload
@@ -298,15 +299,7 @@ def _abstract(run: AbstractRun, config: SupervisedConfig) -> tuple[StepProgram, 
 
 def abstract_step(run: AbstractRun) -> AbstractProgram:
     """The training step."""
-    config: SupervisedConfig = run.config
-    if run.batch is not None:
-        size, rest = divmod(run.batch, config.accumulation)
-        if rest or not size:
-            raise DeepGenError(
-                f"--batch {run.batch} does not divide into accumulation={config.accumulation} micro-batches; change "
-                "either"
-            )
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=size))
+    config: SupervisedConfig = with_batch(run.config, run.batch)
     program, state = _abstract(run, config)
     merged = partial(at_once, most=config.merge)
     batch = abstract_step_batch(

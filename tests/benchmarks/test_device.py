@@ -1,4 +1,4 @@
-"""The device script: parts are isolated, results are kept as they come, and the page shows what there is."""
+"""The device script: parts are isolated, results kept as they come, and the page marks what was not measured."""
 
 from __future__ import annotations
 
