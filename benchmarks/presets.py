@@ -123,4 +123,17 @@ def _values(path: str, shape: tuple[int, ...], dtype: Any, normal: np.ndarray, m
     inputs = math.prod(shape[:-1]) if path.startswith("vae/") else shape[-2] if name == "kernel" else shape[-1]
     std = 0.02 if name == "bias" else inputs**-0.5
     rolled = np.roll(normal, zlib.crc32(path.encode()) % _DRAWN)
+    if path == "mmdit/timestep_fc1/kernel":
+        return (std * np.resize(rolled, shape) * _damping(shape[0])[:, None]).astype(dtype)
     return np.resize((std * rolled).astype(dtype), shape)
+
+
+def _damping(channels: int) -> np.ndarray:
+    """Weights of the timestep's sinusoids, of mean square 1: float64 [channels].
+
+    With equal weights the fastest sinusoids would make consecutive sampling steps as different as the first and the
+    last. Trained models change slowly: of 50 steps, the update of the first layer by 2 to 14% a step, as here.
+    """
+    frequencies = 1000 * 10_000.0 ** -(np.arange(channels // 2) / (channels // 2))
+    weights = np.tile(1 / np.sqrt(1 + (frequencies / 10) ** 2), 2)
+    return np.asarray(weights / np.sqrt(np.mean(weights**2)))

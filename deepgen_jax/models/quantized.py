@@ -116,18 +116,23 @@ def quantize(path: str, value: np.ndarray, to: Format) -> tuple[np.ndarray, np.n
     to = stored_format(path, to)
     dtype, largest = FORMATS[to]
     axis = -1 if is_table(path) else -2
-    exact = value.astype(np.float32)
-    most = np.abs(exact).max(axis=axis, keepdims=True)
-    if not np.isfinite(most).all():
-        raise DeepGenError(f"NaN or infinite weights in {path}; download or train them again")
-    scale = most / np.float32(largest)
-    scale = np.where(scale >= _SMALLEST, scale, np.float32(1))
-    exact /= scale
-    if to == "int8":
-        np.rint(exact, out=exact)
-    # Rounding may exceed the largest value by one part in 10^7.
-    np.clip(exact, -largest, largest, out=exact)
-    return exact.astype(dtype), np.squeeze(scale, axis=axis)
+    values = np.empty(value.shape, dtype)
+    scales = np.empty(scale_shape(path, value.shape), np.float32)
+    # One matrix at a time: float32 copies of a whole stack take gigabytes.
+    for matrix in np.ndindex(value.shape[:-2]):
+        exact = value[matrix].astype(np.float32)
+        most = np.maximum(exact.max(axis=axis, keepdims=True), -exact.min(axis=axis, keepdims=True))
+        if not np.isfinite(most).all():
+            raise DeepGenError(f"NaN or infinite weights in {path}; download or train them again")
+        scale = most / np.float32(largest)
+        scale = np.where(scale >= _SMALLEST, scale, np.float32(1))
+        exact /= scale
+        if to == "int8":
+            np.rint(exact, out=exact)
+        # Rounding may exceed the largest value by one part in 10^7.
+        np.clip(exact, -largest, largest, out=exact)
+        values[matrix], scales[matrix] = exact.astype(dtype), np.squeeze(scale, axis=axis)
+    return values, scales
 
 
 def dequantize(path: str, values: np.ndarray, scale: np.ndarray) -> np.ndarray:
