@@ -166,7 +166,8 @@ def training(
     """Forward and backward pass of one sample through language model, bridge and MMDiT.
 
     A part that trains costs three forward passes; one that only propagates gradients, two; one before all trainable
-    parts, one. Products of adapters and recomputation are not counted.
+    parts, one. Think tokens are parameters of the bridge and inputs of the language model, which propagates their
+    gradients. Products of adapters and recomputation are not counted.
 
     Args:
       config: the model.
@@ -174,10 +175,9 @@ def training(
       targets, references: image tokens.
       context: prompt and think tokens.
     """
-    before = {"text": "lora" in trains, "bridge": bool({"lora", "bridge"} & set(trains))}
-    total = (2 if before["text"] else 1) * text(config.text, context)
-    passes = 3 if "bridge" in trains else 2 if before["bridge"] else 1
-    total += passes * bridge(config, context)
+    language = 2 if {"lora", "bridge"} & set(trains) else 1
+    total = language * text(config.text, context)
+    total += (3 if "bridge" in trains else language) * bridge(config, context)
     return total + (3 if "mmdit" in trains else 2) * mmdit(config.mmdit, targets, context, references)
 
 

@@ -113,3 +113,20 @@ def test_generation_counts_both_sides_of_guidance():
     assert plain.sampler == 7 * flops.mmdit(CONFIG.mmdit, 6, LENGTH)
     assert guided == (2 * plain.condition, 2 * plain.sampler, plain.decoder)
     assert guided.total == sum(guided)
+
+
+@pytest.mark.parametrize("trains", [("bridge", "mmdit"), ("mmdit",)])
+def test_training_counts_the_passes_of_its_gradients(trains):
+    """A product's gradients take two more of its size; attention has a few more products than counted."""
+    encode, inputs = condition(1)
+    denoise, (tokens, positions, time, *_) = velocity(1, 0)
+    params = abstract_params(CONFIG)
+
+    def loss(trained, frozen):
+        weights = frozen | trained
+        pooled, sequence = encode(weights, *map(jnp.zeros_like, inputs))[:2]
+        return jnp.sum(denoise(weights, *map(jnp.zeros_like, (tokens, positions, time)), pooled, sequence))
+
+    trained = {name: params[name] for name in trains}
+    traced = jax.make_jaxpr(jax.value_and_grad(loss))(trained, params)
+    assert products(traced.jaxpr) == pytest.approx(flops.training(CONFIG, trains, 20, LENGTH), rel=0.1)
