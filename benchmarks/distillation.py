@@ -85,12 +85,14 @@ class Scores:
     """Scores of one setting; each is (value, low, high) with a 95% interval.
 
     Attributes:
-      right, doubled, unclear: shares of the pictures of captions of the world.
+      right: share of all pictures, those of captions of the world and of open prompts.
+      doubled, unclear: shares of the pictures of captions of the world.
       outline: mean width of outlines in pixels.
       spread: root mean square distance of things from their mean place, over the seeds of a prompt, as a share of the
         picture's side; mean over things and prompts.
+        Of right pictures, as are entropies.
       sizes, backgrounds: entropy over the seeds of a prompt in bits, at most 1 and 2; mean over prompts.
-      open_right: share of right pictures of open prompts, of which spread and entropies are.
+      pictures: whether each picture is right, those of captions first.
     """
 
     right: tuple[float, float, float]
@@ -100,7 +102,7 @@ class Scores:
     spread: tuple[float, float, float]
     sizes: tuple[float, float, float]
     backgrounds: tuple[float, float, float]
-    open_right: tuple[float, float, float]
+    pictures: tuple[bool, ...]
 
 
 def captioned(count: int, varied: str) -> list[Sample]:
@@ -170,8 +172,8 @@ def measure(
         [look(shown[k]) for k in range(first, first + seeds) if clear[k]] for first in range(0, len(opened), seeds)
     ]
     return Scores(
-        _share(right), _share(doubled), _share(unclear), _mean(widths), _resampled(groups, _spread),
-        _resampled(groups, _size_entropy), _resampled(groups, _background_entropy), _share(clear),
+        _share(right + clear), _share(doubled), _share(unclear), _mean(widths), _resampled(groups, _spread),
+        _resampled(groups, _size_entropy), _resampled(groups, _background_entropy), (*right, *clear),
     )  # fmt: skip
 
 
@@ -224,14 +226,14 @@ def _unread(sign: np.ndarray) -> list[str]:
 
 def table(results: Results) -> Iterator[str]:
     """The scores in Markdown."""
-    columns = ("pictures", "evaluations", "right, %", "right, open prompts, %", "doubled, unclear, %",
+    columns = ("pictures", "evaluations", "right, %", "points to the teacher", "doubled, unclear, %",
                "outline, pixels", "spread of places", "sizes, backgrounds, bits", "PSNR, dB")  # fmt: skip
     yield f"| {' | '.join(columns)} |"
     yield f"| {' | '.join('---' for _ in columns)} |"
     for setting, scores in results.rows:
-        likeness = results.likeness(setting)
+        likeness, points = results.likeness(setting), results.points(setting)
         cells = [
-            setting.name, setting.label, _interval(scores.right, 100), _interval(scores.open_right, 100),
+            setting.name, setting.label, _interval(scores.right, 100), "" if points is None else _interval(points, 100),
             f"{100 * scores.doubled[0]:.1f}, {100 * scores.unclear[0]:.1f}", f"{scores.outline[0]:.2f}",
             _interval(scores.spread, 1, 3), "" if math.isnan(scores.sizes[0]) else _pair(scores),
             "" if likeness is None else f"{likeness:.1f}",
@@ -274,16 +276,37 @@ class Results:
         self._file.write_text(json.dumps(values, indent=1), encoding="utf-8")
         np.save(self._pictures(setting), np.stack(images))
 
+    @property
+    def _reference(self) -> Setting | None:
+        """The first model with most evaluations."""
+        return next((setting for setting, _ in self.rows if setting.steps), None)
+
+    def points(self, setting: Setting) -> tuple[float, float, float] | None:
+        """Share of right pictures less that of the reference, of the same prompts and noise; None for the reference.
+
+        Raises:
+          DeepGenError: the scores are of other numbers of pictures.
+        """
+        reference = self._reference
+        if reference is None or setting == reference or not setting.steps:
+            return None
+        first, second = (np.array(self._rows[which].pictures, float) for which in (reference, setting))
+        if len(first) != len(second):
+            raise DeepGenError(f"{self.folder} has scores of other --prompts or --seeds; choose another --out")
+        return _mean(second - first)
+
     def likeness(self, setting: Setting) -> float | None:
-        """PSNR in dB to the first model's pictures of most evaluations, of the same noise; None where there is none."""
-        reference = next((other for other, _ in self.rows if other.steps), setting)
+        """PSNR in dB to the reference's pictures of the same noise; None where there are none."""
+        reference = self._reference
+        if reference is None or setting == reference or not setting.steps:
+            return None
         paths = [self._pictures(which) for which in (reference, setting)]
-        if setting == reference or not setting.steps or not all(path.exists() for path in paths):
+        if not all(path.exists() for path in paths):
             return None
         first, second = (np.load(path).astype(np.float32) for path in paths)
         if first.shape != second.shape:
             raise DeepGenError(f"{self.folder} has pictures of other --seeds; choose another --out")
-        return float(10 * np.log10(255**2 / np.mean(np.square(first - second))))
+        return float(10 * np.log10(255**2 / max(np.mean(np.square(first - second)), 1e-6)))
 
     def sheet(self, out: Path) -> None:
         """A row a setting: pictures of the same prompts and seeds."""
@@ -322,7 +345,9 @@ def plot(rows: Sequence[tuple[Setting, Scores]], out: Path) -> None:
                 lines.setdefault(name, []).append((setting.steps, getattr(scores, field)))
         for name, points in lines.items():
             x, y = [steps for steps, _ in points], np.array([values for _, values in points])
-            panel.errorbar(x, y[:, 0], [y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], marker="o", capsize=2, label=name)
+            # Wilson's limits can be past 0 or 1 by rounding.
+            errors = np.maximum([y[:, 0] - y[:, 1], y[:, 2] - y[:, 0]], 0)
+            panel.errorbar(x, y[:, 0], errors, marker="o", capsize=2, label=name)
         true = [getattr(scores, field)[0] for setting, scores in rows if not setting.steps]
         panel.axhline(true[0], color="grey", linestyle=":", label=WORLD)
         panel.set(title=title, xlabel="evaluations", xscale="log")
@@ -392,7 +417,7 @@ def main() -> int:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER@STEPS,...", help="models to score")
     parser.add_argument("--varied", choices=pictures.VARIED_PLACES, default="places", help="places of things (places)")
-    parser.add_argument("--prompts", type=int, default=200, help="captions of the world (200)")
+    parser.add_argument("--prompts", type=int, default=400, help="captions of the world (400)")
     parser.add_argument("--seeds", type=int, default=64, help=f"seeds of each of {len(OPEN)} open prompts (64)")
     parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale (1)")
     parser.add_argument("--spaced", action="store_true", help="Euler's method at the noise levels of a few-step policy")

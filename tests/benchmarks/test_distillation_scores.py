@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def scenes(bench):
 
 def test_true_scenes(bench, scenes):
     scores = bench.measure(*scenes)
-    assert scores.right[0] == scores.open_right[0] == 1
+    assert scores.right[0] == 1
+    assert all(scores.pictures)
+    assert len(scores.pictures) == 12 + 8 * len(bench.OPEN)
     assert scores.doubled[0] == scores.unclear[0] == 0
     assert scores.right[1] < 1
     assert scores.outline[0] < 1.5
@@ -51,7 +54,7 @@ def test_same_places_have_no_spread(bench, scenes):
     samples, images, opened, shown = scenes
     same = [shown[k // 8 * 8] for k in range(len(shown))]
     scores = bench.measure(samples, images, opened, same)
-    assert scores.open_right[0] == 1
+    assert scores.right[0] == 1
     assert scores.spread == pytest.approx((0, 0, 0), abs=1e-6)
     assert scores.sizes[0] == scores.backgrounds[0] == 0
 
@@ -64,7 +67,8 @@ def test_blurred_and_doubled_pictures(bench, scenes):
     # Two pictures laid over each other.
     mixed = [np.where((a == a[0, 0]).all(-1, keepdims=True), b, a) for a, b in zip(images, other, strict=True)]
     scores = bench.measure(samples, mixed, opened, shown)
-    assert scores.right[0] < 0.5
+    assert np.mean(scores.pictures[:12]) < 0.5
+    assert all(scores.pictures[12:])
     assert scores.doubled[0] > 0.3
 
 
@@ -90,6 +94,26 @@ def test_results_are_added_to_and_written_into_a_page(bench, scenes, tmp_path):
     page.write_text("no place", encoding="utf-8")
     with pytest.raises(DeepGenError, match="has no place for the table"):
         bench.write_page(results, page, "places")
+
+
+def test_points_are_those_of_the_same_pictures(bench, scenes, tmp_path):
+    scores = bench.measure(*scenes)
+    count = len(scores.pictures)
+    teacher = replace(scores, pictures=tuple(k % 2 == 0 for k in range(count)))
+    student = replace(scores, pictures=tuple(k % 2 == 0 and k > 5 for k in range(count)))
+    results = bench.Results(tmp_path / "out")
+    results.add(bench.Setting(bench.WORLD, 0), scores, scenes[3])
+    results.add(bench.Setting("student", 4), student, scenes[3])
+    results.add(bench.Setting("student", 50), teacher, scenes[3])
+    value, low, high = results.points(bench.Setting("student", 4))
+    assert value == pytest.approx(-3 / count)
+    assert low < value < high <= 0.02
+    assert results.points(bench.Setting("student", 50)) is None
+    assert results.points(bench.Setting(bench.WORLD, 0)) is None
+    assert any("-6.8 (" in line for line in bench.table(results))
+    results.add(bench.Setting("other", 2), replace(scores, pictures=(True,)), scenes[3])
+    with pytest.raises(DeepGenError, match="other --prompts or --seeds"):
+        results.points(bench.Setting("other", 2))
 
 
 def test_models_are_parsed(bench):
