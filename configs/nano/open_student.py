@@ -1,7 +1,7 @@
 """A student of `open_teacher` that samples in 4 evaluations.
 
-For fewer, ``evaluations=2 data.micro_batch=32`` and ``evaluations=1 data.micro_batch=64``, which learn from as many
-segments a step. The teacher is a folder that
+For fewer, ``evaluations=2 data.micro_batch=32 steps=400`` and ``evaluations=1 data.micro_batch=64 steps=300``, with as
+many segments a step. The teacher is a folder that
 `deepgen export out/nano/open_teacher --ema --format model --out out/nano/open_teacher_model` writes.
 """
 
@@ -18,7 +18,7 @@ def get_config() -> DistillConfig:
     return DistillConfig(
         model="out/nano/open_teacher_model",
         out="out/nano/open_student",
-        steps=240,
+        steps=600,
         dtype="float32",
         remat="none",
         evaluations=4,

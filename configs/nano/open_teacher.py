@@ -16,7 +16,7 @@ def get_config() -> SupervisedConfig:
         config,
         start="out/nano/open_singles",
         out="out/nano/open_teacher",
-        steps=150,
+        steps=600,
         optimizer=replace(config.optimizer, learning_rate=1.5e-3, warmup=10),
         data=open_pairs.open_data(16, "single", "places"),
     )
