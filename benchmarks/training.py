@@ -32,6 +32,7 @@ from deepgen_jax.models import flops
 from deepgen_jax.models import patches as grids
 from deepgen_jax.models.deepgen import make_network
 from deepgen_jax.models.stack import Remat
+from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training.inputs import MicroBatch, Text, sample_keys
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -88,7 +89,7 @@ class Ours:
         self._micro = {"t2i": jax.tree.map(lambda x: x[None], micro)}
         index = np.stack([np.zeros(batch, np.uint32), np.arange(batch, dtype=np.uint32)], axis=1)
         self._keys = {"t2i": sample_keys(0, jnp.asarray(index))[None]}
-        self._model = make_network(pipe.config, pipe.mesh, pipe.model.dtype, remat=remat, gradients=True)
+        self._model = make_network(pipe.config, pipe.mesh, pipe.model.dtype, remat=remat)
         optimizer = make_optimizer(OPTIMIZER, steps=1000)
         params, self._frozen = split({name: pipe.params[name] for name in ("text", "bridge", "mmdit")}, TRAINS)
         self.trainable = {"params": params, "lora": {}}
@@ -98,15 +99,18 @@ class Ours:
         self.sigma = np.asarray(draws.sigma)
         self.noise = np.asarray(grids.unpatchify(draws.noise, shape[2], shape[3], config.patch_size, shape[1]))
 
-        self._gradients = jax.jit(
+        self._gradients = device_jit(
             lambda trainable, frozen, micro, keys: supervised_gradients(
                 self._model, self._settings, trainable, frozen, micro, keys
-            )
+            ),
+            gradients=True,
         )
-        self._step = jax.jit(
+        self._step = device_jit(
             lambda state, frozen, micro, keys: train_step(
                 self._model, optimizer, self._settings, state, frozen, micro, keys
             ),
+            latency_hiding=True,
+            gradients=True,
             donate_argnums=0,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -42,9 +43,9 @@ def attention(
       segment_ids: [B, S] int32 for self-attention (Q == K == S): tokens attend within their own segment.
       causal: query i attends keys 0..i (Q == K).
       plan: its kernel is "xla", which holds the scores of all heads at once and partitions well over a mesh; "loop",
-        which computes one (sample, head) pair at a time and so keeps scores in cache on a CPU; "cudnn", flash attention
-        on NVIDIA GPUs; or "splash", flash attention on TPUs. The last two fall back to "xla" for dtypes and head
-        dimensions that they do not support. Its mesh splits samples and heads over devices.
+        which computes one (sample, head) pair at a time in both directions and so keeps scores in cache on a CPU;
+        "cudnn", flash attention on NVIDIA GPUs; or "splash", flash attention on TPUs. The last two fall back to "xla"
+        for dtypes and head dimensions that they do not support. Its mesh splits samples and heads over devices.
 
     Returns:
       [B, Q, H, D] in the dtype of ``query``.
@@ -124,14 +125,18 @@ def _mask(
     return mask
 
 
-def _softmax_parts(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Unnormalised probabilities and their sums over the last axis; rows without a visible key give zeros."""
+def _softmax_parts(scores: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Exponentials of the scores less their maximum, the maximum (or 0), and the sums over the last axis.
+
+    Rows without a visible key give zeros, and sums of 1.
+    """
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(highest), highest, 0))
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    weights = jnp.exp(scores - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, jnp.where(total > 0, total, 1)
+    return weights, highest, jnp.where(total > 0, total, 1)
 
 
 def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -141,31 +146,106 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | N
     grouped = query.reshape(batch, length, groups, heads // groups, dim)
     scores = jnp.einsum("bqgrd,bkgd->bgrqk", grouped, key, precision=precision, preferred_element_type=jnp.float32)
     wide = None if mask is None else mask[:, None, None]
-    weights, total = _softmax_parts(scores / math.sqrt(dim), wide)
+    weights, _, total = _softmax_parts(scores / math.sqrt(dim), wide)
     weights = (weights / total).astype(query.dtype)
     return jnp.einsum("bgrqk,bkgd->bqgrd", weights, value, precision=precision).reshape(query.shape)
 
 
 def _loop(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
     batch, length, heads, dim = query.shape
-    repeats = heads // key.shape[2]
-    precision = precision_of(query.dtype)
 
     def pairs(x: jax.Array, repeat: int = 1) -> jax.Array:
         x = jnp.repeat(x.transpose(0, 2, 1, 3), repeat, axis=1)
         return x.reshape(batch * heads, -1, dim)
 
-    @jax.checkpoint
-    def one(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q = q * (1 / math.sqrt(dim))
-        scores = jnp.matmul(q, k.T, precision=precision, preferred_element_type=jnp.float32)
-        visible = None if mask is None else mask[jnp.minimum(index // heads, mask.shape[0] - 1)]
-        weights, total = _softmax_parts(scores, visible)
-        return jnp.matmul(weights.astype(q.dtype), v, precision=precision) / total.astype(q.dtype)
-
-    operands = (jnp.arange(batch * heads), pairs(query), pairs(key, repeats), pairs(value, repeats))
-    out = jax.lax.map(lambda x: one(*x), operands)
+    repeats = heads // key.shape[2]
+    out = _pair_by_pair(pairs(query), pairs(key, repeats), pairs(value, repeats), mask)
     return out.reshape(batch, heads, length, dim).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _pair_by_pair(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Attention of P (sample, head) pairs, one after another.
+
+    The backward pass computes the probabilities of a pair again from the logarithms of their sums (Dao et al. 2022,
+    "FlashAttention", algorithm 4), so that no scores leave the cache.
+
+    Args:
+      query: [P, Q, D].
+      key, value: [P, K, D].
+      mask: as :func:`_mask` gives it; its samples divide P.
+
+    Returns:
+      [P, Q, D].
+    """
+
+    def one(index: jax.Array, *operands: jax.Array) -> jax.Array:
+        return _pair(*operands, _visible(mask, index, len(query)))[0]
+
+    return _over_pairs(one, query, key, value)
+
+
+def _pairs_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    def one(index: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _pair(*operands, _visible(mask, index, len(query)))
+
+    out, sums = _over_pairs(one, query, key, value)
+    return out, (query, key, value, mask, out, sums)
+
+
+def _pairs_backward(saved: tuple[Any, ...], towards: jax.Array) -> tuple[jax.Array | None, ...]:
+    query, key, value, mask, out, sums = saved
+    precision = precision_of(query.dtype)
+    wide = partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
+    product = partial(jnp.matmul, precision=precision)
+    scale = 1 / math.sqrt(query.shape[-1])
+
+    def one(index: jax.Array, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        # Scores are [K, Q]: four of the five products then read their operands as they lie, and statistics of queries
+        # are rows.
+        q, k, v, o, log_sums, do = operands
+        q = q * scale
+        scores = wide(k, q.mT)
+        visible = _visible(mask, index, len(query))
+        if visible is not None:
+            scores = jnp.where(visible.mT, scores, -jnp.inf)
+        weights = jnp.exp(scores - log_sums.mT)
+        inner = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1, keepdims=True)
+        ds = (weights * (wide(v, do.mT) - inner.mT)).astype(q.dtype)
+        return product(k.mT, ds).mT * scale, product(ds, q), product(weights.astype(q.dtype), do)
+
+    return (*_over_pairs(one, query, key, value, out, sums, towards), None)
+
+
+_pair_by_pair.defvjp(_pairs_forward, _pairs_backward)
+
+
+def _over_pairs(function: Callable[..., Any], *operands: jax.Array) -> Any:
+    """``function(index, *operands)`` of each pair, which is a batch of 1.
+
+    Remat "dots" would save the scores of products without batch dimensions.
+    """
+    indices = jnp.arange(len(operands[0]))
+    out = jax.lax.map(lambda x: function(*x), (indices, *(x[:, None] for x in operands)))
+    return jax.tree.map(lambda x: x[:, 0], out)
+
+
+def _visible(mask: jax.Array | None, index: jax.Array, pairs: int) -> jax.Array | None:
+    """Mask of the pair ``index``, [1 or Q, K]."""
+    return None if mask is None else mask[index * mask.shape[0] // pairs]
+
+
+def _pair(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Attention of one pair, [1, Q, D], and the logarithms of its sums of exponentials, float32 [1, Q, 1]."""
+    precision, dtype = precision_of(query.dtype), query.dtype
+    query = query * (1 / math.sqrt(query.shape[-1]))
+    # `jnp.matmul` would drop the batch of 1.
+    scores = jnp.einsum("bqd,bkd->bqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    weights, highest, total = _softmax_parts(scores, visible)
+    out = jnp.einsum("bqk,bkd->bqd", weights.astype(dtype), value, precision=precision) / total.astype(dtype)
+    return out, highest + jnp.log(total)
 
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:

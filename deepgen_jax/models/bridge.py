@@ -27,18 +27,18 @@ class ConnectorLayer(nn.Module):
         cfg = self.config
 
         def heads(name: str, h: jax.Array) -> jax.Array:
-            y = Linear(cfg.hidden_size, dtype=self.dtype, name=name)(h)
+            y = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name=name)(h)
             return rearrange(y, "b l (h d) -> b l h d", h=cfg.num_heads)
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm1")(x)
         query, key, value = (heads(name, h) for name in ("q_proj", "k_proj", "v_proj"))
         h = attention(query, key, value, key_mask=visible, plan=self.plan)
-        h = Linear(cfg.hidden_size, dtype=self.dtype, name="out_proj")(h.reshape(x.shape))
+        h = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="out_proj")(h.reshape(x.shape))
         x = self.plan.shard_tokens(x + h)
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm2")(x)
-        h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, name="fc1")(h), approximate=True)
-        h = Linear(cfg.hidden_size, dtype=self.dtype, name="fc2")(h)
+        h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, plan=self.plan, name="fc1")(h), approximate=True)
+        h = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="fc2")(h)
         return self.plan.shard_tokens(x + h), None
 
 
@@ -68,10 +68,10 @@ class Bridge(nn.Module):
         if cfg.num_queries:
             init = nn.initializers.normal(self.text_dim**-0.5)
             self.meta_queries = self.param("meta_queries", init, (cfg.num_queries, self.text_dim))
-        self.projector_in = Linear(cfg.hidden_size, dtype=self.dtype)
+        self.projector_in = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan)
         zeros = nn.initializers.zeros
-        self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros)
-        self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros)
+        self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros, plan=self.plan)
+        self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros, plan=self.plan)
         layer, unrolled = rematerialised(ConnectorLayer, self.remat), is_unstacked(self, "layers")
         layers = scanned(layer, cfg.num_layers, 1, unrolled=unrolled)
         self.layers = layers(cfg, self.dtype, self.plan)

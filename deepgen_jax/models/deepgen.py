@@ -150,9 +150,7 @@ class DeepGen(nn.Module):
         return self.vae.decode(z)
 
 
-def make_network(
-    config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike, *, remat: Remat = "none", gradients: bool = False
-) -> DeepGen:
+def make_network(config: DeepGenConfig, mesh: Mesh, dtype: DTypeLike, *, remat: Remat = "none") -> DeepGen:
     """The network with the fastest attention on a mesh.
 
     Args:
@@ -160,9 +158,8 @@ def make_network(
       mesh: that programs run on.
       dtype: of the computation.
       remat: what layers recompute in the backward pass.
-      gradients: programs differentiate it.
     """
-    plan = fastest_plan(mesh, dtype, gradients=gradients)
+    plan = fastest_plan(mesh, dtype)
     return DeepGen(config, dtype=jnp.dtype(dtype), remat=remat, plan=plan)
 
 

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.models import quantized
 from deepgen_jax.models.packing import unpacked
+from deepgen_jax.models.plan import Plan
 
 LORA = "lora"
 # Names of what even "full" rematerialisation keeps, and of the results of flash attention on TPUs.
@@ -81,22 +82,24 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    plan: Plan = Plan()
 
     @nn.compact
     def __call__(self, x: jax.Array, for_adapter: jax.Array | None = None) -> jax.Array:
         """``for_adapter``, of the shape of ``x``, is what the layer's adapter reads in its place."""
         kernel = unpacked(parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features)))
-        x = x.astype(self.dtype)
+        leading = x.shape[:-1]
+        x = self.plan.matrix(x.astype(self.dtype))
         y = _product(self, x, kernel)
         if self.has_variable(LORA, "a"):
             a: jax.Array = self.get_variable(LORA, "a").astype(self.dtype)
             b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)
-            read = x if for_adapter is None else for_adapter.astype(self.dtype)
+            read = x if for_adapter is None else self.plan.matrix(for_adapter.astype(self.dtype))
             low = kept(jnp.matmul(read, a, precision=precision_of(self.dtype)))
             y = y + jnp.matmul(low, b, precision=precision_of(self.dtype))
         if self.use_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y
+        return y.reshape(*leading, self.features)
 
 
 class Embedding(nn.Module):

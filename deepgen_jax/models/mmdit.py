@@ -87,7 +87,7 @@ def modulate(normed: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array
 def _heads(module: JointAttention | ImageAttention, x: jax.Array, name: str, norm: str | None = None) -> jax.Array:
     """Linear layer ``name`` of ``module`` split into heads [B, N, H, D / H], each RMS-normalised if ``norm``."""
     config, dtype = module.config, module.dtype
-    y = Linear(config.hidden_size, dtype=dtype, name=name)(x)
+    y = Linear(config.hidden_size, dtype=dtype, plan=module.plan, name=name)(x)
     y = module.plan.head_rows(rearrange(y, "b n (h d) -> b n h d", h=config.num_heads))
     return y if norm is None else RMSNorm(_EPS, dtype, name=norm)(y)
 
@@ -124,10 +124,10 @@ class JointAttention(nn.Module):
         out = rearrange(out, "b n h d -> b n (h d)")
         # Read by `deepgen_jax.evaluation.explain`; nothing is stored unless the caller makes the collection mutable.
         self.sow(ATTENTION_OUTPUTS, "out", out, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        image_out = Linear(cfg.hidden_size, dtype=dtype, name="to_out")(out[:, :num_queries])
+        image_out = Linear(cfg.hidden_size, dtype=dtype, plan=self.plan, name="to_out")(out[:, :num_queries])
         if self.context_pre_only:
             return image_out, None
-        return image_out, Linear(cfg.hidden_size, dtype=dtype, name="add_out")(out[:, num_queries:])
+        return image_out, Linear(cfg.hidden_size, dtype=dtype, plan=self.plan, name="add_out")(out[:, num_queries:])
 
 
 class ImageAttention(nn.Module):
@@ -146,18 +146,20 @@ class ImageAttention(nn.Module):
         key = _heads(self, image, "to_k", "norm_k")
         value = _heads(self, image, "to_v")
         out = attention(query, key, value, **mask, plan=self.plan)
-        return Linear(cfg.hidden_size, dtype=dtype, name="to_out")(rearrange(out, "b n h d -> b n (h d)"))
+        out = rearrange(out, "b n h d -> b n (h d)")
+        return Linear(cfg.hidden_size, dtype=dtype, plan=self.plan, name="to_out")(out)
 
 
 class FeedForward(nn.Module):
     """Two linear layers with GELU (tanh) between, four times as wide inside."""
 
     dtype: DTypeLike
+    plan: Plan
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Linear(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x), approximate=True)
-        return Linear(x.shape[-1], dtype=self.dtype, name="fc2")(hidden)
+        hidden = nn.gelu(Linear(4 * x.shape[-1], dtype=self.dtype, plan=self.plan, name="fc1")(x), approximate=True)
+        return Linear(x.shape[-1], dtype=self.dtype, plan=self.plan, name="fc2")(hidden)
 
 
 class MMDiTBlock(nn.Module):
@@ -199,7 +201,8 @@ class MMDiTBlock(nn.Module):
             return jnp.split(x, chunks, axis=-1)
 
         def feed_forward(name: str, x: jax.Array, modulation: Modulation) -> jax.Array:
-            y = kept(FeedForward(self.dtype, name=name)(modulate(norm(x), modulation.shift, modulation.scale)))
+            layer = FeedForward(self.dtype, self.plan, name=name)
+            y = kept(layer(modulate(norm(x), modulation.shift, modulation.scale)))
             return rows(x + modulation.gate * rows(y)).astype(self.dtype)
 
         chunks = modulations("norm1", 9 if self.dual else 6)
@@ -284,11 +287,11 @@ class MMDiT(nn.Module):
         num_targets = patches.shape[1] if num_targets is None else num_targets
 
         conditioning = nn.silu(self._conditioning(timestep, pooled))
-        image = Linear(cfg.hidden_size, dtype=self.dtype, name="patch_embed")(patches)
+        image = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="patch_embed")(patches)
         image = (image + self._positions(position_ids)).astype(self.dtype)
         if context_mask is not None:
             context, context_mask = _visible_first(context, context_mask)
-        context = Linear(cfg.caption_projection_dim, dtype=self.dtype, name="context_embedder")(context)
+        context = Linear(cfg.caption_projection_dim, dtype=self.dtype, plan=self.plan, name="context_embedder")(context)
 
         joint_mask = _joint_mask(image, context, patch_mask, context_mask)
         image_mask: Mask = {} if patch_mask is None else {"key_mask": patch_mask}
@@ -310,7 +313,7 @@ class MMDiT(nn.Module):
             Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")(conditioning)[:, None], 2, axis=-1
         )
         features = cfg.estimates * cfg.patch_size**2 * cfg.out_channels
-        velocity = Linear(features, dtype=jnp.float32, name="proj_out")(modulate(target, shift, scale))
+        velocity = Linear(features, dtype=jnp.float32, plan=self.plan, name="proj_out")(modulate(target, shift, scale))
         return velocity if cache is None else (velocity, cache)
 
     def _stacks(self, num_targets: int, *inputs: Any) -> list[Stack]:

@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         cfg = self.config
 
         def linear(name: str, features: int, bias: bool = False) -> Linear:
-            return Linear(features, bias, self.dtype, name=name)
+            return Linear(features, bias, self.dtype, plan=self.plan, name=name)
 
         def with_dropout(h: jax.Array) -> tuple[jax.Array, jax.Array]:
             return h, adapter_input(self, h, self.lora_dropout)

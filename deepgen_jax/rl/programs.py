@@ -35,7 +35,7 @@ from deepgen_jax.training.weights import Weights
 
 def policy_model(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> DeepGen:
     """The network of rollout and update: with the same attention their rounding is the same, and first ratios are 1."""
-    return make_network(model, mesh, config.dtype, remat=config.chosen_remat, gradients=True)
+    return make_network(model, mesh, config.dtype, remat=config.chosen_remat)
 
 
 def canvas_of(config: GRPOConfig, model: DeepGenConfig, mesh: Mesh) -> Canvas:
@@ -111,7 +111,7 @@ def jit_update(
         new, metrics = update(state, *args)
         return new, metrics | {"learning_rate": rate(state.step)}
 
-    return device_jit(step, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
+    return device_jit(step, gradients=True, donate_argnums=0, out_shardings=(shardings_of(state), replicated(mesh)))
 
 
 class GRPOPrograms(NamedTuple):

@@ -157,7 +157,7 @@ class AutoencoderStage(AccumulatingStage):
         if config.decoder_only:
             optimizer = decoder_alone(optimizer)
         super().__init__(config, config.data, config.accumulation, mesh, optimizer)
-        model = make_network(self._weights.config, mesh, config.dtype, gradients=True)
+        model = make_network(self._weights.config, mesh, config.dtype)
         objective = Objective(config.loss, config.kl_weight, config.decoder_only, config.latent_noise)
         vae = model.config.vae
 

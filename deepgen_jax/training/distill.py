@@ -143,7 +143,7 @@ def make_program(
       mesh: metrics are replicated on it.
     """
     nets = Networks(
-        make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat, gradients=True),
+        make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat),
         make_network(teacher_config, mesh, config.dtype),
     )
     settings = DistillSettings(
@@ -165,7 +165,7 @@ def make_program(
 
     layout = (shardings_of(state), replicated(mesh))
     frozen = {part: weights.frozen[part] for part in STEP_PARTS}
-    jitted = device_jit(step, latency_hiding=True, donate_argnums=0, out_shardings=layout)
+    jitted = device_jit(step, latency_hiding=True, gradients=True, donate_argnums=0, out_shardings=layout)
     return DistillProgram(nets, settings, frozen, teacher, jitted)
 
 

@@ -116,7 +116,7 @@ class LanguageStage(AccumulatingStage):
         super().__init__(config, config.data, config.accumulation, mesh, optimizer)
         weights = self._weights
         (mark,) = PromptTokenizer(weights.tokenizer, weights.config).encode(QUESTION_END)
-        model = make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat, gradients=True)
+        model = make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat)
         self._frozen = {"bridge": weights.frozen["bridge"]}
         self._compile(partial(update, optimizer, config.ema_decay))
         add = partial(accumulate, model, mark)

@@ -274,7 +274,7 @@ def make_step(
         # Layers are replicated except along a "tensor" axis.
         text = frozen["text"]
         frozen = {**frozen, "text": reshard(text, gathered_shardings(text, mesh, "text"))}
-    model = make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat, gradients=True)
+    model = make_network(weights.config, mesh, config.dtype, remat=config.chosen_remat)
     schedule = training_schedule(config, weights.scheduler)
     settings = StepSettings(schedule, weights.lora_scale, config.weighting, config.ema_decay, config.merge)
     rate = learning_rate(config.optimizer, config.steps)
@@ -287,7 +287,7 @@ def make_step(
 
     layout = (shardings_of(state), replicated(mesh))
     return StepProgram(
-        model, frozen, device_jit(step, latency_hiding=True, donate_argnums=0, out_shardings=layout)
+        model, frozen, device_jit(step, latency_hiding=True, gradients=True, donate_argnums=0, out_shardings=layout)
     )
 
 

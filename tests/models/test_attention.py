@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +66,33 @@ def test_masks_mean_what_they_say(masks, length, meaning, kernel):
     np.testing.assert_allclose(actual, plain(QUERY, key, value, meaning), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("masks", [{}, {"key_mask": KEY_MASK}, {"key_lengths": jnp.asarray([1, 6])}])
-def test_gradients_agree(masks):
-    def loss(query, key, value, kernel):
-        return jnp.sum(jnp.sin(attention(query, key, value, **masks, plan=Plan(kernel))))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize(("masks", "length"), [value[:2] for value in MASKS.values()], ids=MASKS)
+def test_gradients_agree(masks, length, dtype, tolerance):
+    operands = [x.astype(dtype) for x in (QUERY, KEY[:, :length], VALUE[:, :length])]
 
-    expected = jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "xla")
-    for actual, wanted in zip(jax.grad(loss, argnums=(0, 1, 2))(QUERY, KEY, VALUE, "loop"), expected, strict=True):
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    def loss(query, key, value, kernel):
+        out = attention(query, key, value, **masks, plan=Plan(kernel))
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    expected, found = (jax.grad(loss, argnums=(0, 1, 2))(*operands, kernel) for kernel in ("xla", "loop"))
+    for actual, wanted in zip(found, expected, strict=True):
+        assert actual.dtype == dtype
+        actual, wanted = (np.asarray(x, np.float32) for x in (actual, wanted))
+        np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+class _Looped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return attention(x, x, jnp.sin(x), plan=Plan("loop"))
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_a_loop_never_holds_the_scores_of_two_pairs(remat: Remat):
+    layer = rematerialised(_Looped, remat)
+    text = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(layer().apply({}, x))))).lower(jnp.ones((2, 7, 3, 8))).as_text()
+    assert set(re.findall(r"tensor<([\dx]*7x7)xf32>", text)) == {"1x7x7", "7x7"}
 
 
 @pytest.mark.parametrize("name", ["everything", "key mask", "segments", "causal, padded on the left"])

@@ -36,9 +36,20 @@ def test_other_devices_keep_the_defaults(kind):
     assert compiler_options(kind, latency_hiding=True) is None
 
 
+def test_gradients_on_cpus_leave_sums_of_products_to_xla():
+    """The compiler of jax 0.10 fuses them into calls of YNNPACK, which later ones do not."""
+    options = compiler_options("cpu", False, gradients=True)
+    assert (options is None) == (jax.__version_info__ >= (0, 11))
+    summed = device_jit(lambda x, y: jnp.sum(x * y, axis=0), gradients=True)
+    x = jnp.ones((64, 32))
+    assert "ynn_fusion" not in summed.lower(x, x).compile().as_text()
+    assert compiler_options("TPU v6e", True, gradients=True) == compiler_options("TPU v6e", True)
+    assert compiler_options("NVIDIA H100 80GB HBM3", True, gradients=True) == compiler_options("NVIDIA H100", True)
+
+
 def test_options_of_the_device_reach_the_compiler(monkeypatch):
     options = "deepgen_jax.parallel.jit_options.compiler_options"
-    monkeypatch.setattr(options, lambda kind, latency_hiding: {"xla_no_such_option": kind})
+    monkeypatch.setattr(options, lambda kind, latency_hiding, gradients: {"xla_no_such_option": kind})
 
     @partial(device_jit, static_argnames="power")
     def raised(x: jax.Array, power: int) -> jax.Array:
