@@ -356,7 +356,8 @@ def plot(rows: Sequence[tuple[Setting, Scores]], out: Path) -> None:
         panel.minorticks_off()
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    panels[0].legend(frameon=False)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
     figure.savefig(out, dpi=110)
 
 
