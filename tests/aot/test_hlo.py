@@ -294,6 +294,22 @@ operand_layout_constraints={bf16[2,8,4,16]{3,2,1,0}}, backend_config={"cudnn_fmh
     assert costs.memory_bytes(module, main, main.by_name["a"]) == 2 * (3 * 64 * 32 + 2 * 4 * 8 * 16)
 
 
+def test_memory_that_is_only_reserved_is_not_traffic():
+    text = """HloModule reserved, is_scheduled=true
+
+ENTRY %main (p: bf16[64,32]) -> bf16[8,64,32] {
+  %p = bf16[64,32] parameter(0)
+  %zero = s32[] constant(0)
+  %stack = bf16[8,64,32] custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %first = bf16[8,64,32] dynamic-update-slice(%stack, %p, %zero, %zero, %zero)
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations[module.entry]
+    assert costs.memory_bytes(module, main, main.by_name["stack"]) == 0
+    assert costs.memory_bytes(module, main, main.root) == 2 * 2 * 64 * 32
+
+
 @pytest.mark.parametrize("batch", ["", "1,", "2,"])
 @pytest.mark.parametrize(
     ("kernel", "results", "products"),

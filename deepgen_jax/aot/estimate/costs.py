@@ -26,6 +26,8 @@ _FREE = frozenset((
 _PIECE = r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"'
 _ENDS = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
 _GPU_LIBRARY = r'custom_call_target="(__cublas|__cudnn)'
+# TPU programs reserve the memory of what loops stack; nothing is written.
+_ALLOCATION = r'custom_call_target="(AllocateBuffer)"'
 _SLICES = ("dynamic-slice", "slice", "gather")
 #: Element types of 8-bit products.
 EIGHT_BIT = ("s8", "f8e4m3fn")
@@ -158,7 +160,7 @@ def wire_bytes(kind: str, operand: int, members: int) -> float:
 def memory_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that an instruction reads from and writes to HBM."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")):
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or instruction.attribute(_ALLOCATION):
         return 0
     operands = computation.arrays(instruction)
     if is_copy(instruction):
