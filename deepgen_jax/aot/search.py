@@ -16,7 +16,7 @@ from deepgen_jax.parallel.chips import GIB, GPUS_PER_HOST
 from deepgen_jax.training.auto_settings import AUTO
 
 #: Rematerialisation, least memory first. On GPUs "flash" is the same as "full".
-REMAT: tuple[Remat, ...] = ("full", "flash", "dots", "none")
+REMAT: tuple[Remat, ...] = ("full", "flash", "mlp", "dots", "none")
 
 
 def meshes(topology: Topology) -> Iterator[str]:

@@ -46,21 +46,31 @@ def flow_matching_losses(
     """
     if isinstance(latents, list | tuple):
         levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (len(latents),))
-        pairs = [_noised(x, e, levels[i]) for i, (x, e) in enumerate(zip(latents, noise, strict=True))]  # type: ignore[arg-type]
+        pairs = [noised(x, e, levels[i]) for i, (x, e) in enumerate(zip(latents, noise, strict=True))]  # type: ignore[arg-type]
         velocities = velocity_fn([noisy for noisy, _ in pairs], levels)
         targets = [target for _, target in pairs]
         return jnp.stack([jnp.mean(_squared_error(v, e)) for v, e in zip(velocities, targets, strict=True)])
     clean = jnp.asarray(latents, jnp.float32)
     levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean.shape[:1])
-    noisy, target = _noised(clean, jnp.asarray(noise), levels.reshape(-1, *[1] * (clean.ndim - 1)))
-    errors = _squared_error(velocity_fn(noisy, levels), target)
+    noisy, target = noised(clean, jnp.asarray(noise), levels.reshape(-1, *[1] * (clean.ndim - 1)))
+    return velocity_losses(velocity_fn(noisy, levels), target, mask)
+
+
+def velocity_losses(velocity: ArrayLike, target: jax.Array, mask: ArrayLike | None = None) -> jax.Array:
+    """Mean squared error of each sample's velocity, float32 [B].
+
+    Args:
+      velocity, target: [B, ...].
+      mask: of padded tokens [B, N, D]: bool [B, N], False at padding, which does not count.
+    """
+    errors = _squared_error(velocity, target)
     if mask is None:
         return jnp.mean(errors, axis=range(1, errors.ndim))
     weight = jnp.asarray(mask, jnp.float32)
     return jnp.sum(jnp.mean(errors, axis=-1) * weight, axis=1) / jnp.sum(weight, axis=1)
 
 
-def _noised(clean: ArrayLike, noise: ArrayLike, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
+def noised(clean: ArrayLike, noise: ArrayLike, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Noisy latents and the velocity to predict, float32."""
     clean, noise = jnp.asarray(clean, jnp.float32), jnp.asarray(noise, jnp.float32)
     return (1 - sigma) * clean + sigma * noise, noise - clean

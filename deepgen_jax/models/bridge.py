@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -10,9 +13,9 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import BridgeConfig
 from deepgen_jax.models.attention import attention
-from deepgen_jax.models.layers import LayerNorm, Linear
+from deepgen_jax.models.layers import INNER, LayerNorm, Linear
 from deepgen_jax.models.plan import Plan
-from deepgen_jax.models.stack import Remat, is_unstacked, rematerialised, scanned
+from deepgen_jax.models.stack import Remat, is_unstacked, rematerialised, repeated, scanned
 
 
 class ConnectorLayer(nn.Module):
@@ -37,7 +40,8 @@ class ConnectorLayer(nn.Module):
         x = self.plan.shard_tokens(x + h)
 
         h = LayerNorm(cfg.layer_norm_eps, self.dtype, name="norm2")(x)
-        h = nn.gelu(Linear(cfg.intermediate_size, dtype=self.dtype, plan=self.plan, name="fc1")(h), approximate=True)
+        h = Linear(cfg.intermediate_size, dtype=self.dtype, plan=self.plan, saved_as=INNER, name="fc1")(h)
+        h = nn.gelu(h, approximate=True)
         h = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="fc2")(h)
         return self.plan.shard_tokens(x + h), None
 
@@ -72,9 +76,10 @@ class Bridge(nn.Module):
         zeros = nn.initializers.zeros
         self.projector_pooled = Linear(self.pooled_dim, dtype=self.dtype, kernel_init=zeros, plan=self.plan)
         self.projector_sequence = Linear(self.sequence_dim, dtype=self.dtype, kernel_init=zeros, plan=self.plan)
-        layer, unrolled = rematerialised(ConnectorLayer, self.remat), is_unstacked(self, "layers")
-        layers = scanned(layer, cfg.num_layers, 1, unrolled=unrolled)
-        self.layers = layers(cfg, self.dtype, self.plan)
+        layer: Any = ConnectorLayer
+        if is_unstacked(self, "layers"):
+            layer = scanned(rematerialised(layer, self.remat), cfg.num_layers, 1, unrolled=True)
+        self.layers = layer(cfg, self.dtype, self.plan)
 
     def append_think_tokens(self, embeddings: jax.Array) -> jax.Array:
         """[B, L, text_dim] -> [B, L + num_queries, text_dim]."""
@@ -86,9 +91,16 @@ class Bridge(nn.Module):
 
     def connect(self, hidden_states: jax.Array, visible: jax.Array) -> jax.Array:
         """Stacks selected states [n, B, L, text_dim] on channels, projects and encodes them: [B, L, hidden_size]."""
-        stacked = rearrange(hidden_states, "n b l d -> b l (n d)")
-        x, _ = self.layers(self.projector_in(stacked), visible)
-        return x
+        return self._connect([hidden_states], [visible])[0]
+
+    def _connect(self, hidden_states: Sequence[jax.Array], visible: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """:meth:`connect` of several batches."""
+        projected = [self.projector_in(rearrange(x, "n b l d -> b l (n d)")) for x in hidden_states]
+        if is_unstacked(self, "layers"):
+            return [self.layers(x, mask)[0] for x, mask in zip(projected, visible, strict=True)]
+        inputs = [(mask,) for mask in visible]
+        out: Sequence[jax.Array] = repeated(self.layers, self.config.num_layers, self.remat, projected, inputs)
+        return out
 
     def __call__(self, hidden_states: jax.Array, visible: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Condition of a batch of prompts.
@@ -100,7 +112,15 @@ class Bridge(nn.Module):
         Returns:
           pooled [B, pooled_dim], the mean over visible tokens projected, and sequence [B, L, sequence_dim].
         """
-        x = self.connect(hidden_states, visible)
-        weight = visible[..., None].astype(jnp.float32)
-        mean = jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
-        return self.projector_pooled(mean), self.projector_sequence(x)
+        return self.together([hidden_states], [visible])[0]
+
+    def together(
+        self, hidden_states: Sequence[jax.Array], visible: Sequence[jax.Array]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Conditions of several batches, such as of two tasks, which may differ in their sizes."""
+        found = []
+        for x, mask in zip(self._connect(hidden_states, visible), visible, strict=True):
+            weight = mask[..., None].astype(jnp.float32)
+            mean = jnp.sum(x.astype(jnp.float32) * weight, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1)
+            found.append((self.projector_pooled(mean), self.projector_sequence(x)))
+        return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.models.block_cache import BlockCache
 from deepgen_jax.models.bridge import Bridge
-from deepgen_jax.models.mmdit import MMDiT
+from deepgen_jax.models.mmdit import MMDiT, Noisy
 from deepgen_jax.models.plan import Plan, fastest_plan
 from deepgen_jax.models.quantized import Format, quantize_tree
 from deepgen_jax.models.qwen_text import QwenText
@@ -140,6 +141,16 @@ class DeepGen(nn.Module):
             num_targets=num_targets,
             cache=cache,
         )
+
+    def conditions(
+        self, states: Sequence[jax.Array], visible: Sequence[jax.Array]
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Pooled and sequence of several batches, from their :meth:`hidden_states`; see :meth:`Bridge.together`."""
+        return self.bridge.together(states, visible)
+
+    def velocities(self, batches: Sequence[Noisy], num_targets: int) -> list[jax.Array]:
+        """Velocity of several batches; see :meth:`MMDiT.together`."""
+        return self.mmdit.together(batches, num_targets)[0]
 
     def vae_encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Pixels [B, H, W, 3] in -1..1 -> posterior mean and log variance [B, H/8, W/8, C]."""

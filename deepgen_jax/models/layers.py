@@ -23,13 +23,10 @@ from deepgen_jax.models.packing import unpacked
 from deepgen_jax.models.plan import Plan
 
 LORA = "lora"
-# Names of what even "full" rematerialisation keeps, and of the results of flash attention on TPUs.
-KEPT, FLASH_RESULTS = "kept", "flash_results"
-
-
-def kept(x: jax.Array) -> jax.Array:
-    """``x``, which "full" rematerialisation keeps, too: to be used of what takes long to compute and is small."""
-    return checkpoint_name(x, KEPT)
+# Names of activations that rematerialisation may keep (`deepgen_jax.models.stack.rematerialised`): what even "full"
+# keeps, as it is small and takes long to compute; results of flash attention on TPUs; inner activations of feed-forward
+# layers; results of other layers.
+KEPT, FLASH_RESULTS, INNER, PRODUCT = "kept", "flash_results", "inner", "product"
 
 
 def precision_of(dtype: DTypeLike) -> jax.lax.Precision:
@@ -76,13 +73,23 @@ def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, s
 
 
 class Linear(nn.Module):
-    """``x @ kernel + bias`` over the last axis: [..., in] -> [..., features]."""
+    """``x @ kernel + bias`` over the last axis: [..., in] -> [..., features].
+
+    Attributes:
+      features: width of the result.
+      use_bias: add a bias.
+      dtype: of the computation.
+      kernel_init: initialiser of the kernel.
+      plan: whose :meth:`Plan.matrix` arranges what the layer reads.
+      saved_as: name of the result for rematerialisation.
+    """
 
     features: int
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     plan: Plan = Plan()
+    saved_as: str = PRODUCT
 
     @nn.compact
     def __call__(self, x: jax.Array, for_adapter: jax.Array | None = None) -> jax.Array:
@@ -95,11 +102,11 @@ class Linear(nn.Module):
             a: jax.Array = self.get_variable(LORA, "a").astype(self.dtype)
             b: jax.Array = self.get_variable(LORA, "b").astype(self.dtype)
             read = x if for_adapter is None else self.plan.matrix(for_adapter.astype(self.dtype))
-            low = kept(jnp.matmul(read, a, precision=precision_of(self.dtype)))
+            low = checkpoint_name(jnp.matmul(read, a, precision=precision_of(self.dtype)), KEPT)
             y = y + jnp.matmul(low, b, precision=precision_of(self.dtype))
         if self.use_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return y.reshape(*leading, self.features)
+        return checkpoint_name(y.reshape(*leading, self.features), self.saved_as)
 
 
 class Embedding(nn.Module):

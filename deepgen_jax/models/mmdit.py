@@ -9,7 +9,7 @@ context without updating it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +21,19 @@ from jax.typing import DTypeLike
 from deepgen_jax.config import MMDiTConfig
 from deepgen_jax.models.attention import attention
 from deepgen_jax.models.block_cache import BlockCache, Stack, Streams, run_cached
-from deepgen_jax.models.layers import Linear, RMSNorm, kept, layer_norm
+from deepgen_jax.models.layers import INNER, KEPT, Linear, RMSNorm, layer_norm
 from deepgen_jax.models.patches import sincos_table
 from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.quantized import WEIGHT_SCALE
-from deepgen_jax.models.stack import ATTENTION_OUTPUTS, Remat, is_unstacked, rematerialised, scanned, split_layers
+from deepgen_jax.models.stack import (
+    ATTENTION_OUTPUTS,
+    Remat,
+    is_unstacked,
+    rematerialised,
+    repeated,
+    scanned,
+    split_layers,
+)
 
 _EPS = 1e-6
 #: Channels of the sinusoidal timestep embedding.
@@ -41,6 +49,29 @@ class Modulation(NamedTuple):
     shift: jax.Array
     scale: jax.Array
     gate: jax.Array
+
+
+class Noisy(NamedTuple):
+    """A batch of noisy images with their conditions.
+
+    Attributes:
+      patches: [B, N, p * p * C] normalised latents as patches (see :mod:`deepgen_jax.models.patches`), the target
+        image's first, then the references'.
+      position_ids: [B, N] int32 rows of the position table.
+      timestep: [B] sigma * 1000.
+      pooled: [B, P] pooled condition.
+      context: [B, L, J] condition tokens.
+      patch_mask: [B, N] bool, False at padding, which is not attended; None without padding.
+      context_mask: [B, L] bool, False at condition tokens that are not attended; None if all are.
+    """
+
+    patches: jax.Array
+    position_ids: jax.Array
+    timestep: jax.Array
+    pooled: jax.Array
+    context: jax.Array
+    patch_mask: jax.Array | None = None
+    context_mask: jax.Array | None = None
 
 
 class BlockRun(NamedTuple):
@@ -158,8 +189,9 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = nn.gelu(Linear(4 * x.shape[-1], dtype=self.dtype, plan=self.plan, name="fc1")(x), approximate=True)
-        return Linear(x.shape[-1], dtype=self.dtype, plan=self.plan, name="fc2")(hidden)
+        inner = Linear(4 * x.shape[-1], dtype=self.dtype, plan=self.plan, saved_as=INNER, name="fc1")(x)
+        hidden = nn.gelu(inner, approximate=True)
+        return Linear(x.shape[-1], dtype=self.dtype, plan=self.plan, saved_as=KEPT, name="fc2")(hidden)
 
 
 class MMDiTBlock(nn.Module):
@@ -201,8 +233,7 @@ class MMDiTBlock(nn.Module):
             return jnp.split(x, chunks, axis=-1)
 
         def feed_forward(name: str, x: jax.Array, modulation: Modulation) -> jax.Array:
-            layer = FeedForward(self.dtype, self.plan, name=name)
-            y = kept(layer(modulate(norm(x), modulation.shift, modulation.scale)))
+            y = FeedForward(self.dtype, self.plan, name=name)(modulate(norm(x), modulation.shift, modulation.scale))
             return rows(x + modulation.gate * rows(y)).astype(self.dtype)
 
         chunks = modulations("norm1", 9 if self.dual else 6)
@@ -251,7 +282,6 @@ class MMDiT(nn.Module):
     remat: Remat = "none"
     plan: Plan = Plan()
 
-    @nn.compact
     def __call__(
         self,
         patches: jax.Array,
@@ -268,14 +298,7 @@ class MMDiT(nn.Module):
         """Velocity at a timestep.
 
         Args:
-          patches: [B, N, p * p * C] normalised latents as patches (see :mod:`deepgen_jax.models.patches`), the target
-            image's first, then the references'.
-          position_ids: [B, N] int32 rows of the position table.
-          timestep: [B] sigma * 1000.
-          pooled: [B, P] pooled condition.
-          context: [B, L, J] condition tokens.
-          patch_mask: [B, N] bool, False at padding, which is not attended; None without padding.
-          context_mask: [B, L] bool, False at condition tokens that are not attended; None if all are.
+          patches, position_ids, timestep, pooled, context, patch_mask, context_mask: see :class:`Noisy`.
           num_targets: number of leading tokens that belong to the target images; None for all.
           cache: of the evaluation before, whose timesteps are all the same; None runs all layers.
 
@@ -283,38 +306,76 @@ class MMDiT(nn.Module):
           float32 [B, num_targets, N * p * p * C_out] with N = ``config.estimates``, and with ``cache`` the cache for
           the next evaluation.
         """
-        cfg = self.config
-        num_targets = patches.shape[1] if num_targets is None else num_targets
-
-        conditioning = nn.silu(self._conditioning(timestep, pooled))
-        image = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="patch_embed")(patches)
-        image = (image + self._positions(position_ids)).astype(self.dtype)
-        if context_mask is not None:
-            context, context_mask = _visible_first(context, context_mask)
-        context = Linear(cfg.caption_projection_dim, dtype=self.dtype, plan=self.plan, name="context_embedder")(context)
-
-        joint_mask = _joint_mask(image, context, patch_mask, context_mask)
-        image_mask: Mask = {} if patch_mask is None else {"key_mask": patch_mask}
-        streams = (image, context)
-        if cache is None:
-            for i, run in enumerate(block_runs(cfg)):
-                name, block = f"blocks_{i}", rematerialised(MMDiTBlock, self.remat)
-                layers = scanned(block, run.length, broadcast_inputs=3, unrolled=is_unstacked(self, name))
-                streams, _ = layers(
-                    cfg, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan, name=name
-                )(streams, conditioning, joint_mask, image_mask)
-            target = streams[0][:, :num_targets]
-        else:
-            stacks = self._stacks(num_targets, conditioning, joint_mask, image_mask)
-            target, cache = run_cached(stacks, streams, cache, timestep[0] / 1000)
-
-        target = layer_norm(target, _EPS)
-        scale, shift = jnp.split(
-            Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")(conditioning)[:, None], 2, axis=-1
-        )
-        features = cfg.estimates * cfg.patch_size**2 * cfg.out_channels
-        velocity = Linear(features, dtype=jnp.float32, plan=self.plan, name="proj_out")(modulate(target, shift, scale))
+        batch = Noisy(patches, position_ids, timestep, pooled, context, patch_mask, context_mask)
+        (velocity,), cache = self.together((batch,), num_targets, cache)
         return velocity if cache is None else (velocity, cache)
+
+    @nn.compact
+    def together(
+        self, batches: Sequence[Noisy], num_targets: int | None = None, cache: BlockCache | None = None
+    ) -> tuple[list[jax.Array], BlockCache | None]:
+        """Velocities of several batches, such as of two tasks, which may differ in all sizes but ``num_targets``.
+
+        Args:
+          batches: one with a cache.
+          num_targets, cache: as for :meth:`__call__`.
+
+        Returns:
+          The velocity of each batch, and the next cache.
+        """
+        cfg = self.config
+        num_targets = batches[0].patches.shape[1] if num_targets is None else num_targets
+
+        conditionings = [nn.silu(x) for x in self._conditioning(batches)]
+        embed = Linear(cfg.hidden_size, dtype=self.dtype, plan=self.plan, name="patch_embed")
+        embed_context = Linear(
+            cfg.caption_projection_dim, dtype=self.dtype, plan=self.plan, name="context_embedder"
+        )
+        positions = self._positions()
+        streams: list[Streams] = []
+        masks: list[tuple[Mask, Mask]] = []
+        for batch in batches:
+            image = (embed(batch.patches) + positions(batch.position_ids)).astype(self.dtype)
+            context, context_mask = batch.context, batch.context_mask
+            if context_mask is not None:
+                context, context_mask = _visible_first(context, context_mask)
+            context = embed_context(context)
+            image_mask: Mask = {} if batch.patch_mask is None else {"key_mask": batch.patch_mask}
+            masks.append((_joint_mask(image, context, batch.patch_mask, context_mask), image_mask))
+            streams.append((image, context))
+
+        inputs = [(x, *mask) for x, mask in zip(conditionings, masks, strict=True)]
+        if cache is None:
+            targets = [image[:, :num_targets] for image, _ in self._blocks(streams, inputs, num_targets)]
+        else:
+            stacks, sigma = self._stacks(num_targets, *inputs[0]), batches[0].timestep[0] / 1000
+            target, cache = run_cached(stacks, streams[0], cache, sigma)
+            targets = [target]
+
+        norm_out = Linear(2 * cfg.hidden_size, dtype=jnp.float32, name="norm_out")
+        features = cfg.estimates * cfg.patch_size**2 * cfg.out_channels
+        proj_out = Linear(features, dtype=jnp.float32, plan=self.plan, name="proj_out")
+        velocities = []
+        for target, conditioning in zip(targets, conditionings, strict=True):
+            scale, shift = jnp.split(norm_out(conditioning)[:, None], 2, axis=-1)
+            velocities.append(proj_out(modulate(layer_norm(target, _EPS), shift, scale)))
+        return velocities, cache
+
+    def _blocks(
+        self, streams: Sequence[Streams], inputs: Sequence[tuple[Any, ...]], num_targets: int
+    ) -> Sequence[Streams]:
+        """Streams of each batch after all layers."""
+        for i, run in enumerate(block_runs(self.config)):
+            name = f"blocks_{i}"
+            settings = (self.config, run.dual, run.context_pre_only, num_targets, self.dtype, self.plan)
+            if is_unstacked(self, name):
+                layer = rematerialised(MMDiTBlock, self.remat)
+                layers = scanned(layer, run.length, broadcast_inputs=3, unrolled=True)(*settings, name=name)
+                streams = [layers(carry, *given)[0] for carry, given in zip(streams, inputs, strict=True)]
+            else:
+                block = MMDiTBlock(*settings, name=name)
+                streams = repeated(block, run.length, self.remat, streams, inputs)
+        return streams
 
     def _stacks(self, num_targets: int, *inputs: Any) -> list[Stack]:
         """Runs of layers as functions of their parameters, for the cache to call."""
@@ -331,26 +392,33 @@ class MMDiT(nn.Module):
             stacks.append((layer, split_layers(params) or params))
         return stacks
 
-    def _conditioning(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
-        """Embeddings of the timestep and of the pooled condition, added: float32 [B, D]."""
+    def _conditioning(self, batches: Sequence[Noisy]) -> list[jax.Array]:
+        """Embeddings of the timestep and of the pooled condition of each batch, added: float32 [B, D]."""
 
-        def mlp(x: jax.Array, name: str) -> jax.Array:
-            x = nn.silu(Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc1")(x))
-            return Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc2")(x)
+        def mlp(name: str) -> Callable[[jax.Array], jax.Array]:
+            first, second = (
+                Linear(self.config.hidden_size, dtype=jnp.float32, name=f"{name}_fc{i}") for i in (1, 2)
+            )
+            return lambda x: second(nn.silu(first(x)))
 
-        return mlp(timestep_embedding(timestep, TIMESTEP_CHANNELS), "timestep") + mlp(pooled, "text")
+        timestep, text = mlp("timestep"), mlp("text")
+        return [timestep(timestep_embedding(x.timestep, TIMESTEP_CHANNELS)) + text(x.pooled) for x in batches]
 
-    def _positions(self, position_ids: jax.Array) -> jax.Array:
-        """Rows of the position table, a constant that is stored with the parameters: float32 [B, N, D].
+    def _positions(self) -> Callable[[jax.Array], jax.Array]:
+        """Position ids [B, N] -> rows of the position table, a constant stored with the parameters: float32 [B, N, D].
 
         In 8-bit models the table has a scale per row beside it.
         """
         cfg = self.config
         sizes = (cfg.pos_embed_max_size, cfg.sample_size // cfg.patch_size, cfg.hidden_size)
         table = self.param("pos_embed", lambda _: sincos_table(*sizes))
-        rows: jax.Array = jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
-        if self.has_variable("params", WEIGHT_SCALE):
-            rows *= jnp.take(self.get_variable("params", WEIGHT_SCALE), position_ids, axis=0)[..., None]
+
+        def rows(position_ids: jax.Array) -> jax.Array:
+            found: jax.Array = jnp.take(jax.lax.stop_gradient(table), position_ids, axis=0).astype(jnp.float32)
+            if self.has_variable("params", WEIGHT_SCALE):
+                found *= jnp.take(self.get_variable("params", WEIGHT_SCALE), position_ids, axis=0)[..., None]
+            return found
+
         return rows
 
 

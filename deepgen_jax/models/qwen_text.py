@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from deepgen_jax.config import TextConfig
 from deepgen_jax.models.attention import attention
-from deepgen_jax.models.layers import Embedding, Linear, RMSNorm, adapter_input
+from deepgen_jax.models.layers import INNER, PRODUCT, Embedding, Linear, RMSNorm, adapter_input
 from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.rope import mrope_angles, rotate
 from deepgen_jax.models.stack import Remat, is_unstacked, rematerialised, scanned, scanned_groups
@@ -37,8 +37,8 @@ class DecoderLayer(nn.Module):
         """Hidden state [B, L, hidden] after this layer, as carry and as output of the scan."""
         cfg = self.config
 
-        def linear(name: str, features: int, bias: bool = False) -> Linear:
-            return Linear(features, bias, self.dtype, plan=self.plan, name=name)
+        def linear(name: str, features: int, bias: bool = False, saved_as: str = PRODUCT) -> Linear:
+            return Linear(features, bias, self.dtype, plan=self.plan, saved_as=saved_as, name=name)
 
         def with_dropout(h: jax.Array) -> tuple[jax.Array, jax.Array]:
             return h, adapter_input(self, h, self.lora_dropout)
@@ -55,8 +55,8 @@ class DecoderLayer(nn.Module):
         x = self.plan.shard_tokens(x + attended)
 
         h = with_dropout(RMSNorm(cfg.rms_norm_eps, self.dtype, name="post_attention_norm")(x))
-        gate = nn.silu(linear("gate_proj", cfg.intermediate_size)(*h))
-        gated = gate * linear("up_proj", cfg.intermediate_size)(*h)
+        gate = nn.silu(linear("gate_proj", cfg.intermediate_size, saved_as=INNER)(*h))
+        gated = gate * linear("up_proj", cfg.intermediate_size, saved_as=INNER)(*h)
         x = self.plan.shard_tokens(x + linear("down_proj", cfg.hidden_size)(*with_dropout(gated)))
         return x, x
 

@@ -18,9 +18,9 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from deepgen_jax.models.layers import FLASH_RESULTS, KEPT, LORA
+from deepgen_jax.models.layers import FLASH_RESULTS, INNER, KEPT, LORA, PRODUCT
 
-Remat = Literal["none", "dots", "flash", "full"]
+Remat = Literal["none", "dots", "mlp", "flash", "full"]
 #: Collection of the joint attention's outputs, [layers, B, queries, D], for those who ask for it as mutable.
 ATTENTION_OUTPUTS = "attention_outputs"
 # Primitive of fused attention on GPUs. Its results include softmax statistics that cannot be named, so the policy
@@ -31,24 +31,29 @@ FLASH = "dot_product_attention_fwd_wrapper"
 #: reference, over many tokens.
 _STACKS = ((r"mmdit/blocks_\d+", 1), (r"text/first_layers", 1), (r"text/layer_groups", 2), (r"bridge/layers", 1))
 _LAYER = "layer_"
+# Names of the activations that each rematerialisation saves.
+_SAVED: Mapping[str, tuple[str, ...]] = {
+    "full": (KEPT,),
+    "flash": (KEPT, FLASH_RESULTS),
+    "mlp": (KEPT, FLASH_RESULTS, INNER),
+    "dots": (KEPT, FLASH_RESULTS, INNER, PRODUCT),
+}
 
 
-def rematerialised(layer: type[nn.Module], remat: Remat) -> Any:
-    """``layer`` with activations recomputed in the backward pass.
+def rematerialised(layer: Any, remat: Remat) -> Any:
+    """``layer``, a module class or a function of a module, with activations recomputed in the backward pass.
 
-    "none" saves all activations. "full" saves the input of each layer, what is marked by
-    :func:`deepgen_jax.models.layers.kept`, and on GPUs the results of flash attention. "flash" saves these on TPUs,
-    too, where they take twice the memory, as heads of 64 channels are padded to 128. "dots" also saves the results of
-    products with weights (no batch dimensions), the most expensive to recompute.
+    "none" saves all activations. "full" saves the input of each layer, the results of feed-forward layers in the MMDiT,
+    the narrow products of adapters, and on GPUs the results of flash attention. "flash" saves these on TPUs,
+    too, where they take twice the memory, as heads of 64 channels are padded to 128. "mlp" also saves the inner
+    activations of feed-forward layers, before the nonlinearity: the widest products. "dots" also saves the results of
+    all other linear layers.
     """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    names = (KEPT,) if remat == "full" else (KEPT, FLASH_RESULTS)
-    policy = policies.save_from_both_policies(policies.save_only_these_names(*names), _is_flash_attention)
-    if remat == "dots":
-        policy = policies.save_from_both_policies(policy, policies.dots_with_no_batch_dims_saveable)
-    return nn.remat(layer, prevent_cse=False, policy=policy)
+    named = policies.save_only_these_names(*_SAVED[remat])
+    return nn.remat(layer, prevent_cse=False, policy=policies.save_from_both_policies(named, _is_flash_attention))
 
 
 def _is_flash_attention(operation: Any, *_: Any, **__: Any) -> bool:
@@ -70,6 +75,47 @@ def scanned(body: Any, length: int, broadcast_inputs: int, *, unrolled: bool = F
         in_axes=(nn.broadcast,) * broadcast_inputs,
         length=length,
     )
+
+
+def repeated(
+    layer: nn.Module, length: int, remat: Remat, carries: Sequence[Any], inputs: Sequence[tuple[Any, ...]]
+) -> tuple[Any, ...]:
+    """``layer`` over several batches at once, ``length`` times: each turn of one loop runs it on all of them.
+
+    Weights are gathered, and their gradients reduced, once a turn, however many batches there are.
+
+    Args:
+      layer: (carry, *inputs) -> (carry, None); its parameters are stacked on a new first axis.
+      length: number of layers.
+      remat: what the backward pass computes again.
+      carries: of each batch; they need not have the same shapes.
+      inputs: of each batch, seen by every layer.
+
+    Returns:
+      The last carry of each batch.
+    """
+
+    def turn(layer: Any, carries: Any, inputs: Any) -> tuple[Any, None]:
+        return tuple(layer(carry, *given)[0] for carry, given in zip(carries, inputs, strict=True)), None
+
+    def cast(params: Any) -> Any:
+        """Kernels in the dtype of the computation, so that gradients of all batches are added before the reduction."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(layer.dtype) if path[-1].key == "kernel" else x, params
+        )
+
+    body: Any = turn
+    if len(carries) > 1:
+        body = nn.map_variables(turn, "params", cast, mutable=False)
+    loop = nn.scan(
+        rematerialised(body, remat),
+        variable_axes={"params": 0, LORA: 0, ATTENTION_OUTPUTS: 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    out: tuple[Any, ...] = loop(layer, tuple(carries), tuple(inputs))[0]
+    return out
 
 
 def scanned_groups(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.inference.abstract import image_tokens
 from deepgen_jax.inference.defaults import guidance_or_none
 from deepgen_jax.models import flops
 from deepgen_jax.models.deepgen import make_network
@@ -27,14 +28,18 @@ from deepgen_jax.parallel.mesh import replicated
 from deepgen_jax.stores.lineage import changed
 from deepgen_jax.training.abstract_run import (
     INFERENCE,
+    PROMPT_TOKENS,
     AbstractRun,
     Compilable,
     abstract_step_batch,
+    sequence_lengths,
     state_memory,
+    task_counts,
     with_batch,
 )
 from deepgen_jax.training.distill_config import DistillConfig
 from deepgen_jax.training.distillation import DistillSettings, Networks, distill_step
+from deepgen_jax.training.memory_model import Passes, Workload
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.stage import LoaderStage, StepReport
@@ -207,8 +212,7 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
         arguments=arguments,
         memory={
             **state_memory(state),
-            "frozen weights": weights.frozen,
-            "teacher": program.teacher,
+            "frozen weights": (weights.frozen, program.teacher),
             "batch": (batch.micro_batches, batch.keys),
         },
         flops=batch.flops,
@@ -221,6 +225,32 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
         trains=True,
         latency_hiding=True,
         half_batch=f"accumulation={2 * config.accumulation} data.micro_batch={size // 2}, the same batch",
+    )
+
+
+def workload(config: DistillConfig, model: DeepGenConfig) -> Workload:
+    """Passes of a step for the memory model, with shapes as in :func:`abstract_step`: one of the student a segment."""
+    data = config.data
+    tokens, lengths = image_tokens(model, data.image_size), sequence_lengths(model, data, PROMPT_TOKENS)
+    segments = config.evaluations if config.segments == "all" else 1
+    counts = task_counts(data, config.accumulation)
+    passes = tuple(
+        Passes(
+            data.micro_batch,
+            tokens * (2 if task == "edit" else 1),
+            lengths[task],
+            runs_text=False,
+            loops=count * segments,
+        )
+        for task, count in sorted(counts.items())
+    )
+    return Workload(
+        passes,
+        (data.micro_batch,),
+        step_samples=data.micro_batch * config.accumulation,
+        encoded=(data.micro_batch, data.image_size**2) if "edit" in counts or config.states == "data" else (0, 0),
+        average=config.ema_decay is not None,
+        reference="mmdit" in config.trains,
     )
 
 
@@ -240,6 +270,8 @@ class DistillStage(LoaderStage):
         "step": Compilable(abstract_step, lambda config, pieces: pieces * config.accumulation),
         **{name: _of_student(program) for name, program in INFERENCE.items()},
     }
+
+    workload = staticmethod(workload)
 
     _config: DistillConfig
 

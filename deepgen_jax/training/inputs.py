@@ -128,12 +128,24 @@ def condition(
       image_tokens: [B, V, hidden], VLM tokens of each sample's references.
       rngs: key of dropout in adapters, by name.
     """
+    found: Any = model.apply(variables, *text[:4], *_placed(text, image_tokens), method="condition", rngs=rngs)
+    return found
+
+
+def hidden_states(
+    model: DeepGen, variables: dict[str, Any], text: Text, image_tokens: jax.Array, rngs: Any = None
+) -> jax.Array:
+    """Selected hidden states of a micro-batch's prompts, [n, B, L, hidden]; arguments as for :func:`condition`."""
+    found: Any = model.apply(variables, *text[:3], *_placed(text, image_tokens), method="hidden_states", rngs=rngs)
+    return found
+
+
+def _placed(text: Text, image_tokens: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+    """Row of each placeholder among the VLM tokens of all samples, None without any, and these [B * V, hidden]."""
     batch, slots, hidden = image_tokens.shape
     rows = jnp.arange(batch)[:, None] * slots
     index = jnp.where(text.image_index >= 0, text.image_index + rows, -1) if slots else None
-    arguments = (*text[:4], index, image_tokens.reshape(-1, hidden))
-    found: Any = model.apply(variables, *arguments, method="condition", rngs=rngs)
-    return found
+    return index, image_tokens.reshape(-1, hidden)
 
 
 def sample_keys(seed: int | jax.Array, index: jax.Array) -> jax.Array:

@@ -90,9 +90,23 @@ class _Fit(NamedTuple):
     gradients: float
 
 
+class _Products(NamedTuple):
+    """Memory of kept products over their size in the dtype of the computation.
+
+    Attributes:
+      inner: of the first products of feed-forward layers.
+      others: of other linear layers.
+    """
+
+    inner: float
+    others: float
+
+
 _FITS = {"gpu": _Fit(20, 4, 1.0), "tpu": _Fit(3, 1, 1.0)}
-# Memory of the products that "dots" keeps over their size in the dtype of the computation, and what "none" keeps.
-_PRODUCTS = {"full": 0.0, "flash": 0.0, "dots": 1.1, "none": 3.3}
+_PRODUCTS: Mapping[Remat, _Products] = {
+    "full": _Products(0, 0), "flash": _Products(0, 0), "mlp": _Products(1.1, 0), "dots": _Products(1.1, 1.1),
+    "none": _Products(3.3, 3.3),
+}  # fmt: skip
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -206,7 +220,7 @@ class MemoryModel:
         total = self._fit.image * tokens * size * 4
         for run in block_runs(mmdit):
             # Both streams and the results of the feed-forward layers; q, k, v, out and the inner feed-forward layer.
-            vectors = 2 * tokens + products * (8 * tokens + 4 * image * run.dual)
+            vectors = 2 * tokens + 4 * (products.inner * tokens + products.others * (tokens + image * run.dual))
             attended = self._attended(tokens + image * run.dual, heads, dim, remat)
             total += run.length * (vectors * size * self._width + attended)
         return total
@@ -215,14 +229,15 @@ class MemoryModel:
         """Language model and bridge."""
         text, bridge, width, products = self.model.text, self.model.bridge, self._width, _PRODUCTS[remat]
         total = 2.0 * tokens * bridge.num_layers * bridge.hidden_size
-        total += products * tokens * bridge.num_layers * (5 * bridge.hidden_size + bridge.intermediate_size)
+        connector = products.others * 5 * bridge.hidden_size + products.inner * bridge.intermediate_size
+        total += tokens * bridge.num_layers * connector
         total += tokens * len(selected_layers(text.num_layers, bridge.selection_stride)) * text.hidden_size
         if not trains_text:
             return total * width
         keys = text.num_kv_heads * text.head_dim
         # The residual stream, which is also collected, and the narrow products of seven adapters.
         layer: float = 2 * text.hidden_size + 7 * self.config.lora.rank
-        layer += products * (3 * text.hidden_size + 2 * keys + 2 * text.intermediate_size)
+        layer += products.others * (3 * text.hidden_size + 2 * keys) + products.inner * 2 * text.intermediate_size
         total += (text.num_layers - 1) * layer * tokens
         attended = (text.num_layers - 1) * self._attended(tokens, text.num_heads, text.head_dim, remat)
         return total * width + attended + self._fit.text * tokens * text.intermediate_size * 4

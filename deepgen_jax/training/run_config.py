@@ -161,8 +161,9 @@ class RunConfig:
       mesh: sizes of the mesh axes, such as "data=2,fsdp=4"; "auto": batches over all devices, weights over the GPUs of
         a host or 16 chips, or over more if they would not fit (`deepgen_jax.training.auto_settings`).
       dtype: of the computation; trained parameters are float32 masters in any case.
-      remat: what the backward pass computes again: "none", "dots" (all but products of matrices), "flash" (all but
-        flash attention), "full" (all, but on GPUs not flash attention either), or "auto": the least that fits.
+      remat: what the backward pass computes again: "none", "dots" (all but linear layers), "mlp" (all but the first
+        products of feed-forward layers, and flash attention), "flash" (all but flash attention), "full" (all, but on
+        GPUs not flash attention either), or "auto": the fastest that fits.
       ema_decay: of a moving average of the trained parameters; None for none.
       max_bad_steps: the run stops after this many consecutive steps without a finite loss and gradient.
     """
@@ -175,7 +176,7 @@ class RunConfig:
     seed: int = 0
     mesh: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["auto", "none", "dots", "flash", "full"] = "auto"
+    remat: Literal["auto", "none", "dots", "mlp", "flash", "full"] = "auto"
     lora: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float | None = None
@@ -227,7 +228,8 @@ class SupervisedConfig(RunConfig):
       accumulation: micro-batches of one optimiser step; a multiple of the mixture's cycle gives every step the same
         shares of the tasks, and one program.
       merge: micro-batches of one task that the network sees at once, at most; the same gradient in fewer, larger
-        products, with more memory for activations.
+        products, with more memory for activations. Above 1, tasks with one pass left run through each layer one after
+        the other, so that its weights are gathered once.
       gather_frozen: replicate the frozen layers of the language model on every device instead of gathering them at each
         use. Takes their size in memory (5.2 GiB), and pays where gathering takes longer than computing. "auto" where it
         pays and fits.

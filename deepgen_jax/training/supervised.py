@@ -7,7 +7,7 @@ What trains is decided by which tree holds the parameters. Loss and step are pur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -20,11 +20,12 @@ from jax.sharding import Mesh
 from deepgen_jax.config import DeepGenConfig, SchedulerConfig
 from deepgen_jax.data.vision_inputs import patch_grid
 from deepgen_jax.errors import DeepGenError
-from deepgen_jax.flow.losses import flow_matching_losses
+from deepgen_jax.flow.losses import noised, velocity_losses
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.inference.abstract import image_tokens
 from deepgen_jax.models import flops, lora
 from deepgen_jax.models.deepgen import DeepGen, make_network
+from deepgen_jax.models.mmdit import Noisy
 from deepgen_jax.parallel.abstract import AbstractProgram, reshard
 from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import check_batch, replicated
@@ -41,7 +42,7 @@ from deepgen_jax.training.abstract_run import (
     task_counts,
     with_batch,
 )
-from deepgen_jax.training.inputs import MicroBatch, condition
+from deepgen_jax.training.inputs import MicroBatch, hidden_states
 from deepgen_jax.training.memory_model import Passes, Workload
 from deepgen_jax.training.optimizer import learning_rate, make_optimizer
 from deepgen_jax.training.partition import Tree, join
@@ -65,9 +66,20 @@ class Draws(NamedTuple):
     dropout: jax.Array | None
 
 
+class Pass(NamedTuple):
+    """Micro-batches on a leading axis, with a key [A, B] and a share of the mean loss [A, B] for each sample."""
+
+    micro: MicroBatch
+    keys: jax.Array
+    shares: jax.Array
+
+
 @dataclass(frozen=True)
 class StepSettings:
-    """Static settings of the step; ``merge`` is how many micro-batches of a task the network sees at once, at most."""
+    """Static settings of the step; ``merge`` is how many micro-batches of a task the network sees at once, at most.
+
+    Above 1, tasks that then have one pass each run together (:func:`run_together`).
+    """
 
     scheduler: SchedulerConfig
     lora_scale: float = 0.0
@@ -93,22 +105,45 @@ def supervised_losses(
     model: DeepGen, trainable: Tree, frozen: Tree, micro: MicroBatch, draws: Draws, lora_scale: float
 ) -> jax.Array:
     """Flow-matching loss of each sample of a micro-batch, float32 [B]; a pure function of all it depends on."""
+    return losses_together(model, trainable, frozen, (micro,), (draws,), lora_scale)[0]
+
+
+def losses_together(
+    model: DeepGen,
+    trainable: Tree,
+    frozen: Tree,
+    micros: Sequence[MicroBatch],
+    draws: Sequence[Draws],
+    lora_scale: float,
+) -> list[jax.Array]:
+    """:func:`supervised_losses` of several micro-batches with targets of one size, such as of two tasks.
+
+    Bridge and MMDiT run each layer on all of them before the next, so that weights are gathered and gradients reduced
+    once for all. The language model, whose adapters drop inputs at random, runs on one after another.
+    """
     variables = {"params": join(frozen, trainable["params"])}
     if trainable.get("lora"):
         variables["lora"] = lora.scaled(trainable["lora"], lora_scale)
-    rngs = None if draws.dropout is None else {"dropout": draws.dropout}
+    states = []
+    for micro, drawn in zip(micros, draws, strict=True):
+        rngs = None if drawn.dropout is None else {"dropout": drawn.dropout}
+        states.append(hidden_states(model, variables, micro.text, micro.image_tokens, rngs))
+    visible = [micro.text.visible for micro in micros]
+    conditions: Any = model.apply(variables, states, visible, method="conditions")
 
-    pooled, sequence = condition(model, variables, micro.text, micro.image_tokens, rngs)
-    ids = jnp.concatenate([micro.target_ids, micro.reference_ids], axis=1)
-    mask = jnp.concatenate([micro.target_mask, micro.reference_mask], axis=1)
-
-    def velocity(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
+    batches, targets = [], []
+    for micro, drawn, (pooled, sequence) in zip(micros, draws, conditions, strict=True):
+        noisy, target = noised(micro.latents, drawn.noise, drawn.sigma[:, None, None])
         tokens = jnp.concatenate([noisy, micro.references], axis=1)
-        inputs = (tokens, ids, sigma * 1000.0, pooled, sequence, mask, micro.text.visible, noisy.shape[1])
-        found: Any = model.apply(variables, *inputs, method="velocity", rngs=rngs)
-        return found
-
-    return flow_matching_losses(velocity, micro.latents, draws.noise, draws.sigma, micro.target_mask)
+        ids = jnp.concatenate([micro.target_ids, micro.reference_ids], axis=1)
+        mask = jnp.concatenate([micro.target_mask, micro.reference_mask], axis=1)
+        batches.append(Noisy(tokens, ids, drawn.sigma * 1000.0, pooled, sequence, mask, micro.text.visible))
+        targets.append(target)
+    velocities: Any = model.apply(variables, batches, micros[0].latents.shape[1], method="velocities")
+    return [
+        velocity_losses(velocity, target, micro.target_mask)
+        for velocity, target, micro in zip(velocities, targets, micros, strict=True)
+    ]
 
 
 def train_step(
@@ -147,7 +182,7 @@ def supervised_gradients(
     gradients: Tree | None = None,
     weight: float = 1.0,
 ) -> tuple[Tree, dict[str, jax.Array]]:
-    """Gradient of the mean loss of micro-batches, accumulated in one scan a task.
+    """Gradient of the mean loss of micro-batches, accumulated in one scan a task, or for all tasks together.
 
     Args:
       model, settings, frozen, micro_batches, keys: as for :func:`train_step`.
@@ -160,33 +195,45 @@ def supervised_gradients(
     """
     count = sum(micro.latents.shape[0] for micro in micro_batches.values())
 
-    def mean_loss(
-        trainable: Tree, micro: MicroBatch, keys: jax.Array, shares: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        draws = draw(keys, micro, settings)
-        losses = supervised_losses(model, trainable, frozen, micro, draws, settings.lora_scale)
-        bins = jnp.clip((draws.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
-        sums, counts = (jnp.zeros(TIMESTEP_BINS).at[bins].add(x) for x in (losses * micro.weight, micro.weight))
-        loss = jnp.sum(losses * shares)
-        return weight * loss, (loss, sums, counts)
+    def mean_loss(trainable: Tree, passes: Sequence[Pass]) -> tuple[jax.Array, tuple[Any, ...]]:
+        micros, draws = [one.micro for one in passes], [draw(one.keys, one.micro, settings) for one in passes]
+        losses = losses_together(model, trainable, frozen, micros, draws, settings.lora_scale)
+        found = [jnp.sum(each * one.shares) for each, one in zip(losses, passes, strict=True)]
+        bins = (jnp.zeros(TIMESTEP_BINS), jnp.zeros(TIMESTEP_BINS))
+        for each, micro, drawn in zip(losses, micros, draws, strict=True):
+            places = jnp.clip((drawn.sigma * TIMESTEP_BINS).astype(jnp.int32), 0, TIMESTEP_BINS - 1)
+            sums, counts = bins
+            bins = (sums.at[places].add(each * micro.weight), counts.at[places].add(micro.weight))
+        return weight * sum(found[1:], found[0]), (found, *bins)
 
     gradients = jax.tree.map(jnp.zeros_like, trainable) if gradients is None else gradients
     bins = (jnp.zeros(TIMESTEP_BINS), jnp.zeros(TIMESTEP_BINS))
     metrics: dict[str, jax.Array] = {}
+    passes = {}
     for task, stacked in micro_batches.items():
+        shares = stacked.weight / jnp.sum(stacked.weight, axis=1, keepdims=True) / count
+        passes[task] = merged(stacked, keys[task], shares, settings.merge)
+    for tasks in run_together(passes, settings.merge):
 
-        def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
-            (_, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(trainable, *inputs)
+        def accumulate(carry: Any, inputs: Sequence[Pass]) -> tuple[Any, None]:
+            (_, found), gradient = jax.value_and_grad(mean_loss, has_aux=True)(trainable, inputs)
             return jax.tree.map(jnp.add, carry, (gradient, found)), None
 
-        shares = stacked.weight / jnp.sum(stacked.weight, axis=1, keepdims=True) / count
-        start = (gradients, (jnp.float32(0), *bins))
-        inputs = merged(stacked, keys[task], shares, settings.merge)
-        (gradients, (total, *sums)), _ = jax.lax.scan(accumulate, start, inputs)
+        start = (gradients, ([jnp.float32(0)] * len(tasks), *bins))
+        (gradients, (totals, *sums)), _ = jax.lax.scan(accumulate, start, [passes[task] for task in tasks])
         bins = (sums[0], sums[1])
-        metrics[f"loss/{task}"] = total * count / stacked.latents.shape[0]
-        metrics["loss"] = metrics.get("loss", jnp.float32(0)) + total
+        for task, total in zip(tasks, totals, strict=True):
+            metrics[f"loss/{task}"] = total * count / micro_batches[task].latents.shape[0]
+            metrics["loss"] = metrics.get("loss", jnp.float32(0)) + total
     return gradients, metrics | {"loss_bin_sums": bins[0], "loss_bin_counts": bins[1]}
+
+
+def run_together(passes: Mapping[str, Pass], merge: int) -> list[list[str]]:
+    """Tasks whose passes run together: all where each has one pass, and targets have one size; else each alone."""
+    shapes = {one.micro.latents.shape[:1] + one.micro.latents.shape[2:] for one in passes.values()}
+    if merge > 1 and len(shapes) == 1 and all(count == 1 for count, *_ in shapes):
+        return [list(passes)]
+    return [[task] for task in passes]
 
 
 def at_once(count: int, most: int) -> int:
@@ -194,9 +241,7 @@ def at_once(count: int, most: int) -> int:
     return max(number for number in range(1, most + 1) if count % number == 0)
 
 
-def merged(
-    stacked: MicroBatch, keys: jax.Array, shares: jax.Array, most: int
-) -> tuple[MicroBatch, jax.Array, jax.Array]:
+def merged(stacked: MicroBatch, keys: jax.Array, shares: jax.Array, most: int) -> Pass:
     """A micro-batches of B samples as A / n of n * B, n = :func:`at_once`.
 
     The gradient stays the same, as every sample brings its share of the mean; weights are gathered A / n times instead
@@ -215,10 +260,10 @@ def merged(
         return x.reshape(*x.shape[:axis], number * x.shape[axis], *x.shape[axis + 2 :])
 
     if number == 1:
-        return stacked, keys, shares
+        return Pass(stacked, keys, shares)
     micro = jax.tree.map(join, stacked)
     text = micro.text._replace(position_ids=join(stacked.text.position_ids, axis=2))
-    return micro._replace(text=text), join(keys), join(shares)
+    return Pass(micro._replace(text=text), join(keys), join(shares))
 
 
 def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> SchedulerConfig:

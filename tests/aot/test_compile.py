@@ -260,7 +260,8 @@ def test_search_ranks_what_fits_by_time_with_the_command_of_each(step):
 
     def run(request):
         assert request.config.remat != "flash"  # the same as "full" on GPUs
-        seconds, needed = {"full": (3.0, 1), "dots": (2.0, 2), "none": (1.0, 100)}[request.config.remat]
+        sizes = {"full": (3.0, 1), "mlp": (2.7, 1.5), "dots": (2.0, 2), "none": (1.0, 100)}
+        seconds, needed = sizes[request.config.remat]
         if "tensor" in request.mesh:
             raise DeepGenError("no such mesh")
         if request.config.gather_frozen is True:
@@ -274,13 +275,13 @@ def test_search_ranks_what_fits_by_time_with_the_command_of_each(step):
     request = compiling.Request(config, topology, command="deepgen compile tiny_sft --topology h100:8 --search")
     reports = search.search(request, run, said.append)
     assert [report.choice for report in reports] == [
-        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "dots gather_frozen=true", "full", "none")
+        f"data=1,fsdp=8 remat={remat}" for remat in ("dots", "dots gather_frozen=true", "mlp", "full", "none")
     ]
     assert reports[0].command == "deepgen compile tiny_sft remat=dots --topology h100:8 --mesh data=1,fsdp=8"
     assert " remat=dots gather_frozen=true --topology" in reports[1].command
-    assert len(said) == 5
+    assert len(said) == 6
     assert "data=1,fsdp=2,tensor=4: no such mesh" in said
-    assert search.ranking(reports).splitlines()[4].split()[-3:] == ["no", "1.000", "0.000"]
+    assert search.ranking(reports).splitlines()[5].split()[-3:] == ["no", "1.000", "0.000"]
 
 
 def test_a_program_that_does_not_fit_comes_with_advice(model):

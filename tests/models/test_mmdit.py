@@ -254,7 +254,7 @@ def test_rematerialisation_keeps_the_gradient(small_params):
         return jax.jit(jax.grad(loss))(small_params)
 
     plain = gradient("none")
-    for remat in ("full", "dots"):
+    for remat in ("full", "flash", "mlp", "dots"):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient(remat), plain)
     silent = [jax.tree_util.keystr(path) for path, g in jax.tree.leaves_with_path(plain) if not np.any(g)]
     assert silent == ["['pos_embed']"]

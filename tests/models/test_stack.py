@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.models.block_cache import empty_cache
+from deepgen_jax.models.bridge import ConnectorLayer
 from deepgen_jax.models.deepgen import DeepGen, abstract_params
-from deepgen_jax.models.stack import restack, unrolls, unstack
+from deepgen_jax.models.mmdit import MMDiTBlock
+from deepgen_jax.models.plan import Plan
+from deepgen_jax.models.qwen_text import DecoderLayer
+from deepgen_jax.models.stack import Remat, rematerialised, restack, unrolls, unstack
 from deepgen_jax.nano.model import nano_config
 from deepgen_jax.parallel.rules import matching_rules
 
@@ -112,3 +119,61 @@ def test_the_same_condition_and_velocity(dtype, tolerance):
 
 def test_a_cpu_keeps_its_stacks():
     assert not unrolls(jax.make_mesh((1,), ("data",)))
+
+
+def _programs(value):
+    """Programs within a parameter of an operation."""
+    for one in value if isinstance(value, list | tuple) else [value]:
+        inner = getattr(one, "jaxpr", one)
+        if hasattr(inner, "eqns"):
+            yield inner
+
+
+def _products(jaxpr):
+    """Number of products without batch dimensions, those with weights, in a program and the programs in it."""
+    own = sum(one.primitive.name == "dot_general" and not one.params["dimension_numbers"][1][0] for one in jaxpr.eqns)
+    return own + sum(_products(x) for one in jaxpr.eqns for value in one.params.values() for x in _programs(value))
+
+
+_TOKENS = jnp.ones((1, 8), bool)
+_LAYERS = {
+    "text": lambda config: (
+        DecoderLayer(config.text, jnp.float32, Plan(), 0.0), config.text.hidden_size,
+        (jnp.ones((1, 8, config.text.head_dim // 2)), _TOKENS),
+    ),
+    "bridge": lambda config: (
+        ConnectorLayer(config.bridge, jnp.float32, Plan()), config.bridge.hidden_size, (_TOKENS,),
+    ),
+    "mmdit": lambda config: (
+        MMDiTBlock(config.mmdit, False, False, 8, jnp.float32, Plan()), config.mmdit.hidden_size,
+        (jnp.ones((1, config.mmdit.hidden_size)), {}, {}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "inner"), [("text", 2), ("bridge", 1), ("mmdit", 2)])
+def test_what_rematerialisation_computes_again(part, inner):
+    """"mlp" spares the inner products of feed-forward layers, and "dots" all; gradients are the same."""
+    layer, width, inputs = _LAYERS[part](nano_config())
+    x = jax.random.normal(jax.random.key(0), (1, 8, width))
+    carry = (x, jnp.cos(x)) if part == "mmdit" else x
+    params = layer.init(jax.random.key(1), carry, *inputs)
+
+    def gradient(remat):
+        def turn(layer, carry, inputs):
+            return layer(carry, *inputs)[0]
+
+        def loss(params, carry):
+            apply = nn.apply(lambda layer: rematerialised(turn, remat)(layer, carry, inputs), layer)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(apply(params)))
+
+        return jax.grad(loss, argnums=(0, 1))
+
+    counts = {remat: _products(jax.make_jaxpr(gradient(remat))(params, carry).jaxpr) for remat in get_args(Remat)}
+    assert counts["full"] == counts["flash"]  # off TPUs
+    assert counts["full"] - counts["mlp"] == inner
+    assert counts["mlp"] > counts["dots"] == counts["none"]
+    plain = jax.jit(gradient("none"))(params, carry)
+    for remat in ("full", "mlp", "dots"):
+        found = jax.jit(gradient(remat))(params, carry)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, plain)

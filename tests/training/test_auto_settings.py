@@ -28,7 +28,7 @@ from deepgen_jax.training.stage import stage_class
 MODEL = DeepGenConfig()
 ROWS = json.loads((Path(__file__).parents[2] / "docs/data/scaling.json").read_text(encoding="utf-8"))
 #: Recomputation, least first.
-ORDER = ("none", "dots", "flash", "full")
+ORDER = ("none", "dots", "mlp", "flash", "full")
 KINDS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "h100": "gpu"}
 
 
@@ -70,7 +70,7 @@ def test_model_of_memory_is_close_to_what_compilers_report(row):
     assert 0.9 < sum(found.values()) / GIB / compiled["total"] < 1.2
 
 
-stages = st.sampled_from(["pretrain", "sft", "grpo"])
+stages = st.sampled_from(["pretrain", "sft", "grpo", "distill"])
 kinds = st.sampled_from(sorted(KINDS))
 counts = st.sampled_from([1, 2, 4, 8, 16, 64, 256])
 

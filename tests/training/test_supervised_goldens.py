@@ -21,7 +21,16 @@ from deepgen_jax.training.inputs import MicroBatch, Moments, Text, TokenBudget, 
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
 from deepgen_jax.training.partition import join, split
 from deepgen_jax.training.state import apply_gradients, init_state, parts
-from deepgen_jax.training.supervised import Draws, StepSettings, draw, supervised_losses, train_step
+from deepgen_jax.training.supervised import (
+    Draws,
+    StepSettings,
+    draw,
+    merged,
+    run_together,
+    supervised_gradients,
+    supervised_losses,
+    train_step,
+)
 
 SFT = ("bridge", "mmdit", "lora")
 
@@ -258,3 +267,35 @@ def test_step_accumulates_a_cycle_and_skips_what_is_not_finite(setups, cases, go
     assert (int(after.step), int(after.skipped), float(metrics["skipped"])) == (2, 1, 1.0)
     jax.tree.map(np.testing.assert_array_equal, after.trainable, new.trainable)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, new.opt_state)
+
+
+def test_tasks_run_together_as_one_after_another(setups, cases, goldens):
+    """Layers that run on both tasks before the next give the loss and the gradient of one task after the other."""
+    setup = setups("sft")
+    micro, _ = t2i(setup, goldens("train"), cases)
+    edit = micro._replace(
+        latents=micro.latents[::-1], references=micro.latents, reference_ids=micro.target_ids,
+        reference_mask=micro.target_mask, weight=jnp.asarray([1.0, 3.0]),
+    )  # fmt: skip
+    batches = {"edit": jax.tree.map(lambda x: x[None], edit), "t2i": jax.tree.map(lambda x: jnp.stack([x, x]), micro)}
+    keys = {"edit": jax.random.split(jax.random.key(0), (1, 2)), "t2i": jax.random.split(jax.random.key(1), (2, 2))}
+
+    def gradients(merge):
+        settings = StepSettings(setup.scheduler, setup.lora_scale, merge=merge)
+        compute = jax.jit(partial(supervised_gradients, setup.model, settings))
+        return compute(setup.trainable, setup.frozen, batches, keys)
+
+    def tasks(merge, batches):
+        return run_together({task: merged(x, keys[task], keys[task], merge) for task, x in batches.items()}, merge)
+
+    assert (tasks(1, batches), tasks(2, batches)) == ([["edit"], ["t2i"]], [["edit", "t2i"]])
+    (apart, metrics), (together, metrics_together) = gradients(1), gradients(2)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_together[name], value, rtol=1e-5, err_msg=name)
+    assert metrics["loss/edit"] != metrics["loss/t2i"]
+    scale = optax_norm(apart)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x / scale, y / scale, rtol=2e-4, atol=1e-7), together, apart)
+
+    # Targets of other sizes run apart.
+    smaller = batches["t2i"]._replace(latents=batches["t2i"].latents[:, :, 1:])
+    assert tasks(2, batches | {"t2i": smaller}) == [["edit"], ["t2i"]]
