@@ -30,9 +30,9 @@ AUTO = "auto"
 SHARE = 0.95
 #: Allowance for prompts and references beyond the shapes of the memory model, as a factor on activations.
 LONGER_SAMPLES = 1.4
-#: Rematerialisation by platform, least recomputation first. On GPUs "flash" is the same as "full", and "dots" no faster
-#: by the estimates of ``deepgen compile``.
-_REMAT: Mapping[str, tuple[Remat, ...]] = {"gpu": ("full",), "tpu": ("flash", "full")}
+#: Rematerialisation by platform, least recomputation first, by the estimates of ``deepgen compile``: on GPUs "flash" is
+#: the same as "full", and "dots" no faster; on TPU v6e little memory is left beside "mlp", and less overlaps.
+_REMAT: Mapping[str, tuple[Remat, ...]] = {"gpu": ("mlp", "full"), "tpu": ("flash", "full")}
 # Rings that a gather passes through at once on a TPU: both directions of one dimension.
 _TPU_RINGS = 2
 # Frozen layers are replicated where gathering them takes at least this share of the time of computing with them: the
