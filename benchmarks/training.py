@@ -36,7 +36,7 @@ from deepgen_jax.parallel.jit_options import device_jit
 from deepgen_jax.parallel.mesh import make_mesh
 from deepgen_jax.training.inputs import MicroBatch, Text, sample_keys
 from deepgen_jax.training.optimizer import OptimizerConfig, make_optimizer
-from deepgen_jax.training.partition import split
+from deepgen_jax.training.partition import join, split
 from deepgen_jax.training.state import start_state
 from deepgen_jax.training.supervised import StepSettings, draw, supervised_gradients, train_step
 
@@ -76,7 +76,7 @@ class Ours:
     Attributes:
       prompts: tokenised texts of the samples.
       latents, noise: float32 [B, C, h, w]; sigma: float32 [B].
-      trainable: {"params": ..., "lora": {}} before the first step.
+      state: of the training loop; it holds the pipeline's arrays of the parts that train.
     """
 
     def __init__(self, pipe: DeepGenPipeline, batch: int, width: int, height: int, remat: Remat) -> None:
@@ -92,9 +92,7 @@ class Ours:
         self._model = make_network(pipe.config, pipe.mesh, pipe.model.dtype, remat=remat)
         optimizer = make_optimizer(OPTIMIZER, steps=1000)
         params, self._frozen = split({name: pipe.params[name] for name in ("text", "bridge", "mmdit")}, TRAINS)
-        self.trainable = {"params": params, "lora": {}}
-        # A copy, as the state takes its arrays over.
-        self.state = start_state(optimizer, jax.tree.map(jnp.copy, self.trainable), pipe.mesh, ema=False)
+        self.state = start_state(optimizer, {"params": params, "lora": {}}, pipe.mesh, ema=False)
         draws = jax.jit(draw, static_argnums=2)(self._keys["t2i"][0], micro, self._settings)
         self.sigma = np.asarray(draws.sigma)
         self.noise = np.asarray(grids.unpatchify(draws.noise, shape[2], shape[3], config.patch_size, shape[1]))
@@ -133,8 +131,8 @@ class Ours:
         return micro
 
     def gradients(self) -> tuple[Any, jax.Array]:
-        """Gradients and loss of the first step."""
-        gradients, metrics = self._gradients(self.trainable, self._frozen, self._micro, self._keys)
+        """Gradients and loss of the next step."""
+        gradients, metrics = self._gradients(self.state.trainable, self._frozen, self._micro, self._keys)
         return gradients["params"], metrics["loss"]
 
     def step(self) -> jax.Array:
@@ -162,7 +160,8 @@ class Peer:
 
         pipe = ours.pipe
         progress("copying weights to torch")
-        peer = TorchPeer(pipe.config, pipe.params, "float32", peer_device("torch"), False)
+        params = {**pipe.params, **join(ours._frozen, ours.state.trainable["params"])}
+        peer = TorchPeer(pipe.config, params, "float32", peer_device("torch"), False)
         self._training = TorchTraining(peer, TRAINS, OPTIMIZER)
         batch = (ours.prompts, ours.latents, ours.noise, ours.sigma)
         self.gradients: Callable[[], float] = lambda: self._training.gradients(*batch)
