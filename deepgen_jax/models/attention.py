@@ -179,8 +179,8 @@ def _pair_by_pair(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
       [P, Q, D].
     """
 
-    def one(index: jax.Array, *operands: jax.Array) -> jax.Array:
-        return _pair(*operands, _visible(mask, index, len(query)))[0]
+    def one(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _pair(q, k, v, _visible(mask, index, len(query)))[0]
 
     return _over_pairs(one, query, key, value)
 
@@ -188,8 +188,8 @@ def _pair_by_pair(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
 def _pairs_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
-    def one(index: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _pair(*operands, _visible(mask, index, len(query)))
+    def one(index: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _pair(q, k, v, _visible(mask, index, len(query)))
 
     out, sums = _over_pairs(one, query, key, value)
     return out, (query, key, value, mask, out, sums)
