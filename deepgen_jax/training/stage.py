@@ -52,7 +52,7 @@ STAGES = {
     ),
     "supervised": (
         ("deepgen_jax.training.run_config", "SupervisedConfig"),
-        ("deepgen_jax.training.supervised", "SupervisedStage"),
+        ("deepgen_jax.training.supervised_stage", "SupervisedStage"),
     ),
 }
 

@@ -145,7 +145,7 @@ def test_a_step_is_lowered_for_the_batches_of_a_run(tmp_path, model):
     from deepgen_jax.parallel.mesh import make_mesh
     from deepgen_jax.training.abstract_run import abstract_micro_batches
     from deepgen_jax.training.step_batches import token_budget
-    from deepgen_jax.training.supervised import SupervisedStage
+    from deepgen_jax.training.supervised_stage import SupervisedStage
 
     runs.write_data(tmp_path)
     path = runs.write_config(tmp_path, model, trains=("bridge",))

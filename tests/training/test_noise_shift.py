@@ -12,7 +12,7 @@ from deepgen_jax.config import SchedulerConfig
 from deepgen_jax.errors import DeepGenError
 from deepgen_jax.flow.schedule import sample_u, sigma_from_u
 from deepgen_jax.training.config_files import load_config
-from deepgen_jax.training.supervised import training_schedule
+from deepgen_jax.training.supervised_stage import training_schedule
 
 
 def test_noise_levels_follow_the_shift():
