@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,21 @@ DATA = Path(__file__).parent / "fixtures"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the groups first, as they take longest, so that no process is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs() -> Iterator[None]:
+    """Frees compiled programs after a module, once they have many of the process's memory mappings.
+
+    Linux allows a process 65,530 (``vm.max_map_count``), and XLA crashes without another. All tests need more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
