@@ -15,7 +15,7 @@ from deepgen_jax.config import DeepGenConfig
 from deepgen_jax.models.block_cache import empty_cache
 from deepgen_jax.models.bridge import ConnectorLayer
 from deepgen_jax.models.deepgen import DeepGen, abstract_params
-from deepgen_jax.models.mmdit import MMDiTBlock
+from deepgen_jax.models.mmdit_block import MMDiTBlock
 from deepgen_jax.models.plan import Plan
 from deepgen_jax.models.qwen_text import DecoderLayer
 from deepgen_jax.models.stack import Remat, rematerialised, restack, unrolls, unstack
