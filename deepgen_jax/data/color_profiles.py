@@ -54,7 +54,7 @@ def profile_space(profile: Any) -> str:
     Raises:
       ProfileError: it is damaged.
     """
-    return _parse(profile).profile.xcolor_space.strip()
+    return _space(_parse(profile))
 
 
 def _parse(profile: Any) -> ImageCms.ImageCmsProfile:
@@ -63,6 +63,13 @@ def _parse(profile: Any) -> ImageCms.ImageCmsProfile:
     try:
         return ImageCms.ImageCmsProfile(io.BytesIO(profile))
     except (OSError, ImageCms.PyCMSError) as error:
+        raise ProfileError("it is damaged") from error
+
+
+def _space(profile: ImageCms.ImageCmsProfile) -> str:
+    try:
+        return profile.profile.xcolor_space.strip()
+    except UnicodeDecodeError as error:
         raise ProfileError("it is damaged") from error
 
 
@@ -80,7 +87,7 @@ def _cached(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | st
     base = "RGB" if alpha else mode
     try:
         parsed = _parse(profile)
-        space = parsed.profile.xcolor_space.strip()
+        space = _space(parsed)
         if space != _SPACES[base]:
             return f"it is for {space or 'unknown'} pixels, and these are {_SPACES[base]}"
         # Optimised, littleCMS reads 16-bit grey through a table too coarse for dark linear values.

@@ -151,7 +151,14 @@ def test_broken_profiles_fall_back_with_a_notice(data: st.DataObject):
         assert np.abs(pixels.astype(int) - by_littlecms(image, bytes(broken))).max() <= 1
 
 
-@pytest.mark.parametrize("profile", [b"x", "text", grey_profile(2.2), 7])
+def spaceless_profile() -> bytes:
+    """The signature of its colour space is no text."""
+    profile = bytearray(PROFILES["Adobe RGB"])
+    profile[16:20] = b"\x80GB "
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("profile", [b"x", "text", grey_profile(2.2), 7, spaceless_profile()])
 def test_a_profile_of_no_use_is_named(profile: object):
     image = Image.fromarray(COLOURS)
     image.info["icc_profile"] = profile

@@ -128,7 +128,7 @@ class Positions(MMDiT):
 
     @nn.compact
     def __call__(self, position_ids):
-        return self._positions(position_ids)
+        return self._positions()(position_ids)
 
 
 @pytest.mark.parametrize("to", ["int8", "fp8"])
