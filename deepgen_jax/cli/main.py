@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # File names and prompts may have letters that the terminal's encoding lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.excepthook = _hook_without_closed_loops
+    sys.unraisablehook = _hook_without_closed_loops
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     verify = unverified() if "--no-verify" in words else contextlib.nullcontext()
@@ -76,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, f"{type(error).__name__}: {text} (a bug? --debug shows the traceback)", debug)
 
 
-def _hook_without_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _hook_without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
     """The usual hook, but for threads of TensorStore that report to an event loop that a failed read has closed."""
-    if not (issubclass(kind, RuntimeError) and "Event loop is closed" in str(error)):
-        sys.__excepthook__(kind, error, trace)
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and "Event loop is closed" in str(error)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _stopped(status: int, alone: bool) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,7 @@ from deepgen_jax import __version__
 from deepgen_jax.cli import main as cli
 from deepgen_jax.cli.main import COMMANDS, main, one_line
 from deepgen_jax.errors import DeepGenError
+from deepgen_jax.stores.model_folder import locate
 from deepgen_jax.user_warnings import warn_user
 
 
@@ -242,3 +247,19 @@ def test_long_words_are_cut_in_errors(capsys: pytest.CaptureFixture):
     assert len(message) < 900
     assert message.startswith("deepgen: error: Unrecognized options: xxx")
     assert message.endswith("put a text of several words in quotes; see deepgen generate --help\n")
+
+
+def test_a_damaged_store_gives_one_line(tmp_path: Path):
+    """Threads of TensorStore that report late, to an event loop that is closed, print nothing."""
+    model = tmp_path / "model"
+    shutil.copytree(locate("nano"), model)
+    stored = [path for path in (model / "params").rglob("*") if path.is_file()]
+    largest = max(stored, key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[:2000] + random.Random(0).randbytes(len(content) - 2000))
+    words = ["export", str(model), "--format", "diffusers", "--out", str(tmp_path / "release"), "--no-verify"]
+    code = f"import sys, time; from deepgen_jax.cli.main import main; s = main({words!r}); time.sleep(1); sys.exit(s)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"deepgen: error: .*model/params is damaged .*\n", done.stderr)
+    assert not (tmp_path / "release").exists()
