@@ -19,18 +19,7 @@ def flow_matching_loss(
     noise: ArrayLike | Sequence[ArrayLike],
     sigma: ArrayLike,
 ) -> jax.Array:
-    """Mean over samples of :func:`flow_matching_losses`: scalar float32."""
-    return jnp.mean(flow_matching_losses(velocity_fn, latents, noise, sigma))
-
-
-def flow_matching_losses(
-    velocity_fn: VelocityFn,
-    latents: ArrayLike | Sequence[ArrayLike],
-    noise: ArrayLike | Sequence[ArrayLike],
-    sigma: ArrayLike,
-    mask: ArrayLike | None = None,
-) -> jax.Array:
-    """Mean squared error of the predicted velocity of each sample, in float32.
+    """Mean over samples of the mean squared error of the predicted velocity: scalar float32.
 
     The model sees x = (1 - s) x_0 + s e and predicts e - x_0. Every sample weighs the same, whatever its size.
 
@@ -39,21 +28,18 @@ def flow_matching_losses(
       latents: clean latents x_0, [B, ...], or a list of B arrays of different sizes.
       noise: standard normal e, structured as ``latents``.
       sigma: noise levels s, [B], or a scalar for all.
-      mask: for latents as padded tokens [B, N, D]: bool [B, N], False at padding, which does not count.
-
-    Returns:
-      float32 [B].
     """
     if isinstance(latents, list | tuple):
         levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), (len(latents),))
         pairs = [noised(x, e, levels[i]) for i, (x, e) in enumerate(zip(latents, noise, strict=True))]  # type: ignore[arg-type]
         velocities = velocity_fn([noisy for noisy, _ in pairs], levels)
         targets = [target for _, target in pairs]
-        return jnp.stack([jnp.mean(_squared_error(v, e)) for v, e in zip(velocities, targets, strict=True)])
+        errors = [jnp.mean(_squared_error(v, e)) for v, e in zip(velocities, targets, strict=True)]
+        return jnp.mean(jnp.stack(errors))
     clean = jnp.asarray(latents, jnp.float32)
     levels = jnp.broadcast_to(jnp.asarray(sigma, jnp.float32), clean.shape[:1])
     noisy, target = noised(clean, jnp.asarray(noise), levels.reshape(-1, *[1] * (clean.ndim - 1)))
-    return velocity_losses(velocity_fn(noisy, levels), target, mask)
+    return jnp.mean(velocity_losses(velocity_fn(noisy, levels), target))
 
 
 def velocity_losses(velocity: ArrayLike, target: jax.Array, mask: ArrayLike | None = None) -> jax.Array:

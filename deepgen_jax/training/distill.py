@@ -45,10 +45,8 @@ from deepgen_jax.training.partition import Tree
 from deepgen_jax.training.stage import LoaderStage, StepReport
 from deepgen_jax.training.state import TrainState, shardings_of, start_state
 from deepgen_jax.training.step_batches import StepBatches
-from deepgen_jax.training.weights import Weights, load_start
+from deepgen_jax.training.weights import STEP_PARTS, Weights, load_start
 
-#: Parts of the model that a step runs.
-STEP_PARTS = ("text", "bridge", "mmdit")
 _HEAD = "proj_out"
 
 

@@ -40,10 +40,7 @@ from deepgen_jax.training.stage import LoaderStage, StepReport
 from deepgen_jax.training.state import TrainState, shardings_of, start_state
 from deepgen_jax.training.step_batches import StepBatches, encode_images
 from deepgen_jax.training.supervised import StepSettings, at_once, train_step
-from deepgen_jax.training.weights import Weights
-
-#: Parts of the model that a step runs.
-STEP_PARTS = ("text", "bridge", "mmdit")
+from deepgen_jax.training.weights import STEP_PARTS, Weights
 
 
 def training_schedule(config: SupervisedConfig, scheduler: SchedulerConfig) -> SchedulerConfig:
@@ -127,9 +124,7 @@ def abstract_step(run: AbstractRun) -> AbstractProgram:
     config: SupervisedConfig = with_batch(run.config, run.batch)
     program, state = _abstract(run, config)
     merged = partial(at_once, most=config.merge)
-    batch = abstract_step_batch(
-        run, program.model, config.data, config.accumulation, merged
-    )
+    batch = abstract_step_batch(run, program.model, config.data, config.accumulation, merged)
     micro_batches, keys = batch.micro_batches, batch.keys
     size, counts = config.data.micro_batch, task_counts(config.data, config.accumulation)
     together = size * max(map(merged, counts.values()))

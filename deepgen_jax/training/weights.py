@@ -28,6 +28,9 @@ from deepgen_jax.training.partition import Tree, init_lora, join, split
 from deepgen_jax.training.run_config import RunConfig
 from deepgen_jax.training.state import TrainState
 
+#: Parts of the model that a step of flow matching or distillation runs.
+STEP_PARTS = ("text", "bridge", "mmdit")
+
 
 class Weights(NamedTuple):
     """Everything of the model that a run needs.
